@@ -1,0 +1,102 @@
+"""The generation loop, over any engine.
+
+An engine has two functions (`paligemma.prefill` and `paligemma.decode` with their weights bound, the torch
+twin, or the two ONNX sessions):
+
+    prefill(pixel_values [B, 3, S, S], input_ids [B, T], lengths [B], capacity) -> logits [B, V], cache
+    decode(input_ids [B, 1], lengths [B], cache) -> logits [B, V], cache
+"""
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from . import paligemma
+from .errors import PaliGemmaError
+from .sampling import Sampling, sample
+
+
+class NumpyEngine:
+    """The reference as an engine."""
+
+    name = "numpy"
+
+    def __init__(self, checkpoint):
+        self.config = checkpoint.config
+        self.prefill = partial(paligemma.prefill, checkpoint.params, checkpoint.config)
+        self.decode = partial(paligemma.decode, checkpoint.params, checkpoint.config)
+
+
+@dataclass
+class Timings:
+    """Seconds spent in prefill and decode, filled in while generating."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    decode_tokens: int = field(default=0)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+def pad_prompts(prompts, pad):
+    """Lists of ids of unequal length -> input_ids [B, T] int64, padded on the right, and lengths [B] int32."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    input_ids = np.full((len(prompts), lengths.max()), pad, np.int64)
+    for row, prompt in zip(input_ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return input_ids, lengths
+
+
+def choose_capacity(config, lengths, max_new_tokens, limit=None):
+    """Cache slots for the longest prompt and its answer (the last token is never fed back).
+
+    Raises PaliGemmaError if that is more than the model, or the bundle, has positions for.
+    """
+    limit = limit or config.max_length
+    needed = int(lengths.max()) + max_new_tokens - 1
+    if needed > limit:
+        raise PaliGemmaError(
+            f"the prompt has {lengths.max()} tokens ({config.vision.patches} of them the picture), which with "
+            f"{max_new_tokens} new ones exceeds the capacity of {limit}; shorten the prompt or lower --max-new-tokens"
+        )
+    return needed
+
+
+def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, capacity=None, timings=None):
+    """Yield one token a row [B] at a time until every row has ended or has max_new_tokens.
+
+    A row that has ended (its eos was yielded) yields pad from then on.
+    """
+    config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
+    input_ids, lengths = pad_prompts(prompts, config.pad)
+    capacity = capacity or choose_capacity(config, lengths, max_new_tokens)
+    random = np.random.default_rng(sampling.seed)
+    alive = np.ones(len(prompts), bool)
+
+    started = time.perf_counter()
+    logits, cache = engine.prefill(pixel_values, input_ids, lengths, capacity)
+    timings.prefill_s = time.perf_counter() - started
+    for step in range(max_new_tokens):
+        uniform = random.random(len(prompts), np.float32)
+        token = sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, uniform)
+        token = np.where(alive, token, config.pad)
+        yield token
+        alive = alive & (token != config.eos)
+        if not alive.any() or step == max_new_tokens - 1:
+            return
+        started = time.perf_counter()
+        logits, cache = engine.decode(token[:, None], lengths, cache)
+        timings.decode_s += time.perf_counter() - started
+        timings.decode_tokens += int(alive.sum())
+        # A finished row stays where it is and overwrites one slot that nobody reads.
+        lengths = np.where(alive, lengths + 1, lengths).astype(np.int32)
+
+
+def answers(tokens, eos):
+    """Stacked yields [steps, B] -> one list of ids a row, cut before its eos."""
+    rows = np.stack(tokens, axis=1).tolist()
+    return [row[: row.index(eos)] if eos in row else row for row in rows]

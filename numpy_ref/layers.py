@@ -1,0 +1,138 @@
+"""Leaf functions: every piece of arithmetic that the towers are made of, on plain arrays.
+
+Each returns the dtype it was given. Half-precision values are lifted to float32 where the references
+do so (norms, softmax, rotary angles) and lowered at the end; float64 stays float64, so that the whole
+model can be refereed in it. Weights are cast to the dtype of the activation at the moment of use, which
+lets a memory-mapped bfloat16 checkpoint run in float32 without a second copy of it.
+"""
+
+import math
+
+import numpy as np
+
+
+def identity(name, value):
+    """The tap that does nothing. A tap is called with each named intermediate value and returns it."""
+    return value
+
+
+def scoped(tap, prefix):
+    """A tap that puts `prefix.` before every name it is called with."""
+    return tap if tap is identity else lambda name, value: tap(f"{prefix}.{name}", value)
+
+
+def upcast(x):
+    """float16 and bfloat16 -> float32; float32 and float64 stay."""
+    return x.astype(np.float32) if x.dtype.itemsize < 4 else x
+
+
+def cast_like(weight, x):
+    """The weight in the dtype of x, without a copy if it already is."""
+    return weight.astype(x.dtype, copy=False)
+
+
+def linear(x, kernel, bias=None):
+    """x [..., in], kernel [in, out], bias [out] -> [..., out]."""
+    y = x @ cast_like(kernel, x)
+    return y if bias is None else y + cast_like(bias, x)
+
+
+def embedding(ids, table, dtype):
+    """Rows of a table: ids [...], table [V, D] -> [..., D]."""
+    return table[ids].astype(dtype)
+
+
+def gelu(x):
+    """GELU in its tanh form (Hendrycks & Gimpel 2016, eq. 2), which SigLIP and Gemma were trained with."""
+    return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def softmax(x):
+    """exp(x) / sum(exp(x)) over the last axis, in float32 or wider, shifted so that exp cannot overflow."""
+    x32 = upcast(x)
+    weights = np.exp(x32 - x32.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
+
+
+def softcap(x, cap):
+    """tanh(x / cap) * cap (Gemma 2, section 2); x itself when cap is None."""
+    return x if cap is None else np.tanh(x / cap) * cap
+
+
+def layer_norm(x, scale, bias, eps):
+    """LayerNorm (Ba et al. 2016): x [..., D], scale [D], bias [D] -> [..., D]. Variance divides by D."""
+    x32 = upcast(x)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    normed = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps)
+    return (normed * cast_like(scale, x32) + cast_like(bias, x32)).astype(x.dtype)
+
+
+def rms_norm(x, scale, eps):
+    """RMSNorm (Zhang & Sennrich 2019) as Gemma has it: x [..., D], scale [D] -> [..., D].
+
+    The stored scale is an offset from one, and is multiplied in before the downcast: in half precision
+    the other order rounds twice (transformers #29402).
+    """
+    x32 = upcast(x)
+    normed = x32 / np.sqrt((x32 * x32).mean(-1, keepdims=True) + eps)
+    return (normed * (1 + cast_like(scale, x32))).astype(x.dtype)
+
+
+def rope_angles(positions, head_dim, base, dtype):
+    """Cosine and sine of the rotary embedding (Su et al. 2021): positions [B, T] -> two [B, 1, T, H/2].
+
+    Pair i turns by position * base ** (-2i / H). The axis of length one broadcasts over the heads.
+    """
+    frequencies = base ** (np.arange(0, head_dim, 2, dtype=dtype) * (-1 / head_dim))
+    angles = positions[:, None, :, None].astype(dtype) * frequencies
+    return np.cos(angles), np.sin(angles)
+
+
+def rope(x, cos, sin):
+    """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2].
+
+    Pairs are (x[i], x[i + H/2]), the two halves, as in Gemma; not neighbours as in the paper.
+    """
+    x32 = upcast(x)
+    first, second = np.split(x32, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def split_heads(x, heads):
+    """[B, T, N*H] -> [B, N, T, H]."""
+    batch, length, _ = x.shape
+    return x.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x):
+    """[B, N, T, H] -> [B, T, N*H]."""
+    batch, _, length, _ = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def attend(query, key, value, mask=None, cap=None, tap=identity):
+    """Scaled dot-product attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023).
+
+    query [B, N, T, H] (already scaled), key and value [B, K, S, H], mask [B, T, S] (True = may attend)
+    -> [B, N, T, H]. Head n reads key head n // G. Multi-head attention is K = N, multi-query is K = 1.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    # The queries that share a key head are stacked, so that each key is read once.
+    query = query.reshape(batch, kv_heads, -1, head_dim)
+    scores = tap("scores", query @ key.swapaxes(-1, -2))
+    scores = softcap(scores, cap)  # before the mask: a capped -inf would be an ordinary number
+    scores = scores.reshape(batch, heads, length, keys)
+    if mask is not None:
+        scores = np.where(mask[:, None], scores, np.asarray(-np.inf, scores.dtype))
+    weights = tap("weights", softmax(scores))
+    context = weights.reshape(batch, kv_heads, -1, keys) @ value
+    return context.reshape(batch, heads, length, head_dim)
+
+
+def write_cache(cache, update, start):
+    """Write update [B, K, T, H] into cache [B, K, C, H] at position start [B] of each row; a new array."""
+    cache = cache.copy()
+    for row, position in enumerate(start):
+        cache[row, :, position : position + update.shape[2]] = update[row]
+    return cache

@@ -1,0 +1,99 @@
+"""PaliGemma: picture features and text in one sequence, prefix-LM attention, prefill and decode.
+
+A row of input ids is  <image> * P, <bos>, prefix, "\\n"[, suffix]  and is padded on the right.
+(Beyer et al. 2024, section 3; big_vision `models/proj/paligemma/paligemma.py`.)
+"""
+
+import numpy as np
+
+from . import gemma, siglip
+from .layers import identity, linear, scoped
+
+
+def encode_image(p, config, pixel_values, tap=identity):
+    """Vision tower and projector: pixel_values [B, 3, S, S] -> [B, P, D] in the decoder's width."""
+    features = siglip.encoder(p["vision"], config.vision, pixel_values, scoped(tap, "vision"))
+    return tap("projector", linear(features, **p["projector"]))
+
+
+def embed_prefix(p, config, pixel_values, input_ids, tap=identity):
+    """The decoder's input: the picture's features, then the embeddings of the ids after the P image tokens.
+
+    pixel_values [B, 3, S, S], input_ids [B, T] -> [B, T, D]. The image tokens only hold places: their ids
+    are never looked up, so a table needs no row for them.
+    """
+    image = encode_image(p, config, pixel_values, tap)
+    text = gemma.embed(p["text"], config.text, input_ids[:, config.vision.patches :], image.dtype)
+    return tap("embed_prefix", np.concatenate([image, tap("embed", text)], axis=1))
+
+
+def prefix_mask(prefix_lengths, lengths, size, window=None):
+    """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may.
+
+    The prefix sees the whole prefix, the suffix sees everything before it; with a window, the suffix sees
+    only the last `window` positions while the prefix ignores it. For a prefix of 3, a length of 5, size 6:
+
+        1 1 1 . . .
+        1 1 1 . . .
+        1 1 1 . . .
+        1 1 1 1 . .
+        1 1 1 1 1 .
+        1 1 1 1 1 .   <- padding: what it computes is not used, but it must not be empty (softmax)
+    """
+    query, key = np.arange(size)[None, :, None], np.arange(size)[None, None, :]
+    prefix, length = prefix_lengths[:, None, None], lengths[:, None, None]
+    causal = key <= query
+    if window is not None:
+        causal = causal & (key > np.minimum(query, length - 1) - window)
+    return ((key < prefix) & (query < prefix) | causal) & (key < length)
+
+
+def decode_mask(lengths, capacity, window=None):
+    """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]: all that is cached, and itself."""
+    key, position = np.arange(capacity)[None, None, :], lengths[:, None, None]
+    mask = key <= position
+    return mask if window is None else mask & (key > position - window)
+
+
+def forward(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+    """Logits of every position in one pass, as training uses it.
+
+    input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V].
+    """
+    x, _ = hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap)
+    return tap("logits", gemma.logits(p["text"], config.text, x))
+
+
+def hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+    """The decoder's output at every position [B, T, D], and each layer's (key, value) [B, K, T, H]."""
+    x = embed_prefix(p, config, pixel_values, input_ids, tap)
+    size = input_ids.shape[1]
+    positions = np.broadcast_to(np.arange(size)[None], input_ids.shape)
+    masks = {window: prefix_mask(prefix_lengths, lengths, size, window) for window in {*config.text.windows, None}}
+    return gemma.decoder(p["text"], config.text, x, positions, masks, tap=scoped(tap, "text"))
+
+
+def prefill(p, config, pixel_values, input_ids, lengths, capacity, tap=identity):
+    """Read picture and prompt: the logits after each row's last token, and the filled cache.
+
+    pixel_values [B, 3, S, S], input_ids [B, T], lengths [B], capacity >= T
+    -> [B, V] and one (key, value) a layer, each [B, K, C, H]. Slots from lengths on hold no meaning.
+    """
+    x, cache = hidden_states(p, config, pixel_values, input_ids, lengths, lengths, tap)
+    last = x[np.arange(len(lengths)), lengths - 1]
+    cache = [tuple(pad_cache(array, capacity) for array in layer) for layer in cache]
+    return tap("logits", gemma.logits(p["text"], config.text, last)), cache
+
+
+def pad_cache(array, capacity):
+    """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
+    return np.pad(array, ((0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)))
+
+
+def decode(p, config, input_ids, lengths, cache, tap=identity):
+    """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
+    capacity, dtype = cache[0][0].shape[2], cache[0][0].dtype
+    x = tap("embed", gemma.embed(p["text"], config.text, input_ids, dtype))
+    masks = {window: decode_mask(lengths, capacity, window) for window in {*config.text.windows, None}}
+    x, cache = gemma.decoder(p["text"], config.text, x, lengths[:, None], masks, cache, lengths, scoped(tap, "text"))
+    return tap("logits", gemma.logits(p["text"], config.text, x[:, 0])), cache

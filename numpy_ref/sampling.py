@@ -1,0 +1,55 @@
+"""From logits to the next token: greedy, temperature, top-k and top-p.
+
+The randomness comes in as one uniform number a row, so that every host (Python, JavaScript, a graph)
+draws the same token from the same number.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .layers import softmax
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def sample(logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+    """Draw a token a row: logits [B, V], known [V] bool, uniform [B] in [0, 1) -> int64 [B].
+
+    Rows of the vocabulary that are not known are never drawn. Among equal logits the smaller id comes first.
+    """
+    logits = np.where(known, logits.astype(np.float32), np.float32(-np.inf))
+    if temperature == 0:
+        return logits.argmax(-1).astype(np.int64)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    ranked = np.take_along_axis(logits, order, -1) / np.float32(temperature)
+    weights = keep_top(softmax(ranked), top_k, top_p)
+    return np.take_along_axis(order, invert_cdf(weights, uniform)[:, None], -1)[:, 0]
+
+
+def keep_top(weights, top_k=0, top_p=1.0):
+    """Zero what is cut off: weights [B, V], falling -> [B, V].
+
+    top-k keeps the first k. top-p (Holtzman et al. 2020) keeps the shortest head whose sum reaches p, of what
+    top-k left; the first always stays.
+    """
+    rank = np.arange(weights.shape[-1])
+    if top_k > 0:
+        weights = np.where(rank < top_k, weights, 0)
+        weights = weights / weights.sum(-1, keepdims=True)
+    before = np.cumsum(weights, -1) - weights
+    return np.where((before < top_p) | (rank == 0), weights, 0)
+
+
+def invert_cdf(weights, uniform):
+    """The first rank whose cumulated weight exceeds uniform * total: weights [B, V], uniform [B] -> [B]."""
+    cumulated = np.cumsum(weights, -1)
+    return (cumulated > uniform[:, None].astype(weights.dtype) * cumulated[:, -1:]).argmax(-1)

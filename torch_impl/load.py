@@ -1,0 +1,64 @@
+"""Weights between the NumPy dict and the modules, strictly, and the twin as a generation engine."""
+
+import numpy as np
+import torch
+
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref.errors import PaliGemmaError
+
+from .paligemma import PaliGemma
+
+
+def load(path=checkpoints.SHIPPED, dtype=torch.float32):
+    """A checkpoint directory -> the module in evaluation mode, and the loaded checkpoint."""
+    checkpoint = checkpoints.load(path)
+    return from_params(checkpoint.config, checkpoint.params, dtype), checkpoint
+
+
+def from_params(config, params, dtype=torch.float32):
+    """A nested dict of arrays -> the module. Raises PaliGemmaError if a tensor is missing or left over."""
+    with torch.device("meta"):
+        model = PaliGemma(config)
+    model = model.to_empty(device="cpu").to(dtype).eval()
+    flat, state = checkpoints.flatten(params), model.state_dict()
+    if flat.keys() != state.keys():
+        raise PaliGemmaError(f"parameters do not match the module: {', '.join(sorted(flat.keys() ^ state.keys()))}")
+    with torch.no_grad():
+        for name, array in flat.items():
+            state[name].copy_(to_tensor(array))
+    return model
+
+
+def to_params(model) -> dict:
+    """The module's weights as the nested dict of NumPy arrays, which `checkpoint.save` writes."""
+    return checkpoints.unflatten({name: tensor.detach().numpy() for name, tensor in model.state_dict().items()})
+
+
+def to_tensor(array) -> torch.Tensor:
+    """A NumPy array, bfloat16 included, as a tensor of the same dtype."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+class TorchEngine:
+    """The twin as an engine of `numpy_ref.generate`: NumPy arrays in, NumPy logits out."""
+
+    name = "torch"
+
+    def __init__(self, checkpoint, dtype=torch.float32):
+        self.config = checkpoint.config
+        self.model = from_params(checkpoint.config, checkpoint.params, dtype)
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def prefill(self, pixel_values, input_ids, lengths, capacity):
+        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.dtype)
+        logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
+        return logits.float().numpy(), cache
+
+    @torch.inference_mode()
+    def decode(self, input_ids, lengths, cache):
+        logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
+        return logits.float().numpy(), cache
