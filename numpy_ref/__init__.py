@@ -14,3 +14,5 @@ Axis letters, used in every docstring of the project:
     N heads    K key/value heads    G = N / K queries that share one key head    H head dim
     D width    F hidden width of the MLP    P patches    V vocabulary rows
 """
+
+__version__ = "0.1.0"

@@ -1,0 +1,203 @@
+"""The bundle: a directory with everything that a host needs to run the model, and its description."""
+
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from onnx_ir import DataType
+from tqdm import tqdm
+
+from numpy_ref import __version__
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.tokenizer import Tokenizer, known_ids
+
+from . import graphs, weights
+
+FORMAT = "paligemma-onnx"
+VERSION = 1
+DESCRIPTION = "bundle.json"
+PRECISIONS = {"float32": DataType.FLOAT}
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose files were checked."""
+
+    path: Path
+    config: PaliGemmaConfig
+    description: dict
+
+    @property
+    def max_length(self) -> int:
+        return self.description["max_length"]
+
+
+def write(checkpoint, output, precision="float32", max_length=None, verify=None) -> None:
+    """Export a loaded checkpoint into the new directory `output`.
+
+    `verify(directory) -> table` is run before the directory gets its name; what it returns is kept in
+    bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
+    """
+    config = checkpoint.config
+    max_length = _check_length(config, max_length)
+    tokenizer = _tokenizer(checkpoint)
+    dtype = PRECISIONS[precision]
+    with checkpoints.new_directory(output) as folder:
+        placed = weights.plan(config, dtype)
+        arrays = checkpoints.flatten(checkpoint.params)
+        total = sum(stored.length for stored in placed.values())
+        with tqdm(total=total, desc="weights", unit="B", unit_scale=True, leave=False, disable=None, delay=1) as bar:
+            weights_digest = weights.write(folder / weights.FILE, placed, arrays, bar.update)
+        models = {
+            "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
+            "decode": graphs.decode_model(config, weights.initializer(placed), dtype),
+        }
+        for name, model in models.items():
+            (folder / f"{name}.onnx").write_bytes(graphs.serialize(model))
+        for name in TOKENIZER_FILES:
+            if (checkpoint.path / name).is_file():
+                shutil.copyfile(checkpoint.path / name, folder / name)
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "producer": f"paligemma-onnx {__version__}",
+            "precision": precision,
+            "max_length": max_length,
+            "config": to_hf(config),
+            "tokens": _tokens(config, tokenizer),
+            "prompt": "<image> * image_tokens, bos, tokens of the prefix, newline",
+            "image": {"size": config.vision.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5},
+            "opset": graphs.OPSET,
+            "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, model in models.items()},
+            "files": {
+                file.name: {
+                    "bytes": file.stat().st_size,
+                    "sha256": weights_digest if file.name == weights.FILE else sha256(file),
+                }
+                for file in sorted(folder.iterdir())
+            },
+            "parity": None,
+        }
+        _write_description(folder, description)
+        if verify:
+            description["parity"] = verify(folder)
+            _write_description(folder, description)
+
+
+def load(path) -> Bundle:
+    """Open a bundle: its version is known, its files are all there, and each has the SHA-256 that it had.
+
+    Raises PaliGemmaError that names the first difference.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
+    try:
+        description = checkpoints.read_json(path / DESCRIPTION)
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{path}: {error}; is this a bundle written by export-onnx?") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} does not describe a {FORMAT} bundle")
+    if description.get("version") != VERSION:
+        raise PaliGemmaError(
+            f"{path}: bundle version {description.get('version')!r}, but this program reads {VERSION}; export it again"
+        )
+    try:
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in description["files"].items()}
+        config = from_hf(description["config"])
+        description["max_length"] = int(description["max_length"])
+        graphs_listed = {description["graphs"][name]["file"] for name in ("prefill", "decode")}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} is damaged ({error!r}); export the bundle again") from None
+    if missing := graphs_listed - files.keys():
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
+    _check_files(path, files)
+    return Bundle(path, config, description)
+
+
+def shipped() -> Path:
+    """The bundle of the model that ships, exported into the user's cache on first use."""
+    source = checkpoints.SHIPPED
+    parts = [source / "config.json", source / "model.safetensors", *sorted(Path(__file__).parent.glob("*.py"))]
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+    path = Path(platformdirs.user_cache_dir("paligemma-onnx", appauthor=False)) / f"shipped-{digest}"
+    if not path.exists():
+        print(f"exporting the shipped model to {path}", file=sys.stderr)
+        try:
+            write(checkpoints.load(source), path)
+        except PaliGemmaError:
+            if not path.exists():  # another process may have been faster
+                raise
+    return path
+
+
+def sha256(file) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_files(path, files) -> None:
+    for name, (size, digest) in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise PaliGemmaError(f"{file}: this file of the bundle is missing; copy or export the bundle again")
+        if file.stat().st_size != size:
+            raise PaliGemmaError(f"{file}: {file.stat().st_size} bytes where {DESCRIPTION} says {size}; copy it again")
+        if sha256(file) != digest:
+            raise PaliGemmaError(f"{file}: contents differ from their SHA-256 in {DESCRIPTION}; copy it again")
+
+
+def _check_length(config, max_length) -> int:
+    least = config.vision.patches + 3  # the picture, bos, one token of a prompt, the newline
+    if max_length is None:
+        return config.max_length
+    if not least <= max_length <= config.max_length:
+        raise PaliGemmaError(
+            f"--max-length {max_length}: this model takes from {least} ({config.vision.patches} of them the picture) "
+            f"to {config.max_length} positions"
+        )
+    return max_length
+
+
+def _tokenizer(checkpoint):
+    """The checkpoint's tokenizer, or None with a warning: graphs can be used without one."""
+    if not (checkpoint.path / "tokenizer.model").is_file():
+        print(
+            f"export-onnx: warning: {checkpoint.path} has no tokenizer.model; the bundle takes and gives ids only",
+            file=sys.stderr,
+        )
+        return None
+    return Tokenizer.load(checkpoint.path, checkpoint.config)
+
+
+def _tokens(config, tokenizer) -> dict:
+    known = known_ids(config, tokenizer.size if tokenizer else None)
+    return {
+        "image": config.image_token,
+        "image_tokens": config.vision.patches,
+        "bos": config.bos,
+        "eos": config.eos,
+        "pad": config.pad,
+        "newline": tokenizer.newline if tokenizer else None,
+        "known": _ranges(known),
+    }
+
+
+def _ranges(known) -> list[list[int]]:
+    """A boolean row as [first, past the last] pairs."""
+    edges = [i for i in range(1, len(known)) if known[i] != known[i - 1]]
+    edges = [0, *edges, len(known)]
+    return [[a, b] for a, b in itertools.pairwise(edges) if known[a]]
+
+
+def _write_description(folder, description) -> None:
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

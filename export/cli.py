@@ -1,0 +1,66 @@
+"""The commands `export-onnx` and `run-onnx`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref import cli
+from numpy_ref.tokenizer import Tokenizer
+
+from . import bundle as bundles
+
+
+def export_onnx(argv=None):
+    """export-onnx [CHECKPOINT] --output DIR: write a bundle."""
+    options = argparse.ArgumentParser(
+        prog="export-onnx", description="Write an ONNX bundle of a PaliGemma checkpoint.", allow_abbrev=False
+    )
+    options.add_argument(
+        "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",
+        help="a Hugging Face PaliGemma directory; left out: the model that ships",
+    )  # fmt: skip
+    options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
+    options.add_argument("--precision", choices=bundles.PRECISIONS, default="float32", help="of the weights (float32)")
+    options.add_argument(
+        "--max-length", type=int, metavar="C", help="longest prompt and answer together (the model's own limit)"
+    )
+    options.add_argument(
+        "--verify", action="store_true", help="compare every stage with the NumPy reference, print the table"
+    )
+    arguments = options.parse_args(argv)
+    checkpoint = checkpoints.load(arguments.checkpoint)
+    verify = None
+    if arguments.verify:
+        from .verify import verify as compare
+
+        def verify(folder):
+            return compare(checkpoint, folder, arguments.precision)
+
+    bundles.write(checkpoint, arguments.output, arguments.precision, arguments.max_length, verify)
+    print(f"wrote {arguments.output}")
+
+
+def run_onnx(argv=None):
+    """run-onnx [BUNDLE] IMAGE PROMPT: answer with a bundle."""
+    options = cli.parser("run-onnx", "BUNDLE", "Answer a prompt about a picture with an ONNX bundle.")
+    options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
+    options.add_argument("--threads", type=int, default=0, metavar="N", help="threads on the CPU, 0 for all (0)")
+    arguments = cli.parse(options, argv)
+
+    def load(path):
+        from .session import Session
+
+        bundle = bundles.load(path or bundles.shipped())
+        tokenizer = Tokenizer.load(bundle.path, bundle.config)
+        return Session(bundle, arguments.provider, arguments.threads), tokenizer
+
+    return cli.answer(arguments, load)
+
+
+def export_main():
+    sys.exit(cli.run("export-onnx", export_onnx))
+
+
+def run_main():
+    sys.exit(cli.run("run-onnx", run_onnx))

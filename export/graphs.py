@@ -1,0 +1,117 @@
+"""The two models with their inputs, outputs and weights; the one file that knows the graph library.
+
+Weights come through `initializer(path) -> tensor`: a reference into the bundle's weights file when exporting,
+arrays in memory when testing. With `taps`, every named intermediate value becomes a further output.
+"""
+
+import onnx_ir as ir
+from onnx_ir import DataType
+from onnxscript import GraphBuilder
+
+from numpy_ref.checkpoint import parameters, unflatten
+from numpy_ref.layers import identity
+
+from . import paligemma
+
+OPSET = 24  # TensorScatter, the in-place cache write
+IR_VERSION = 11  # what onnxruntime 1.30 and later read
+
+
+def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.Model:
+    """prefill.onnx: pixel_values, input_ids, lengths, capacity -> logits, present.{i}.key/value."""
+    builder, p = _start("prefill", config, initializer, lambda path: True)
+    size = config.vision.image_size
+    inputs = [
+        builder.input("pixel_values", DataType.FLOAT if dtype != DataType.DOUBLE else dtype, ["B", 3, size, size]),
+        builder.input("input_ids", DataType.INT64, ["B", "T"]),
+        builder.input("lengths", DataType.INT32, ["B"]),
+        builder.input("capacity", DataType.INT64, []),
+    ]
+    logits, cache = paligemma.prefill(builder.op, p, config, *inputs, tap=_tap(builder, taps))
+    return _finish(builder, config, logits, cache)
+
+
+def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.Model:
+    """decode.onnx: input_ids, lengths, past_key_values.{i}.key/value -> logits, present.{i}.key/value."""
+    builder, p = _start("decode", config, initializer, lambda path: path.startswith("text."))
+    input_ids = builder.input("input_ids", DataType.INT64, ["B", 1])
+    lengths = builder.input("lengths", DataType.INT32, ["B"])
+    cache = [
+        tuple(builder.input(f"past_key_values.{i}.{kind}", dtype, _cache_shape(config)) for kind in ("key", "value"))
+        for i in range(config.text.depth)
+    ]
+    logits, cache = paligemma.decode(builder.op, p, config, input_ids, lengths, cache, _tap(builder, taps))
+    return _finish(builder, config, logits, cache)
+
+
+def describe(model: ir.Model) -> dict:
+    """The inputs and outputs of a model as plain data, for bundle.json."""
+
+    def entry(value):
+        return {"name": value.name, "dtype": value.dtype.name.lower(), "shape": _dims(value.shape)}
+
+    return {"inputs": [entry(v) for v in model.graph.inputs], "outputs": [entry(v) for v in model.graph.outputs]}
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The .onnx file's bytes; external weights stay references."""
+    return ir.to_proto(model).SerializeToString()
+
+
+def build(name, inputs, outputs, function) -> ir.Model:
+    """A model of one function: inputs {name: (dtype, shape)} -> the named outputs of `function(op, *inputs)`."""
+    builder = _builder(name)
+    values = function(builder.op, *(builder.input(key, dtype, shape) for key, (dtype, shape) in inputs.items()))
+    for output, value in zip(outputs, values, strict=True):
+        builder.add_output(builder.op.Identity(value), output)
+    return _model(builder)
+
+
+def _builder(name) -> GraphBuilder:
+    return GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
+
+
+def _start(name, config, initializer, used):
+    builder = _builder(name)
+    paths = [parameter.path for parameter in parameters(config) if used(parameter.path)]
+    return builder, unflatten({path: builder.initializer(initializer(path), path) for path in paths})
+
+
+def _tap(builder, taps):
+    if not taps:
+        return identity
+
+    def record(name, value):
+        # An Identity, since one value may carry several names, and an output needs its own.
+        builder.add_output(builder.op.Identity(value), f"tap.{name}")
+        return value
+
+    return record
+
+
+def _finish(builder, config, logits, cache) -> ir.Model:
+    outputs = {"logits": (logits, ["B", config.text.vocab])}
+    for i, layer in enumerate(cache):
+        for kind, value in zip(("key", "value"), layer, strict=True):
+            outputs[f"present.{i}.{kind}"] = (value, _cache_shape(config))
+    taps = list(builder.graph.outputs)
+    builder.graph.outputs.clear()
+    for name, (value, shape) in outputs.items():
+        value.shape = ir.Shape(shape)
+        builder.add_output(value, name)
+    builder.graph.outputs.extend(taps)
+    return _model(builder)
+
+
+def _model(builder) -> ir.Model:
+    for node in builder.graph:
+        node.metadata_props.clear()  # the builder's notes to itself
+    return ir.Model(builder.graph, ir_version=IR_VERSION, producer_name="paligemma-onnx")
+
+
+def _cache_shape(config):
+    return ["B", config.text.kv_heads, "C", config.text.head_dim]
+
+
+def _dims(shape):
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in shape]

@@ -1,0 +1,128 @@
+"""Leaf functions that add nodes to a graph, each the twin of its namesake in `numpy_ref/layers.py`.
+
+Only standard operators whose kernels exist in float64 too, so that ONNX Runtime itself can be refereed in it.
+"""
+
+import math
+
+from onnx_ir import DataType
+
+from numpy_ref.layers import identity
+
+_HALF = (DataType.FLOAT16, DataType.BFLOAT16)
+
+
+def upcast(op, x):
+    """float16 and bfloat16 -> float32; float32 and float64 stay."""
+    return op.Cast(x, to=DataType.FLOAT) if x.dtype in _HALF else x
+
+
+def cast_to(op, x, dtype):
+    """x in a dtype; no node if it already is."""
+    return x if x.dtype == dtype else op.Cast(x, to=dtype)
+
+
+def cast_like(op, weight, x):
+    """The weight in the dtype of x; no node if it already is."""
+    return cast_to(op, weight, x.dtype)
+
+
+def linear(op, x, kernel, bias=None):
+    """x [..., in], kernel [in, out], bias [out] -> [..., out]."""
+    y = op.MatMul(x, cast_like(op, kernel, x))
+    return y if bias is None else op.Add(y, cast_like(op, bias, x))
+
+
+def embedding(op, ids, table, dtype):
+    """Rows of a table: ids [...], table [V, D] -> [..., D]."""
+    return cast_to(op, op.Gather(table, ids), dtype)
+
+
+def gelu(op, x):
+    """GELU in its tanh form.
+
+    Spelled out because the Gelu operator's own expansion has float32 constants, 1e-8 off in float64. The runtime
+    recognises this spelling and fuses it.
+    """
+    inner = op.Mul(op.Add(x, op.Mul(op.Pow(x, 3.0), 0.044715)), math.sqrt(2 / math.pi))
+    return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(inner), 1.0))
+
+
+def softmax(op, x):
+    """Over the last axis, in float32 or wider."""
+    return cast_like(op, op.Softmax(upcast(op, x), axis=-1), x)
+
+
+def softcap(op, x, cap):
+    """tanh(x / cap) * cap; x itself when cap is None."""
+    return x if cap is None else op.Mul(op.Tanh(op.Div(x, cap)), cap)
+
+
+def layer_norm(op, x, scale, bias, eps):
+    """LayerNorm: x [..., D], scale [D], bias [D] -> [..., D]. Variance divides by D."""
+    x32 = upcast(op, x)
+    centred = op.Sub(x32, op.ReduceMean(x32, [-1]))
+    variance = op.ReduceMean(op.Pow(centred, 2.0), [-1])
+    normed = op.Div(centred, op.Sqrt(op.Add(variance, eps)))
+    scaled = op.Add(op.Mul(normed, cast_like(op, scale, x32)), cast_like(op, bias, x32))
+    return cast_like(op, scaled, x)
+
+
+def rms_norm(op, x, scale, eps):
+    """RMSNorm with the scale as an offset from one: x [..., D], scale [D] -> [..., D]."""
+    x32 = upcast(op, x)
+    variance = op.ReduceMean(op.Pow(x32, 2.0), [-1])
+    normed = op.Div(x32, op.Sqrt(op.Add(variance, eps)))
+    return cast_like(op, op.Mul(normed, op.Add(cast_like(op, scale, x32), 1.0)), x)
+
+
+def rope_angles(op, positions, head_dim, base, dtype):
+    """Cosine and sine of the rotary embedding: positions [B, T] -> two [B, 1, T, H/2]."""
+    steps = op.Cast(op.Constant(value_floats=[float(i) for i in range(0, head_dim, 2)]), to=dtype)
+    frequencies = op.Pow(op.CastLike(base, steps), op.Mul(steps, -1 / head_dim))
+    angles = op.Mul(op.Cast(op.Unsqueeze(positions, [1, 3]), to=dtype), frequencies)
+    return op.Cos(angles), op.Sin(angles)
+
+
+def rope(op, x, cos, sin):
+    """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
+    first, second = op.Split(upcast(op, x), axis=-1, num_outputs=2, _outputs=2)
+    rotated = op.Concat(
+        op.Sub(op.Mul(first, cos), op.Mul(second, sin)), op.Add(op.Mul(second, cos), op.Mul(first, sin)), axis=-1
+    )
+    return cast_like(op, rotated, x)
+
+
+def split_heads(op, x, heads):
+    """[B, T, N*H] -> [B, N, T, H]."""
+    return op.Transpose(op.Reshape(x, [0, 0, heads, -1]), perm=[0, 2, 1, 3])
+
+
+def merge_heads(op, x):
+    """[B, N, T, H] -> [B, T, N*H]."""
+    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, -1])
+
+
+def attend(op, query, key, value, mask=None, cap=None, tap=identity):
+    """query [B, N, T, H] (scaled), key and value [B, K, S, H], mask [B, T, S] -> [B, N, T, H]."""
+    kv_heads, head_dim = key.shape[1], query.shape[3]
+    shape = op.Concat(op.Shape(query, start=0, end=3), op.Shape(key, start=2, end=3), axis=0)
+    # The queries that share a key head are stacked, so that each key is read once.
+    grouped = op.Reshape(query, [0, kv_heads, -1, head_dim])
+    scores = tap("scores", op.MatMul(grouped, op.Transpose(key, perm=[0, 1, 3, 2])))
+    stacked = op.Shape(scores)
+    scores = softcap(op, scores, cap)  # before the mask: a capped -inf would be an ordinary number
+    scores = op.Reshape(scores, shape)
+    if mask is not None:
+        scores = op.Where(op.Unsqueeze(mask, [1]), scores, -math.inf)
+    weights = tap("weights", softmax(op, scores))
+    context = op.MatMul(op.Reshape(weights, stacked), value)
+    return op.Reshape(context, op.Shape(query))
+
+
+def write_cache(op, cache, update, start):
+    """Write update [B, K, T, H] into cache [B, K, C, H] at position start [B] of each row.
+
+    A host that binds the input and the output to one buffer gets this in place.
+    """
+    return op.TensorScatter(cache, update, op.Cast(start, to=DataType.INT64), axis=2)

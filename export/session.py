@@ -1,0 +1,132 @@
+"""Running a bundle with ONNX Runtime: the engine whose cache never leaves the device.
+
+The cache is a set of buffers on the device. Prefill writes them; every decode step is given the same buffer
+as past and as present, so the runtime updates it in place. The same code drives CUDA and the CPU.
+"""
+
+import ctypes
+
+import numpy as np
+import onnxruntime
+
+from numpy_ref.errors import PaliGemmaError
+
+from .bundle import Bundle
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_INSTALL = "it needs a driver for CUDA 13 and pip install 'onnxruntime-gpu[cuda,cudnn]'"
+_FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
+
+
+class Session:
+    """The two graphs of a bundle as an engine of `numpy_ref.generate`."""
+
+    name = "onnx"
+
+    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0):
+        self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
+        self.provider = choose_provider(provider)
+        self._prefill = self._open("prefill", threads)
+        if self.provider not in self._prefill.get_providers():  # the device is there, but not CUDA's libraries
+            if provider == "cuda":
+                raise PaliGemmaError(f"--provider cuda: its libraries do not load; {_INSTALL}")
+            self.provider = CPU
+        self._decode = self._open("decode", threads)
+        self.device = "cuda" if self.provider == CUDA else "cpu"
+
+    def prefill(self, pixel_values, input_ids, lengths, capacity):
+        """pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
+        cache = Cache(self, len(lengths), capacity)
+        binding = self._prefill.io_binding()
+        feeds = {
+            "pixel_values": np.ascontiguousarray(pixel_values, np.float32),
+            "input_ids": np.ascontiguousarray(input_ids, np.int64),
+            "lengths": np.ascontiguousarray(lengths, np.int32),
+            "capacity": np.array(capacity, np.int64),
+        }
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output("logits", "cpu")
+        for name, buffer in cache.buffers.items():
+            binding.bind_ortvalue_output(f"present.{name}", buffer)
+        self._prefill.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0], cache
+
+    def decode(self, input_ids, lengths, cache):
+        """input_ids [B, 1] at position lengths [B] -> logits [B, V]; the cache is updated in place."""
+        cache.input_ids.update_inplace(np.ascontiguousarray(input_ids, np.int64))
+        cache.lengths.update_inplace(np.ascontiguousarray(lengths, np.int32))
+        self._decode.run_with_iobinding(cache.binding)
+        return cache.logits.numpy(), cache
+
+    def _open(self, name, threads):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        options.intra_op_num_threads = threads
+        file = self.bundle.path / self.bundle.description["graphs"][name]["file"]
+        providers = [CUDA, CPU] if self.provider == CUDA else [CPU]
+        try:
+            return onnxruntime.InferenceSession(file, options, providers=providers)
+        except Exception as error:  # the runtime's exceptions have no common class
+            raise PaliGemmaError(f"{file}: ONNX Runtime cannot load it ({error})") from None
+
+
+class Cache:
+    """The key and value buffers of one generation, bound to the decode graph as past and as present."""
+
+    def __init__(self, session: Session, batch: int, capacity: int):
+        text, device = session.config.text, session.device
+
+        def buffer(shape, dtype):
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)
+
+        shape = [batch, text.kv_heads, capacity, text.head_dim]
+        self.buffers = {
+            f"{i}.{kind}": buffer(shape, np.float32) for i in range(text.depth) for kind in ("key", "value")
+        }
+        self.input_ids, self.lengths = buffer([batch, 1], np.int64), buffer([batch], np.int32)
+        self.logits = buffer([batch, text.vocab], np.float32)
+        self.binding = session._decode.io_binding()
+        self.binding.bind_ortvalue_input("input_ids", self.input_ids)
+        self.binding.bind_ortvalue_input("lengths", self.lengths)
+        self.binding.bind_ortvalue_output("logits", self.logits)
+        for name, value in self.buffers.items():
+            self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self.binding.bind_ortvalue_output(f"present.{name}", value)
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]."""
+        return {name: value.numpy() for name, value in self.buffers.items()}
+
+
+def choose_provider(wanted: str) -> str:
+    """ "auto", "cpu" or "cuda" -> the provider's name.
+
+    Auto takes CUDA only where a device answers: the GPU build of the runtime lists CUDA on every machine.
+    Raises PaliGemmaError if CUDA is asked for and cannot be had: there is no silent fallback.
+    """
+    if wanted == "cpu":
+        return CPU
+    if CUDA not in onnxruntime.get_available_providers():
+        missing = "this onnxruntime is built without it"
+    elif not _cuda_devices():
+        missing = "no NVIDIA device answers"
+    else:
+        onnxruntime.preload_dlls()
+        return CUDA
+    if wanted == "cuda":
+        raise PaliGemmaError(f"--provider cuda: {missing}; {_INSTALL}")
+    return CPU
+
+
+def _cuda_devices() -> int:
+    """How many devices the CUDA driver reports; 0 without a driver."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(library)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value
+    return 0

@@ -1,0 +1,76 @@
+"""The weights file that the graphs share: raw tensors, one after another, each on a page boundary.
+
+It is planned first (so that graphs and checks need no bytes) and then written tensor by tensor, a block of
+rows at a time: a model never has to fit in memory.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from numpy_ref.checkpoint import parameters
+
+FILE = "weights.bin"
+ALIGNMENT = 4096  # what the ONNX specification recommends, so that a tensor can be mapped
+BLOCK = 32 * 2**20  # bytes converted at once
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies."""
+
+    path: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def plan(config, dtype=ir.DataType.FLOAT) -> dict[str, Stored]:
+    """Place every tensor of a model: path -> Stored, in the order in which they are written."""
+    placed, offset = {}, 0
+    for parameter in parameters(config):
+        length = math.prod(parameter.shape) * dtype.numpy().itemsize  # onnx_ir's own itemsize is a float
+        placed[parameter.path] = Stored(parameter.path, dtype, parameter.shape, offset, length)
+        offset = -(-(offset + length) // ALIGNMENT) * ALIGNMENT
+    return placed
+
+
+def write(file, placed, arrays, progress=lambda size: None) -> str:
+    """Write arrays {path: array} as placed; call `progress` with each block's bytes. The file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(file, "wb") as stream:
+        for stored in placed.values():
+            gap = bytes(stored.offset - stream.tell())
+            stream.write(gap)
+            digest.update(gap)
+            for block in _blocks(arrays[stored.path], stored.dtype.numpy()):
+                stream.write(block)
+                digest.update(block)
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def _blocks(array, dtype):
+    """The array's bytes in row-major order and in `dtype`, in pieces of about BLOCK bytes."""
+    row = max(1, array[:1].size * dtype.itemsize)
+    step = max(1, BLOCK // row)
+    for start in range(0, len(array), step):
+        block = np.ascontiguousarray(array[start : start + step].astype(dtype, copy=False))
+        yield block.reshape(-1).view(np.uint8).data
+
+
+def initializer(placed, directory=""):
+    """path -> a tensor that refers into the weights file, as the graphs take it."""
+
+    def reference(path):
+        stored = placed[path]
+        return ir.ExternalTensor(
+            FILE, stored.offset, stored.length, stored.dtype, shape=ir.Shape(stored.shape), name=path,
+            base_dir=directory,
+        )  # fmt: skip
+
+    return reference

@@ -1,0 +1,24 @@
+"""python -m numpy_ref [CHECKPOINT] IMAGE PROMPT: the reference answers."""
+
+import sys
+
+from . import checkpoint, cli
+from .generate import NumpyEngine
+from .tokenizer import Tokenizer
+
+PROG = "python -m numpy_ref"
+
+
+def load(path):
+    """A checkpoint directory, or the shipped one, as engine and tokenizer."""
+    loaded = checkpoint.load(path or checkpoint.SHIPPED)
+    return NumpyEngine(loaded), Tokenizer.load(loaded.path, loaded.config)
+
+
+def main(argv=None):
+    options = cli.parser(PROG, "CHECKPOINT", "Answer a prompt about a picture with the NumPy reference.")
+    return cli.answer(cli.parse(options, argv), load)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(PROG, main))

@@ -1,0 +1,172 @@
+"""The command line that the three implementations share: an image and a prompt in, text out."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from . import detection
+from .errors import PaliGemmaError
+from .generate import Timings, answers, choose_capacity, generate
+from .image import open_image, preprocess
+from .sampling import Sampling
+from .tokenizer import Stream
+
+DEFAULT_NEW_TOKENS = 64
+
+
+def run(prog, main, argv=None) -> int:
+    """Call `main(argv)`; bad input becomes one line on stderr and exit code 1."""
+    try:
+        return main(argv) or 0
+    except PaliGemmaError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser(prog, model, description) -> argparse.ArgumentParser:
+    """The options of `run-onnx`, `python -m numpy_ref` and `python -m torch_impl`."""
+    options = argparse.ArgumentParser(
+        prog=prog, description=description, usage=f"{prog} [{model}] IMAGE PROMPT [options]", allow_abbrev=False
+    )
+    options.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help=f"[{model}] IMAGE PROMPT; without {model} the model that ships is used; "
+        "a PROMPT of @FILE is read from that file",
+    )
+    options.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help="longest answer (64)")
+    options.add_argument("--temperature", type=_real(0, math.inf), default=0.0, metavar="T", help="0 is greedy (0)")
+    options.add_argument("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="keep the head that sums to P (1)")
+    options.add_argument("--top-k", type=_whole(0), default=0, metavar="K", help="keep the K likeliest, 0 for all (0)")
+    options.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="of the draws (0)")
+    options.add_argument("--json", action="store_true", help="print one JSON object")
+    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw the boxes found over the picture")
+    options.add_argument(
+        "--boxes", choices=detection.CONVENTIONS, default="big_vision", help="what a location token counts (big_vision)"
+    )
+    return options
+
+
+def parse(options: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+    """Parse, and split the positional arguments into `model` (None if left out), `image` and `prompt`."""
+    arguments = options.parse_args(argv)
+    if len(arguments.inputs) not in (2, 3):
+        options.error(f"expected IMAGE PROMPT, optionally a model before them; got {len(arguments.inputs)} arguments")
+    *model, image, prompt = arguments.inputs
+    arguments.model, arguments.image = (Path(model[0]) if model else None), Path(image)
+    arguments.prompt = _read_prompt(prompt)
+    return arguments
+
+
+def answer(arguments, load) -> int:
+    """Load an engine and its tokenizer with `load(model path or None)`, generate, and print."""
+    image = open_image(arguments.image)  # before the model: the cheaper mistake first
+    started = time.perf_counter()
+    engine, tokenizer = load(arguments.model)
+    load_s = time.perf_counter() - started
+
+    config = engine.config
+    prompt = tokenizer.prompt(arguments.prompt)
+    new_tokens, capacity = _budget(engine, prompt, arguments.max_new_tokens)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    timings, stream, tokens = Timings(), Stream(tokenizer), []
+    pixel_values = preprocess(image, config.vision.image_size)
+    for token in generate(engine, pixel_values, [prompt], tokenizer.known(), new_tokens, sampling, capacity, timings):
+        tokens.append(token)
+        if not arguments.json and token[0] != config.eos:
+            print(stream.push(int(token[0])), end="", flush=True)
+    if not arguments.json:
+        print(stream.close())
+
+    ids = answers(tokens, config.eos)[0]
+    text = tokenizer.decode(ids)
+    boxes = detection.parse(text, image.width, image.height, arguments.boxes)
+    if arguments.draw:
+        _write_drawing(arguments.draw, detection.draw(image, boxes, _caption(arguments.prompt, text, boxes)))
+    if arguments.json:
+        times = {
+            "load_s": round(load_s, 4),
+            "prefill_s": round(timings.prefill_s, 4),
+            "decode_tokens_per_s": round(timings.decode_tokens_per_s, 2),
+        }
+        found = [box.as_json() for box in boxes]
+        masks = [box for box in found if "codes" in box]
+        print(json.dumps({"text": text, "tokens": ids, "boxes": found, "masks": masks, "timings": times}))
+    return 0
+
+
+def _read_prompt(prompt: str) -> str:
+    source = "the prompt"
+    if prompt.startswith("@"):
+        source = prompt[1:]
+        try:
+            prompt = Path(source).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PaliGemmaError(f"{source}: cannot read the prompt ({error})") from None
+    if not prompt.strip():
+        raise PaliGemmaError(f'{source} is empty; ask something, for example "caption en"')
+    return prompt
+
+
+def _budget(engine, prompt, max_new_tokens):
+    """How many tokens to generate, and the cache slots that takes."""
+    lengths = np.array([len(prompt)])
+    limit = getattr(engine, "max_length", engine.config.max_length)
+    if max_new_tokens is None:
+        choose_capacity(engine.config, lengths, 1, limit)  # the prompt itself must fit
+        max_new_tokens = min(DEFAULT_NEW_TOKENS, limit - len(prompt) + 1)
+    return max_new_tokens, choose_capacity(engine.config, lengths, max_new_tokens, limit)
+
+
+def _caption(prompt, text, boxes) -> str:
+    """What is written below a drawing: the prompt, and the answer unless the boxes show it."""
+    return f"{prompt}: {len(boxes)} found" if boxes else f"{prompt}: {text}"
+
+
+def _write_drawing(path: Path, drawing) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix or ".png", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            drawing.save(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise PaliGemmaError(f"{path}: cannot write the drawing ({error})") from None
+
+
+def _whole(least):
+    def parse(text):
+        value = int(text)
+        if value < least:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"whole number from {least}"
+    return parse
+
+
+def _real(least, most):
+    def parse(text):
+        value = float(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number from {least}" + (f" to {most}" if math.isfinite(most) else "")
+    return parse

@@ -1,0 +1,25 @@
+"""python -m torch_impl [CHECKPOINT] IMAGE PROMPT: the PyTorch twin answers."""
+
+import sys
+
+from numpy_ref import checkpoint, cli
+from numpy_ref.tokenizer import Tokenizer
+
+from .load import TorchEngine
+
+PROG = "python -m torch_impl"
+
+
+def load(path):
+    """A checkpoint directory, or the shipped one, as engine and tokenizer."""
+    loaded = checkpoint.load(path or checkpoint.SHIPPED)
+    return TorchEngine(loaded), Tokenizer.load(loaded.path, loaded.config)
+
+
+def main(argv=None):
+    options = cli.parser(PROG, "CHECKPOINT", "Answer a prompt about a picture with the PyTorch twin.")
+    return cli.answer(cli.parse(options, argv), load)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(PROG, main))
