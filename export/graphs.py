@@ -58,11 +58,11 @@ def serialize(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString()
 
 
-def build(name, inputs, outputs, function) -> ir.Model:
-    """A model of one function: inputs {name: (dtype, shape)} -> the named outputs of `function(op, *inputs)`."""
+def build(name, inputs, function) -> ir.Model:
+    """A model of one function: inputs {name: (dtype, shape)}; `function(op, *inputs)` gives {output name: value}."""
     builder = _builder(name)
     values = function(builder.op, *(builder.input(key, dtype, shape) for key, (dtype, shape) in inputs.items()))
-    for output, value in zip(outputs, values, strict=True):
+    for output, value in values.items():
         builder.add_output(builder.op.Identity(value), output)
     return _model(builder)
 

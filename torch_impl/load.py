@@ -42,19 +42,17 @@ def to_tensor(array) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-class TorchEngine:
-    """The twin as an engine of `numpy_ref.generate`: NumPy arrays in, NumPy logits out."""
+class ModuleEngine:
+    """A module as an engine of `numpy_ref.generate`: NumPy arrays in, NumPy logits out."""
 
     name = "torch"
 
-    def __init__(self, checkpoint, dtype=torch.float32):
-        self.config = checkpoint.config
-        self.model = from_params(checkpoint.config, checkpoint.params, dtype)
-        self.dtype = dtype
+    def __init__(self, model: PaliGemma):
+        self.config, self.model = model.config, model
 
     @torch.inference_mode()
     def prefill(self, pixel_values, input_ids, lengths, capacity):
-        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.dtype)
+        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
         return logits.float().numpy(), cache
 
@@ -62,3 +60,10 @@ class TorchEngine:
     def decode(self, input_ids, lengths, cache):
         logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
         return logits.float().numpy(), cache
+
+
+class TorchEngine(ModuleEngine):
+    """The twin of a loaded checkpoint as an engine."""
+
+    def __init__(self, checkpoint, dtype=torch.float32):
+        super().__init__(from_params(checkpoint.config, checkpoint.params, dtype))

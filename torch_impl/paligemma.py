@@ -28,9 +28,9 @@ def decode_mask(lengths, capacity, window=None):
     return mask if window is None else mask & (key > position - window)
 
 
-def pad_cache(tensor, capacity):
+def pad_cache(array, capacity):
     """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
-    return nn.functional.pad(tensor, (0, 0, 0, capacity - tensor.shape[2]))
+    return nn.functional.pad(array, (0, 0, 0, capacity - array.shape[2]))
 
 
 class PaliGemma(nn.Module):

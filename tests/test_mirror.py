@@ -1,0 +1,145 @@
+"""The three implementations have the same functions, arguments and weight names, and import in one direction."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import export.gemma
+import export.layers
+import export.paligemma
+import export.siglip
+import numpy_ref.gemma
+import numpy_ref.layers
+import numpy_ref.paligemma
+import numpy_ref.siglip
+import torch_impl.gemma
+import torch_impl.layers
+import torch_impl.paligemma
+import torch_impl.siglip
+from export import graphs
+from numpy_ref.checkpoint import flatten, parameters
+from torch_impl.paligemma import PaliGemma
+
+from .models import CONFIGS, random_params
+
+ROOT = Path(__file__).parent.parent
+FILES = ("layers", "siglip", "gemma", "paligemma")
+SHARED = {"identity", "scoped"}  # taps, which the siblings import from the reference
+NOT_EXPORTED = {"forward"}  # training's pass over every position
+# Functions of the reference that are methods of a larger module in PyTorch.
+METHODS = {
+    ("gemma", "embed"): "Decoder.embed",
+    ("gemma", "logits"): "Decoder.logits",
+    **{("paligemma", name): f"PaliGemma.{name}" for name in
+       ("encode_image", "embed_prefix", "forward", "hidden_states", "prefill", "decode")},
+}  # fmt: skip
+
+
+def public_functions(module):
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def arguments(function, *dropped):
+    names = list(inspect.signature(function).parameters)
+    return [name for name in names if name not in dropped]
+
+
+CASES = [
+    (file, name)
+    for file in FILES
+    for name in public_functions(getattr(numpy_ref, file))
+    if name not in SHARED
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "name"), CASES)
+def test_torch_has_the_same_function(file, name):
+    reference = getattr(getattr(numpy_ref, file), name)
+    module = getattr(torch_impl, file)
+    owner = METHODS.get((file, name))
+    if owner is None and not hasattr(module, name):
+        owner = "".join(part.title() for part in name.split("_")) + ".forward"
+    if owner is None:
+        assert arguments(getattr(module, name)) == arguments(reference)
+    else:
+        cls, method = owner.split(".")
+        twin = getattr(getattr(module, cls), method)
+        assert arguments(twin, "self") == arguments(reference, "p", "config")
+
+
+@pytest.mark.parametrize(("file", "name"), [case for case in CASES if case[1] not in NOT_EXPORTED])
+def test_export_has_the_same_function(file, name):
+    twin = getattr(getattr(export, file), name)
+    reference = getattr(getattr(numpy_ref, file), name)
+    assert arguments(twin)[0] == "op"
+    assert arguments(twin, "op") == arguments(reference)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_weight_namespace(name):
+    config = CONFIGS[name]
+    params = flatten(random_params(config))
+    expected = {path: array.shape for path, array in params.items()}
+    assert {p.path: p.shape for p in parameters(config)} == expected
+    assert {path: tuple(t.shape) for path, t in PaliGemma(config).state_dict().items()} == expected
+    import onnx_ir as ir
+
+    model = graphs.prefill_model(config, lambda path: ir.tensor(params[path], name=path))
+    weights = {
+        value.name: tuple(value.const_value.shape)
+        for value in model.graph.initializers.values()
+        if not value.name.startswith("const_")
+    }
+    assert weights == expected
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("numpy_ref", {"torch", "torch_impl", "export", "onnx", "onnx_ir", "onnxscript", "onnxruntime"}),
+        ("torch_impl", {"export", "onnx", "onnx_ir", "onnxscript", "onnxruntime"}),
+        ("export", {"torch", "torch_impl", "transformers"}),
+    ],
+)
+def test_imports_flow_one_way(package, forbidden):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert not imported(file) & forbidden, file
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(result.stdout.split())
+
+
+def test_the_reference_needs_only_numpy():
+    names = " ".join(
+        f"import numpy_ref.{file.stem};" for file in (ROOT / "numpy_ref").glob("*.py") if file.stem != "__main__"
+    )
+    loaded = modules_after(f"import numpy_ref; {names.rstrip(';')}")
+    assert not loaded & {"torch", "onnx", "onnxruntime", "PIL", "sentencepiece", "safetensors", "ml_dtypes", "tqdm"}
+
+
+def test_exporting_needs_no_torch():
+    names = "; ".join(f"import export.{file.stem}" for file in (ROOT / "export").glob("*.py"))
+    assert not modules_after(names) & {"torch", "transformers", "torch_impl"}

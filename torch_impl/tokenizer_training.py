@@ -1,0 +1,106 @@
+"""Train the small model's own tokenizer, set up as Gemma's is, and write what transformers needs beside it.
+
+SentencePiece BPE with byte fallback and no dummy prefix; control tokens 0-3; then "\\n", the location and the
+segmentation tokens as pieces of their own. `<image>` is no piece: its id is the first one past the vocabulary.
+"""
+
+import io
+import json
+
+import numpy as np
+import sentencepiece
+
+from numpy_ref.tokenizer import LOCATIONS, SEGMENTS
+
+from . import scenes
+
+VOCAB = 1600
+WORDS = "what where which who is are the a an in of on and it there this picture image segment describe person cat dog"
+
+
+def train_tokenizer(seed: int, size: int = VOCAB) -> bytes:
+    """The serialised SentencePiece model; the same bytes for the same seed."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_text(seed)), model_writer=model, model_type="bpe", vocab_size=size,
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+        normalization_rule_name="identity", character_coverage=1.0, num_threads=1, minloglevel=2,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
+        unk_piece="<unk>", user_defined_symbols=["\n", *LOCATIONS, *SEGMENTS],
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def _text(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(3000):
+        scene = scenes.random_scene(rng)
+        for task in ("caption", "detect", "answer"):
+            prefix, suffix = scenes.random_question(rng, scene, task)
+            yield prefix
+            if task != "detect":  # its suffix is location tokens and words that the prefix has
+                yield suffix
+    for _ in range(30):
+        yield WORDS
+
+
+def foreign_files(tokenizer_model: bytes, image_size: int, patches: int) -> dict[str, bytes]:
+    """The files by which transformers' AutoProcessor loads the same tokenizer and preprocessing."""
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    tokenizer = {
+        "tokenizer_class": "GemmaTokenizer", **special, "add_bos_token": True, "add_eos_token": False,
+        "extra_special_tokens": {"image_token": "<image>"}, "processor_class": "PaliGemmaProcessor",
+    }  # fmt: skip
+    picture = {
+        "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor",
+        "do_resize": True, "size": {"height": image_size, "width": image_size}, "resample": 3,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True, "image_seq_length": patches,
+    }  # fmt: skip
+    contents = {
+        "tokenizer.json": tokenizer_json(tokenizer_model),
+        "tokenizer_config.json": tokenizer,
+        "preprocessor_config.json": picture,
+    }
+    return {name: (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode() for name, value in contents.items()}
+
+
+def tokenizer_json(tokenizer_model: bytes) -> dict:
+    """A SentencePiece BPE model in the format of the `tokenizers` library, `<image>` added behind its end.
+
+    BPE merges the pair whose joined piece has the best score, so the merges are every way to split a piece into
+    two pieces, in the order of the scores of what they make.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
+    size = processor.get_piece_size()
+    pieces = [processor.id_to_piece(i) for i in range(size)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    normal = [
+        i for i in range(size) if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
+    ]
+    spelled = {pieces[i] for i in normal} - set(LOCATIONS) - set(SEGMENTS)
+    merges = []
+    for piece in sorted(spelled, key=lambda piece: (-processor.get_score(vocab[piece]), vocab[piece])):
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        merges += [split for split in splits if split[0] in spelled and split[1] in spelled]
+    added = [(i, pieces[i], True) for i in range(4)]
+    added += [(vocab[piece], piece, False) for piece in ["\n", *LOCATIONS, *SEGMENTS]] + [(size, "<image>", True)]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": special}
+            for i, text, special in sorted(added)
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        ]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+            "vocab": vocab, "merges": [list(merge) for merge in merges],
+        },
+    }  # fmt: skip
