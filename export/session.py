@@ -57,7 +57,7 @@ class Session:
         cache.input_ids.update_inplace(np.ascontiguousarray(input_ids, np.int64))
         cache.lengths.update_inplace(np.ascontiguousarray(lengths, np.int32))
         self._decode.run_with_iobinding(cache.binding)
-        return cache.logits.numpy(), cache
+        return cache.logits.numpy().copy(), cache  # on the CPU .numpy() is a view of the buffer
 
     def _open(self, name, threads):
         options = onnxruntime.SessionOptions()
@@ -96,7 +96,7 @@ class Cache:
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]."""
-        return {name: value.numpy() for name, value in self.buffers.items()}
+        return {name: value.numpy().copy() for name, value in self.buffers.items()}
 
 
 def choose_provider(wanted: str) -> str:

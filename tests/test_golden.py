@@ -14,7 +14,8 @@ from . import make_goldens
 from .make_goldens import GOLDEN, NEW_TOKENS, PREFIXES
 
 NAMES = ["paligemma1", "paligemma2"]
-BUDGET = 1e-4  # of the largest logit; measured 1.3e-6
+LIVE_BUDGET = 1e-4  # of the largest logit, the contract's; measured 1.5e-6
+BUDGET = 1e-5  # the recorded answers are held closer, so that mutants as subtle as another GELU show
 
 
 def open_engine(kind, loaded, folder):
@@ -92,6 +93,6 @@ def test_live(name, tmp_path, no_eos):
         for batch in [slice(0, 1), slice(0, 3)]:  # one row, and three of unequal length
             logits, _ = engine.prefill(pixel_values[batch], *pad_prompts(rows[batch], 0), 60)
             reference = np.stack([logits for logits, _ in expected[batch]])
-            assert np.abs(logits - reference).max() <= BUDGET * np.abs(reference).max(), kind
+            assert np.abs(logits - reference).max() <= LIVE_BUDGET * np.abs(reference).max(), kind
             tokens = greedy(engine, pixel_values[batch], rows[batch], 16)
             assert tokens.tolist() == [tokens for _, tokens in expected[batch]], kind

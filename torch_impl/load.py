@@ -6,6 +6,7 @@ import torch
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.errors import PaliGemmaError
 
+from .layers import upcast
 from .paligemma import PaliGemma
 
 
@@ -54,12 +55,12 @@ class ModuleEngine:
     def prefill(self, pixel_values, input_ids, lengths, capacity):
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
-        return logits.float().numpy(), cache
+        return upcast(logits).numpy(), cache
 
     @torch.inference_mode()
     def decode(self, input_ids, lengths, cache):
         logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
-        return logits.float().numpy(), cache
+        return upcast(logits).numpy(), cache
 
 
 class TorchEngine(ModuleEngine):
