@@ -45,7 +45,8 @@ def keep_top(weights, top_k=0, top_p=1.0):
     if top_k > 0:
         weights = np.where(rank < top_k, weights, 0)
         weights = weights / weights.sum(-1, keepdims=True)
-    before = np.cumsum(weights, -1) - weights
+    # Shifted, not subtracted: 0.4 + 0.3 - 0.3 is less than 0.4.
+    before = np.cumsum(np.pad(weights[:, :-1], ((0, 0), (1, 0))), -1)
     return np.where((before < top_p) | (rank == 0), weights, 0)
 
 

@@ -186,7 +186,9 @@ def test_decodes_in_one_buffer_equal_concatenation(engine):
     pixel_values, input_ids, lengths = batch(engine)
     suffix = np.random.default_rng(6).integers(3, 50, (3, STEPS))
     _, cache = engine.prefill(pixel_values, input_ids, lengths, CAPACITY)
-    pieces = {name: [row[:, :n] for row, n in zip(a, lengths, strict=True)] for name, a in as_numpy(engine, cache).items()}
+    pieces = {
+        name: [row[:, :n] for row, n in zip(a, lengths, strict=True)] for name, a in as_numpy(engine, cache).items()
+    }
     pieces = {name: [row.copy() for row in rows] for name, rows in pieces.items()}
     for step in range(STEPS):
         _, cache = engine.decode(suffix[:, step : step + 1], (lengths + step).astype(np.int32), cache)

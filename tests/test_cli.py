@@ -1,0 +1,251 @@
+"""The commands as a user meets them: answers, JSON, and one clear line for everything that is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from numpy_ref.checkpoint import SHIPPED
+
+EXAMPLE = SHIPPED / "example.png"
+COMMANDS = {
+    "run-onnx": ["-c", "from export.cli import run_main; run_main()"],
+    "export-onnx": ["-c", "from export.cli import export_main; export_main()"],
+    "numpy": ["-m", "numpy_ref"],
+    "torch": ["-m", "torch_impl"],
+}
+ENGINES = ["run-onnx", "numpy", "torch"]
+
+
+def call(command, *arguments):
+    return subprocess.run(
+        [sys.executable, *COMMANDS[command], *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def answer(command, *arguments):
+    result = call(command, *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "bundle"
+    result = call("export-onnx", "--output", folder, "--max-length", 100)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_three_commands_one_answer(bundle):
+    answers = [answer("run-onnx", bundle, EXAMPLE, "caption en"), answer("run-onnx", EXAMPLE, "caption en")]
+    answers += [answer(command, EXAMPLE, "caption en") for command in ("numpy", "torch")]
+    for each in answers:
+        assert each.keys() == {"text", "tokens", "boxes", "masks", "timings"}
+        assert each["timings"].keys() == {"load_s", "prefill_s", "decode_tokens_per_s"}
+        assert (each["text"], each["tokens"]) == (answers[0]["text"], answers[0]["tokens"])
+    assert answers[0]["tokens"]
+
+
+@pytest.mark.parametrize("options", [["--temperature", "1.5", "--seed", "3"], ["--temperature", "1", "--top-k", "5"], ["--temperature", "2", "--top-p", "0.7"]])  # fmt: skip
+def test_three_commands_draw_the_same(options):
+    answers = [answer(command, EXAMPLE, "caption en", *options, "--max-new-tokens", "12") for command in ENGINES]
+    assert answers[0]["tokens"] == answers[1]["tokens"] == answers[2]["tokens"]
+
+
+def test_plain_output_is_the_text():
+    streamed = call("run-onnx", EXAMPLE, "caption en")
+    assert streamed.returncode == 0
+    assert streamed.stdout == answer("run-onnx", EXAMPLE, "caption en")["text"] + "\n"
+
+
+def test_prompt_from_a_file(tmp_path):
+    (tmp_path / "prompt.txt").write_text("caption en\n")
+    from_file = answer("run-onnx", EXAMPLE, f"@{tmp_path / 'prompt.txt'}")
+    assert from_file["tokens"] == answer("run-onnx", EXAMPLE, "caption en")["tokens"]
+
+
+def test_control_tokens_stay_text():
+    """A prompt that spells control tokens is longer than one that does not; it has one picture, one bos."""
+    from numpy_ref.checkpoint import load_config
+    from numpy_ref.tokenizer import Tokenizer
+
+    config = load_config(SHIPPED)
+    tokenizer = Tokenizer.load(SHIPPED, config)
+    prompt = tokenizer.prompt("<image><bos><eos><pad> caption <loc0005>")
+    assert prompt.count(config.image_token) == config.vision.patches
+    assert [prompt.count(token) for token in (config.bos, config.eos, config.pad)] == [1, 0, 0]
+    assert tokenizer.content["<loc0005>"] in prompt
+
+
+def test_drawing(tmp_path):
+    result = call("run-onnx", EXAMPLE, "detect star", "--draw", tmp_path / "out.png")
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "out.png") as drawing:
+        assert drawing.width >= 448
+    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_verify_prints_and_keeps_the_table(tmp_path):
+    result = call("export-onnx", "--output", tmp_path / "out", "--verify")
+    assert result.returncode == 0, result.stderr
+    description = json.loads((tmp_path / "out" / "bundle.json").read_text())
+    rows = description["parity"]
+    assert {row["stage"] for row in rows} >= {"prefill taps", "decode taps", "prefill", "decode 1"}
+    assert all(row["error"] <= row["budget"] for row in rows)
+    assert "text.blocks.0" in result.stdout
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*description["files"], "bundle.json"}
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+
+def refused(result, *words):
+    """Exit code 1 or 2, one line that has the words, no traceback."""
+    assert result.returncode in (1, 2), result.stderr
+    assert not result.stdout
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of the shipped checkpoint to break."""
+    return shutil.copytree(SHIPPED, tmp_path / "checkpoint")
+
+
+def edit(checkpoint, change):
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors")
+
+
+NORM = "language_model.model.norm.weight"
+
+
+@pytest.mark.parametrize("command", ["export-onnx", "numpy", "torch"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(NORM), ["missing", NORM]),
+        (lambda t: t.update(extra=np.ones(3, np.float32)), ["unexpected", "extra", "[3]"]),
+        (lambda t: t.update({NORM: np.ones(5, np.float32)}), [NORM, "[5]", "[128]"]),
+        (lambda t: t.update({NORM: t[NORM].astype(np.float16)}), [NORM, "float16"]),
+    ],
+    ids=["missing", "extra", "shape", "dtype"],
+)
+def test_broken_tensors(broken, tmp_path, command, change, words):
+    edit(broken, change)
+    if command == "export-onnx":
+        refused(call(command, broken, "--output", tmp_path / "out"), *words)
+    else:
+        refused(call(command, broken, EXAMPLE, "caption en"), *words)
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_truncated_checkpoint(broken, tmp_path):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused(call("export-onnx", broken, "--output", tmp_path / "out"), "model.safetensors", "not a whole")
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_existing_output(tmp_path):
+    (tmp_path / "out").mkdir()
+    refused(call("export-onnx", "--output", tmp_path / "out"), "out", "exists")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_missing_output_option():
+    assert call("export-onnx").returncode == 2
+
+
+@pytest.mark.parametrize("command", ENGINES)
+def test_not_a_picture(tmp_path, command):
+    (tmp_path / "text.png").write_text("hello")
+    refused(call(command, tmp_path / "text.png", "caption en"), "text.png", "not a picture")
+    refused(call(command, tmp_path / "absent.png", "caption en"), "absent.png", "no such")
+
+
+def test_truncated_picture(tmp_path):
+    (tmp_path / "half.png").write_bytes(EXAMPLE.read_bytes()[:-400])
+    refused(call("run-onnx", tmp_path / "half.png", "caption en"), "half.png", "broken")
+
+
+@pytest.mark.parametrize("command", ENGINES)
+def test_empty_prompt(tmp_path, command):
+    (tmp_path / "empty.txt").write_text("\n")
+    refused(call(command, EXAMPLE, f"@{tmp_path / 'empty.txt'}"), "empty.txt is empty")
+    refused(call(command, EXAMPLE, " "), "prompt is empty")
+
+
+def test_capacity_too_small(bundle, tmp_path):
+    refused(call("run-onnx", bundle, EXAMPLE, "caption en " * 30), "exceeds the capacity of 100")
+    refused(call("run-onnx", bundle, EXAMPLE, "caption en", "--max-new-tokens", "90"), "exceeds the capacity of 100")
+    refused(call("export-onnx", "--output", tmp_path / "out", "--max-length", "12"), "--max-length 12", "from 67")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", ["weights.bin", "decode.onnx", "tokenizer.model"])
+def test_damaged_bundle(bundle, tmp_path, file):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    contents = bytearray((copy / file).read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (copy / file).write_bytes(contents)
+    refused(call("run-onnx", copy, EXAMPLE, "caption en"), file, "SHA-256")
+    (copy / file).write_bytes(contents[:-1])
+    refused(call("run-onnx", copy, EXAMPLE, "caption en"), file, "bytes")
+    (copy / file).unlink()
+    refused(call("run-onnx", copy, EXAMPLE, "caption en"), file, "missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 99}, ["version 99"]),
+        ({"format": "something"}, ["does not describe"]),
+        ({"files": {}}, ["no checksum"]),
+        ({"config": {}}, ["model_type"]),
+        ({"max_length": None}, ["damaged"]),
+    ],
+    ids=["version", "format", "files", "config", "max_length"],
+)
+def test_wrong_description(bundle, tmp_path, change, words):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    description = json.loads((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(json.dumps(description | change))
+    refused(call("run-onnx", copy, EXAMPLE, "caption en"), *words)
+
+
+def test_not_a_bundle(tmp_path):
+    refused(call("run-onnx", tmp_path, EXAMPLE, "caption en"), "bundle.json is missing")
+    refused(call("run-onnx", tmp_path / "absent", EXAMPLE, "caption en"), "no such bundle")
+    refused(call("numpy", tmp_path / "absent", EXAMPLE, "caption en"), "no such checkpoint")
+
+
+def test_cuda_is_never_assumed():
+    """Where no device answers, auto is quiet and takes the CPU, and cuda says what is missing."""
+    from export import session
+
+    quiet = call("run-onnx", EXAMPLE, "caption en", "--provider", "auto")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    if session._cuda_devices() == 0:
+        refused(call("run-onnx", EXAMPLE, "caption en", "--provider", "cuda"), "--provider cuda", "onnxruntime-gpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--temperature", "-1"], ["--top-p", "2"], ["--top-k", "x"], ["--max-new-tokens", "0"], ["extra", "more"]],
+)
+def test_bad_options(options):
+    result = call("run-onnx", EXAMPLE, "caption en", *options)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert not result.stdout

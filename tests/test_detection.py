@@ -1,0 +1,70 @@
+"""Boxes out of answers, and over pictures."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from numpy_ref import detection
+from numpy_ref.detection import Box
+
+CODES = "".join(f"<seg{i:03d}>" for i in range(16))
+
+
+def test_several_objects():
+    boxes = detection.parse(
+        "<loc0000><loc0512><loc1023><loc1023> red cat ; <loc0100><loc0200><loc0300><loc0400> dog", 200, 100
+    )
+    assert [box.label for box in boxes] == ["red cat", "dog"]
+    assert (boxes[0].x1, boxes[0].y1, boxes[0].x2, boxes[0].y2) == pytest.approx((100.098, 0, 200, 100), abs=1e-3)
+
+
+def test_conventions():
+    text = "<loc0000><loc0000><loc0512><loc0512> x"
+    assert detection.parse(text, 1024, 1024, "huggingface")[0].x2 == 512
+    assert detection.parse(text, 1023, 1023, "big_vision")[0].x2 == 512
+
+
+def test_masks_carry_their_codes():
+    (box,) = detection.parse(f"<loc0001><loc0002><loc0003><loc0004> {CODES} cat", 10, 10)
+    assert (box.label, box.codes) == ("cat", tuple(range(16)))
+    assert box.as_json()["codes"] == tuple(range(16))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no box here", "<loc0001><loc0002><loc0003> three", "<loc0005><loc0002><loc0003><loc0004> inverted",
+     "<loc0001><loc0002><loc0001><loc0004> empty", "<loc0001><loc0002><loc9999><loc0004> beyond"],
+)  # fmt: skip
+def test_no_box(text):
+    assert detection.parse(text, 10, 10) == []
+
+
+@given(st.tuples(*[st.floats(0, 1)] * 4))
+def test_encoding_inverts_to_half_a_step(corners):
+    x1, y1, x2, y2 = corners
+    boxes = detection.parse(detection.encode(x1, y1, x2, y2) + " thing", 1, 1)
+    if round(x1 * 1023) < round(x2 * 1023) and round(y1 * 1023) < round(y2 * 1023):
+        (box,) = boxes
+        assert np.allclose((box.x1, box.y1, box.x2, box.y2), corners, atol=0.5001 / 1023)
+    else:
+        assert boxes == []
+
+
+def test_intersection_over_union():
+    a = Box("", 0, 0, 2, 2)
+    assert detection.intersection_over_union(a, a) == 1
+    assert detection.intersection_over_union(a, Box("", 1, 0, 3, 2)) == pytest.approx(2 / 6)
+    assert detection.intersection_over_union(a, Box("", 5, 5, 6, 6)) == 0
+
+
+def test_drawing_marks_the_box():
+    image = Image.new("RGB", (64, 48), "white")
+    drawn = detection.draw(image, [Box("cat", 16, 12, 48, 36)], "detect cat: 1 found")
+    assert drawn.width >= 448
+    assert drawn.height > 48 * drawn.width // 64  # the caption's strip
+    pixels = np.asarray(drawn)
+    zoom = drawn.width // 64
+    assert (pixels[24 * zoom, 16 * zoom] != 255).any()  # the left edge
+    assert (pixels[24 * zoom, 32 * zoom] == 255).all()  # the middle is left as it was

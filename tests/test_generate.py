@@ -1,0 +1,82 @@
+"""The generation loop, on an engine whose every logit is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.generate import Timings, answers, choose_capacity, generate, pad_prompts
+from numpy_ref.sampling import Sampling
+
+from .models import CONFIGS
+
+CONFIG = replace(CONFIGS["paligemma1"], eos=1)
+KNOWN = np.ones(53, bool)
+
+
+class Script:
+    """An engine that says what it was told to, and checks what it is fed."""
+
+    config = CONFIG
+
+    def __init__(self, *rows):
+        self.rows, self.lengths = rows, []
+
+    def logits(self, step):
+        logits = np.zeros((len(self.rows), 53), np.float32)
+        for row, tokens in zip(logits, self.rows, strict=True):
+            row[tokens[min(step, len(tokens) - 1)]] = 5
+        return logits
+
+    def prefill(self, pixel_values, input_ids, lengths, capacity):
+        self.capacity, self.lengths = capacity, [lengths.tolist()]
+        return self.logits(0), 1
+
+    def decode(self, input_ids, lengths, step):
+        assert input_ids.shape == (len(self.rows), 1)
+        self.lengths.append(lengths.tolist())
+        return self.logits(step), step + 1
+
+
+def run(engine, *prompt_sizes, **options):
+    return np.stack(list(generate(engine, None, [[5] * n for n in prompt_sizes], KNOWN, **options)), 1).tolist()
+
+
+def test_rows_end_apart():
+    engine = Script([9, 8, 1, 7], [6, 5, 4, 3, 1])
+    timings = Timings()
+    tokens = run(engine, 4, 2, max_new_tokens=9, timings=timings)
+    assert tokens == [[9, 8, 1, 0, 0], [6, 5, 4, 3, 1]]
+    assert answers(np.array(tokens).T, CONFIG.eos) == [[9, 8], [6, 5, 4, 3]]
+    # The row that has ended stays where it is.
+    assert engine.lengths == [[4, 2], [4, 2], [5, 3], [6, 4], [6, 5]][: len(engine.lengths)]
+    assert timings.decode_tokens == 2 + 2 + 1 + 1
+
+
+def test_the_last_token_is_not_fed_back():
+    engine = Script([9, 8, 7])
+    assert run(engine, 4, max_new_tokens=3) == [[9, 8, 7]]
+    assert engine.capacity == 4 + 3 - 1
+    assert len(engine.lengths) == 3
+
+
+def test_seeds_repeat_and_differ():
+    def draw(seed):
+        return run(Script([9, 8, 7]), 4, max_new_tokens=9, sampling=Sampling(temperature=9.0, seed=seed))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_capacity():
+    assert choose_capacity(CONFIG, np.array([12, 20]), 5) == 24
+    with pytest.raises(PaliGemmaError, match=r"the prompt has 90 tokens .9 of them the picture.*capacity of 97"):
+        choose_capacity(CONFIG, np.array([90]), 9)
+
+
+def test_padding():
+    input_ids, lengths = pad_prompts([[3, 4, 5], [6]], pad=2)
+    assert input_ids.tolist() == [[3, 4, 5], [6, 2, 2]]
+    assert lengths.tolist() == [3, 1]
+    assert (input_ids.dtype, lengths.dtype) == (np.int64, np.int32)

@@ -1,0 +1,76 @@
+"""Drawing tokens: by hand, by property, and by counting."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numpy_ref.sampling import invert_cdf, keep_top, sample
+
+KNOWN = np.array([True] * 6 + [False])
+
+
+def test_greedy_takes_the_likeliest_known():
+    logits = np.array([[0.0, 3, 1, 3, 2, 0, 99], [9, 0, 0, 0, 0, 0, 99]])
+    assert sample(logits, KNOWN).tolist() == [1, 0]  # the first of equals; never the unknown last
+
+
+def test_top_k_by_hand():
+    weights = np.array([[0.4, 0.3, 0.2, 0.1]])
+    assert keep_top(weights, top_k=2) == pytest.approx(np.array([[4 / 7, 3 / 7, 0, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.0, 1), (0.3, 1), (0.4, 1), (0.41, 2), (0.7, 2), (0.71, 3), (0.95, 4), (1.0, 4)]
+)
+def test_top_p_keeps_the_shortest_head_that_reaches_it(top_p, kept):
+    weights = np.array([[0.4, 0.3, 0.2, 0.1]])
+    assert (keep_top(weights, top_p=top_p) > 0).sum() == kept
+
+
+def test_top_k_comes_before_top_p():
+    weights = np.array([[0.4, 0.3, 0.2, 0.1]])
+    # Of the two that stay, the first has 4/7 = 0.571.
+    assert (keep_top(weights, top_k=2, top_p=0.57) > 0).sum() == 1
+    assert (keep_top(weights, top_k=2, top_p=0.58) > 0).sum() == 2
+
+
+def test_inverting_the_cdf():
+    weights = np.tile([0.4, 0.3, 0.2, 0.1], (5, 1))
+    uniform = np.array([0.0, 0.39, 0.41, 0.71, 0.999999])
+    assert invert_cdf(weights, uniform).tolist() == [0, 0, 1, 2, 3]
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.floats(0.1, 3), st.integers(0, 8), st.floats(0, 1), st.floats(0, 1, exclude_max=True)
+)
+def test_a_draw_is_known_and_inside_the_cut(seed, temperature, top_k, top_p, uniform):
+    logits = np.random.default_rng(seed).standard_normal((2, 7)).astype(np.float32)
+    tokens = sample(logits, KNOWN, temperature, top_k, top_p, np.array([uniform] * 2, np.float32))
+    assert KNOWN[tokens].all()
+    if top_k:
+        ranks = (np.where(KNOWN, logits, -np.inf) > logits[np.arange(2), tokens][:, None]).sum(-1)
+        assert (ranks < top_k).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.5, 3, 1.0), (1.0, 0, 0.8)]
+)
+def test_frequencies_follow_the_distribution(temperature, top_k, top_p):
+    logits = np.array([1.0, 0.2, -0.5, 2.0, 0.1, -1.0, 9.0], np.float32)
+    weights = np.where(KNOWN, np.exp(logits.astype(np.float64) / temperature), 0)
+    order = np.argsort(-weights)
+    weights = weights[order] / weights.sum()
+    if top_k:
+        weights[top_k:] = 0
+        weights /= weights.sum()
+    weights[np.cumsum(weights) - weights >= top_p] = 0
+    expected = np.zeros(7)
+    expected[order] = weights / weights.sum()
+
+    count = 200_000
+    uniform = np.random.default_rng(0).random(count, np.float32)
+    tokens = sample(np.tile(logits, (count, 1)), KNOWN, temperature, top_k, top_p, uniform)
+    observed = np.bincount(tokens, minlength=7) / count
+    assert np.abs(observed - expected).max() < 4.5 * np.sqrt(0.25 / count)  # 4.5 standard errors at their widest
+    assert (observed[expected == 0] == 0).all()
