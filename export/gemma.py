@@ -6,10 +6,13 @@ from numpy_ref.layers import identity, scoped
 
 from .layers import (
     attend,
+    cast_like,
+    cast_to,
     embedding,
     gelu,
     linear,
     merge_heads,
+    residual,
     rms_norm,
     rope,
     rope_angles,
@@ -23,7 +26,8 @@ from .layers import (
 def embed(op, p, config, ids, dtype):
     """Token embeddings times sqrt(D): ids [B, T] -> [B, T, D]. Picture features are not scaled."""
     # The factor is rounded to the dtype that the table is used in: 59.75 for sqrt(3584) in bfloat16.
-    return op.Mul(embedding(op, ids, p["embedding"], dtype), math.sqrt(config.width))
+    rows = embedding(op, ids, p["embedding"], p["embedding"].dtype)
+    return cast_to(op, op.Mul(rows, math.sqrt(config.width)), dtype)
 
 
 def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
@@ -51,12 +55,12 @@ def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     update = tap("attention", update)
     if config.post_norms:
         update = tap("post_attention_norm", rms_norm(op, update, **p["post_attention_norm"], eps=config.eps))
-    x = op.Add(x, update)
+    x = residual(op, x, update)
     normed = tap("mlp_norm", rms_norm(op, x, **p["mlp_norm"], eps=config.eps))
     update = tap("mlp", mlp(op, p["mlp"], normed))
     if config.post_norms:
         update = tap("post_mlp_norm", rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps))
-    return op.Add(x, update), cache
+    return residual(op, x, update), cache
 
 
 def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
@@ -76,5 +80,7 @@ def logits(op, p, config, x):
     """Scores of every row of the vocabulary: x [..., D] -> [..., V]. The tied head is the unscaled table."""
     if config.tied:
         # The table as it lies, [V, D], times each x: the runtime need not keep a transposed copy of it.
-        return softcap(op, op.Gemm(x, p["embedding"], transB=1), config.final_softcap)
-    return softcap(op, linear(op, x, p["head"]["kernel"]), config.final_softcap)
+        scores = op.Gemm(cast_like(op, x, p["embedding"]), p["embedding"], transB=1)
+    else:
+        scores = linear(op, x, p["head"]["kernel"])
+    return softcap(op, upcast(op, scores), config.final_softcap)

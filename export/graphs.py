@@ -4,6 +4,7 @@ Weights come through `initializer(path) -> tensor`: a reference into the bundle'
 arrays in memory when testing. With `taps`, every named intermediate value becomes a further output.
 """
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
@@ -22,7 +23,7 @@ def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.M
     builder, p = _start("prefill", config, initializer, lambda path: True)
     size = config.vision.image_size
     inputs = [
-        builder.input("pixel_values", DataType.FLOAT if dtype != DataType.DOUBLE else dtype, ["B", 3, size, size]),
+        builder.input("pixel_values", DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT, ["B", 3, size, size]),
         builder.input("input_ids", DataType.INT64, ["B", "T"]),
         builder.input("lengths", DataType.INT32, ["B"]),
         builder.input("capacity", DataType.INT64, []),
@@ -58,13 +59,46 @@ def serialize(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString()
 
 
-def build(name, inputs, function) -> ir.Model:
-    """A model of one function: inputs {name: (dtype, shape)}; `function(op, *inputs)` gives {output name: value}."""
-    builder = _builder(name)
-    values = function(builder.op, *(builder.input(key, dtype, shape) for key, (dtype, shape) in inputs.items()))
-    for output, value in values.items():
-        builder.add_output(builder.op.Identity(value), output)
-    return _model(builder)
+def trace(function, arguments, weights=None, taps=False):
+    """A model of one function, and what to feed it.
+
+    `function(op, **arguments)` is a function of the export files. Arrays anywhere in `arguments` become inputs,
+    other values are passed on (a NumPy dtype as its ONNX namesake). `weights` {path: tensor} become the argument p.
+    Outputs are named `output[.i…]`, taps by their names, all behind the prefix `out.`, since a tap and a weight
+    may share a name. Returns the model and {input name: array}.
+    """
+    feeds, values = {}, {}
+    _walk(arguments, "in", lambda name, array: feeds.setdefault(name, array))
+    builder = _builder(getattr(function, "__name__", "function"))
+    for name, array in feeds.items():
+        values[name] = builder.input(name, DataType.from_numpy(array.dtype), list(array.shape))
+    keywords = _walk(arguments, "in", lambda name, array: values[name])
+    if weights:
+        keywords["p"] = unflatten({path: builder.initializer(tensor, tensor.name) for path, tensor in weights.items()})
+    recorded = {}
+
+    def record(name, value):
+        recorded[name] = value
+        return value
+
+    result = function(builder.op, **keywords, **({"tap": record} if taps else {}))
+    _walk(result, "output", recorded.setdefault, leaf=ir.Value)
+    for name, value in recorded.items():
+        builder.add_output(builder.op.Identity(value), f"out.{name}")
+    return _model(builder), feeds
+
+
+def _walk(tree, name, visit, leaf=np.ndarray):
+    """Rebuild a nested structure with `visit(name, leaf)` in place of its leaves."""
+    if isinstance(tree, leaf):
+        return visit(name, tree)
+    if isinstance(tree, dict):
+        return {key: _walk(value, f"{name}.{key}", visit, leaf) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_walk(value, f"{name}.{i}", visit, leaf) for i, value in enumerate(tree))
+    if isinstance(tree, type) and issubclass(tree, np.generic):
+        return DataType.from_numpy(np.dtype(tree))
+    return tree
 
 
 def _builder(name) -> GraphBuilder:

@@ -28,9 +28,18 @@ def cast_like(op, weight, x):
 
 
 def linear(op, x, kernel, bias=None):
-    """x [..., in], kernel [in, out], bias [out] -> [..., out]."""
-    y = op.MatMul(x, cast_like(op, kernel, x))
-    return y if bias is None else op.Add(y, cast_like(op, bias, x))
+    """x [..., in], kernel [in, out], bias [out] -> [..., out], in the dtype of the kernel.
+
+    Here the activation is cast, where the reference casts the weight: a half-precision bundle multiplies in half
+    precision, and `residual` takes the product back into the float32 stream.
+    """
+    y = op.MatMul(cast_like(op, x, kernel), kernel)
+    return y if bias is None else op.Add(y, bias)
+
+
+def residual(op, x, update):
+    """x + update in the dtype of x. In half-precision bundles x is float32: Gemma's stream outgrows float16."""
+    return op.Add(x, cast_like(op, update, x))
 
 
 def embedding(op, ids, table, dtype):
@@ -44,13 +53,14 @@ def gelu(op, x):
     Spelled out because the Gelu operator's own expansion has float32 constants, 1e-8 off in float64. The runtime
     recognises this spelling and fuses it.
     """
-    inner = op.Mul(op.Add(x, op.Mul(op.Pow(x, 3.0), 0.044715)), math.sqrt(2 / math.pi))
-    return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(inner), 1.0))
+    x32 = upcast(op, x)
+    inner = op.Mul(op.Add(x32, op.Mul(op.Pow(x32, 3.0), 0.044715)), math.sqrt(2 / math.pi))
+    return cast_like(op, op.Mul(op.Mul(x32, 0.5), op.Add(op.Tanh(inner), 1.0)), x)
 
 
 def softmax(op, x):
-    """Over the last axis, in float32 or wider."""
-    return cast_like(op, op.Softmax(upcast(op, x), axis=-1), x)
+    """exp(x) / sum(exp(x)) over the last axis."""
+    return op.Softmax(x, axis=-1)
 
 
 def softcap(op, x, cap):
@@ -109,13 +119,13 @@ def attend(op, query, key, value, mask=None, cap=None, tap=identity):
     shape = op.Concat(op.Shape(query, start=0, end=3), op.Shape(key, start=2, end=3), axis=0)
     # The queries that share a key head are stacked, so that each key is read once.
     grouped = op.Reshape(query, [0, kv_heads, -1, head_dim])
-    scores = tap("scores", op.MatMul(grouped, op.Transpose(key, perm=[0, 1, 3, 2])))
+    scores = upcast(op, tap("scores", op.MatMul(grouped, op.Transpose(key, perm=[0, 1, 3, 2]))))
     stacked = op.Shape(scores)
     scores = softcap(op, scores, cap)  # before the mask: a capped -inf would be an ordinary number
     scores = op.Reshape(scores, shape)
     if mask is not None:
         scores = op.Where(op.Unsqueeze(mask, [1]), scores, -math.inf)
-    weights = tap("weights", softmax(op, scores))
+    weights = tap("weights", cast_like(op, softmax(op, scores), value))
     context = op.MatMul(op.Reshape(weights, stacked), value)
     return op.Reshape(context, op.Shape(query))
 

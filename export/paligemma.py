@@ -5,13 +5,13 @@ from onnx_ir import DataType
 from numpy_ref.layers import identity, scoped
 
 from . import gemma, siglip
-from .layers import linear
+from .layers import cast_like, linear, upcast
 
 
 def encode_image(op, p, config, pixel_values, tap=identity):
     """pixel_values [B, 3, S, S] -> [B, P, D] in the decoder's width."""
     features = siglip.encoder(op, p["vision"], config.vision, pixel_values, scoped(tap, "vision"))
-    return tap("projector", linear(op, features, **p["projector"]))
+    return tap("projector", cast_like(op, linear(op, features, **p["projector"]), pixel_values))
 
 
 def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
@@ -67,14 +67,16 @@ def prefill(op, p, config, pixel_values, input_ids, lengths, capacity, tap=ident
 def pad_cache(op, array, capacity):
     """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
     behind = op.Unsqueeze(op.Sub(capacity, _length(op, array, 2)), [0])
-    return op.Pad(array, op.Concat([0, 0, 0, 0, 0, 0], behind, [0], axis=0))
+    shape = op.Concat(op.Shape(array, end=2), behind, op.Shape(array, start=3), axis=0)
+    # Concatenated, since Pad has no bfloat16 kernel.
+    return op.Concat(array, op.Expand(cast_like(op, op.Constant(value_float=0.0), array), shape), axis=2)
 
 
 def decode(op, p, config, input_ids, lengths, cache, tap=identity):
     """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
     lengths = op.Cast(lengths, to=DataType.INT64)
     capacity, dtype = _length(op, cache[0][0], 2), cache[0][0].dtype
-    x = tap("embed", gemma.embed(op, p["text"], config.text, input_ids, dtype))
+    x = tap("embed", upcast(op, gemma.embed(op, p["text"], config.text, input_ids, dtype)))
     windows = dict.fromkeys([*config.text.windows] or [None])
     masks = {window: decode_mask(op, lengths, capacity, window) for window in windows}
     positions = op.Unsqueeze(lengths, [1])

@@ -4,7 +4,7 @@ import math
 
 from numpy_ref.layers import identity, scoped
 
-from .layers import attend, cast_like, gelu, layer_norm, linear, merge_heads, split_heads
+from .layers import attend, cast_like, gelu, layer_norm, linear, merge_heads, residual, split_heads
 
 
 def patch_embed(op, p, config, pixel_values):
@@ -33,14 +33,14 @@ def mlp(op, p, x):
 def block(op, p, config, x, tap=identity):
     """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(op, x, **p["attention_norm"], eps=config.eps))
-    x = op.Add(x, tap("attention", attention(op, p["attention"], config, normed, scoped(tap, "attention"))))
+    x = residual(op, x, tap("attention", attention(op, p["attention"], config, normed, scoped(tap, "attention"))))
     normed = tap("mlp_norm", layer_norm(op, x, **p["mlp_norm"], eps=config.eps))
-    return op.Add(x, tap("mlp", mlp(op, p["mlp"], normed)))
+    return residual(op, x, tap("mlp", mlp(op, p["mlp"], normed)))
 
 
 def encoder(op, p, config, pixel_values, tap=identity):
     """Picture to patch features: pixel_values [B, 3, S, S] in [-1, 1] -> [B, P, D]."""
-    x = tap("patch_embed", patch_embed(op, p["patch_embed"], config, pixel_values))
+    x = tap("patch_embed", cast_like(op, patch_embed(op, p["patch_embed"], config, pixel_values), pixel_values))
     x = tap("position_embedding", op.Add(x, cast_like(op, p["position_embedding"], x)))
     for i, weights in enumerate(p["blocks"]):
         x = tap(f"blocks.{i}", block(op, weights, config, x, scoped(tap, f"blocks.{i}")))

@@ -44,18 +44,19 @@ def embedding(ids, table, dtype):
 
 def gelu(x):
     """GELU in its tanh form (Hendrycks & Gimpel 2016, eq. 2), which SigLIP and Gemma were trained with."""
-    return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    x32 = upcast(x)
+    inner = math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32 * x32 * x32)
+    return (x32 * 0.5 * (1 + np.tanh(inner))).astype(x.dtype)
 
 
 def softmax(x):
-    """exp(x) / sum(exp(x)) over the last axis, in float32 or wider, shifted so that exp cannot overflow."""
-    x32 = upcast(x)
-    weights = np.exp(x32 - x32.max(-1, keepdims=True))
-    return (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
+    """exp(x) / sum(exp(x)) over the last axis, shifted so that exp cannot overflow."""
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def softcap(x, cap):
-    """tanh(x / cap) * cap (Gemma 2, section 2); x itself when cap is None."""
+    """tanh(x / cap) * cap (Gemma 2 report, section 2); x itself when cap is None."""
     return x if cap is None else np.tanh(x / cap) * cap
 
 
@@ -120,12 +121,12 @@ def attend(query, key, value, mask=None, cap=None, tap=identity):
     kv_heads, keys = key.shape[1], key.shape[2]
     # The queries that share a key head are stacked, so that each key is read once.
     query = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = tap("scores", query @ key.swapaxes(-1, -2))
+    scores = upcast(tap("scores", query @ key.swapaxes(-1, -2)))
     scores = softcap(scores, cap)  # before the mask: a capped -inf would be an ordinary number
     scores = scores.reshape(batch, heads, length, keys)
     if mask is not None:
         scores = np.where(mask[:, None], scores, np.asarray(-np.inf, scores.dtype))
-    weights = tap("weights", softmax(scores))
+    weights = tap("weights", softmax(scores).astype(value.dtype))
     context = weights.reshape(batch, kv_heads, -1, keys) @ value
     return context.reshape(batch, heads, length, head_dim)
 

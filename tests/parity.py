@@ -127,44 +127,9 @@ def to_torch(arguments):
 def run_onnx(case, arguments, evaluate) -> dict:
     """Build the case's function as a model (arrays are inputs, weights are initializers) and evaluate it."""
     function = getattr(importlib.import_module(f"export.{case.module}"), case.function)
-    weights = checkpoint.flatten(arguments["p"]) if "p" in arguments else {}
-    feeds = {}
-
-    def collect(value, name):
-        if isinstance(value, dict):
-            return {key: collect(item, f"{name}.{key}") for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(collect(item, f"{name}.{i}") for i, item in enumerate(value))
-        if isinstance(value, np.ndarray):
-            feeds[name] = value
-        return value
-
-    collect({key: value for key, value in arguments.items() if key != "p"}, "in")
-
-    def make(op, *values):
-        symbols = dict(zip(feeds, values, strict=True))
-
-        def substitute(value, name):
-            if isinstance(value, dict):
-                return {key: substitute(item, f"{name}.{key}") for key, item in value.items()}
-            if isinstance(value, tuple | list):
-                return type(value)(substitute(item, f"{name}.{i}") for i, item in enumerate(value))
-            if isinstance(value, type) and issubclass(value, np.floating):
-                return ir.DataType.from_numpy(np.dtype(value))
-            return symbols[name] if isinstance(value, np.ndarray) else value
-
-        keywords = substitute({key: value for key, value in arguments.items() if key != "p"}, "in")
-        if weights:
-            initializers = {path: op.initializer(ir.tensor(array, name=path), path) for path, array in weights.items()}
-            keywords["p"] = checkpoint.unflatten(initializers)
-        recorder = Recorder()
-        taps = {"tap": recorder} if case.taps else {}
-        outputs = function(op, **keywords, **taps)
-        # Prefixed, since a tap and a weight may share a name.
-        return {f"out.{name}": value for name, value in {**recorder.values, **flat_outputs(outputs)}.items()}
-
-    inputs = {name: (ir.DataType.from_numpy(array.dtype), list(array.shape)) for name, array in feeds.items()}
-    values = evaluate(graphs.serialize(graphs.build(case.function, inputs, make)), feeds)
+    weights = {path: ir.tensor(array, name=path) for path, array in checkpoint.flatten(arguments.pop("p", {})).items()}
+    model, feeds = graphs.trace(function, arguments, weights, case.taps)
+    values = evaluate(graphs.serialize(model), feeds)
     return {name.removeprefix("out."): value for name, value in values.items()}
 
 

@@ -31,12 +31,12 @@ def embedding(ids, table, dtype):
 
 def gelu(x):
     """GELU in its tanh form."""
-    return nn.functional.gelu(x, approximate="tanh")
+    return nn.functional.gelu(upcast(x), approximate="tanh").to(x.dtype)
 
 
 def softmax(x):
-    """Over the last axis, in float32 or wider."""
-    return torch.softmax(upcast(x), -1).to(x.dtype)
+    """exp(x) / sum(exp(x)) over the last axis."""
+    return torch.softmax(x, -1)
 
 
 def softcap(x, cap):
@@ -92,12 +92,12 @@ def attend(query, key, value, mask=None, cap=None, tap=identity):
     kv_heads, keys = key.shape[1], key.shape[2]
     # The queries that share a key head are stacked, so that each key is read once.
     query = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = tap("scores", query @ key.transpose(-1, -2))
+    scores = upcast(tap("scores", query @ key.transpose(-1, -2)))
     scores = softcap(scores, cap)  # before the mask: a capped -inf would be an ordinary number
     scores = scores.reshape(batch, heads, length, keys)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -math.inf)
-    weights = tap("weights", softmax(scores))
+    weights = tap("weights", softmax(scores).to(value.dtype))
     context = weights.reshape(batch, kv_heads, -1, keys) @ value
     return context.reshape(batch, heads, length, head_dim)
 
