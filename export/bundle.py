@@ -23,7 +23,8 @@ from . import graphs, weights
 FORMAT = "paligemma-onnx"
 VERSION = 1
 DESCRIPTION = "bundle.json"
-PRECISIONS = {"float32": DataType.FLOAT}
+PRECISIONS = {"float32": DataType.FLOAT, "float16": DataType.FLOAT16, "bfloat16": DataType.BFLOAT16}
+SPARE = 16 * 2**20  # bytes on top of the weights: graphs, tokenizer, description
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -39,32 +40,42 @@ class Bundle:
     def max_length(self) -> int:
         return self.description["max_length"]
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.description["files"][weights.FILE]["bytes"]
+
+
+def plan(checkpoint, precision="float32", max_length=None) -> dict:
+    """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint."""
+    config, dtype = checkpoint.config, PRECISIONS[precision]
+    _check_length(config, max_length)
+    placed = weights.plan(config, dtype)
+    files = {weights.FILE: weights.size(placed)}
+    files |= {f"{name}.onnx": len(contents) for name, (_, contents) in _graphs(config, placed, dtype).items()}
+    files |= {name: (checkpoint.path / name).stat().st_size for name in _tokenizer_files(checkpoint)}
+    return {"files": files, "memory": weights.memory(placed)}
+
 
 def write(checkpoint, output, precision="float32", max_length=None, verify=None) -> None:
     """Export a loaded checkpoint into the new directory `output`.
 
-    `verify(directory) -> table` is run before the directory gets its name; what it returns is kept in
+    `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
-    config = checkpoint.config
+    config, dtype = checkpoint.config, PRECISIONS[precision]
     max_length = _check_length(config, max_length)
     tokenizer = _tokenizer(checkpoint)
-    dtype = PRECISIONS[precision]
+    placed = weights.plan(config, dtype)
     with checkpoints.new_directory(output) as folder:
-        placed = weights.plan(config, dtype)
+        _check_space(folder, output, weights.size(placed))
         arrays = checkpoints.flatten(checkpoint.params)
-        total = sum(stored.length for stored in placed.values())
-        with tqdm(total=total, desc="weights", unit="B", unit_scale=True, leave=False, disable=None, delay=1) as bar:
-            weights_digest = weights.write(folder / weights.FILE, placed, arrays, bar.update)
-        models = {
-            "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
-            "decode": graphs.decode_model(config, weights.initializer(placed), dtype),
-        }
-        for name, model in models.items():
-            (folder / f"{name}.onnx").write_bytes(graphs.serialize(model))
-        for name in TOKENIZER_FILES:
-            if (checkpoint.path / name).is_file():
-                shutil.copyfile(checkpoint.path / name, folder / name)
+        with _progress("weights", weights.size(placed)) as bar:
+            digest = weights.write(folder / weights.FILE, placed, arrays, bar.update)
+        models = _graphs(config, placed, dtype)
+        for name, (_, contents) in models.items():
+            (folder / f"{name}.onnx").write_bytes(contents)
+        for name in _tokenizer_files(checkpoint):
+            shutil.copyfile(checkpoint.path / name, folder / name)
         description = {
             "format": FORMAT,
             "version": VERSION,
@@ -76,20 +87,19 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
             "prompt": "<image> * image_tokens, bos, tokens of the prefix, newline",
             "image": {"size": config.vision.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5},
             "opset": graphs.OPSET,
-            "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, model in models.items()},
+            "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, (model, _) in models.items()},
             "files": {
                 file.name: {
                     "bytes": file.stat().st_size,
-                    "sha256": weights_digest if file.name == weights.FILE else sha256(file),
+                    "sha256": digest if file.name == weights.FILE else sha256(file),
                 }
                 for file in sorted(folder.iterdir())
             },
             "parity": None,
         }
-        _write_description(folder, description)
         if verify:
-            description["parity"] = verify(folder)
-            _write_description(folder, description)
+            description["parity"] = verify(Bundle(folder, config, description), checkpoint)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def load(path) -> Bundle:
@@ -145,6 +155,30 @@ def sha256(file) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _graphs(config, placed, dtype) -> dict:
+    """Both models and their bytes: name -> (model, contents)."""
+    models = {
+        "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
+        "decode": graphs.decode_model(config, weights.initializer(placed), dtype),
+    }
+    return {name: (model, graphs.serialize(model)) for name, model in models.items()}
+
+
+def _progress(label, total):
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None, delay=1)
+
+
+def _check_space(folder, output, size) -> None:
+    free = shutil.disk_usage(folder).free
+    needed = size + SPARE
+    if free < needed:
+        raise PaliGemmaError(f"{output}: the disk has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB")
+
+
+def _tokenizer_files(checkpoint) -> list[str]:
+    return [name for name in TOKENIZER_FILES if (checkpoint.path / name).is_file()]
+
+
 def _check_files(path, files) -> None:
     for name, (size, digest) in files.items():
         file = path / name
@@ -197,7 +231,3 @@ def _ranges(known) -> list[list[int]]:
     edges = [i for i in range(1, len(known)) if known[i] != known[i - 1]]
     edges = [0, *edges, len(known)]
     return [[a, b] for a, b in itertools.pairwise(edges) if known[a]]
-
-
-def _write_description(folder, description) -> None:
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

@@ -20,7 +20,7 @@ def export_onnx(argv=None):
         "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",
         help="a Hugging Face PaliGemma directory; left out: the model that ships",
     )  # fmt: skip
-    options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
+    options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument("--precision", choices=bundles.PRECISIONS, default="float32", help="of the weights (float32)")
     options.add_argument(
         "--max-length", type=int, metavar="C", help="longest prompt and answer together (the model's own limit)"
@@ -28,17 +28,27 @@ def export_onnx(argv=None):
     options.add_argument(
         "--verify", action="store_true", help="compare every stage with the NumPy reference, print the table"
     )
+    options.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
     arguments = options.parse_args(argv)
+    if not arguments.output and not arguments.plan:
+        options.error("--output DIR is required (or --plan, to see what would be written)")
     checkpoint = checkpoints.load(arguments.checkpoint)
+    if arguments.plan:
+        return _print_plan(bundles.plan(checkpoint, arguments.precision, arguments.max_length))
     verify = None
     if arguments.verify:
-        from .verify import verify as compare
-
-        def verify(folder):
-            return compare(checkpoint, folder, arguments.precision)
-
+        from .verify import verify
     bundles.write(checkpoint, arguments.output, arguments.precision, arguments.max_length, verify)
     print(f"wrote {arguments.output}")
+    return 0
+
+
+def _print_plan(plan):
+    for name, size in plan["files"].items():
+        print(f"{name:<20}{size:>18,} bytes")
+    print(f"{'in all':<20}{sum(plan['files'].values()):>18,} bytes")
+    print(f"{'memory':<20}{plan['memory']:>18,} bytes beside the mapped checkpoint")
+    return 0
 
 
 def run_onnx(argv=None):

@@ -23,7 +23,9 @@ def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.M
     builder, p = _start("prefill", config, initializer, lambda path: True)
     size = config.vision.image_size
     inputs = [
-        builder.input("pixel_values", DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT, ["B", 3, size, size]),
+        builder.input(
+            "pixel_values", DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT, ["B", 3, size, size]
+        ),
         builder.input("input_ids", DataType.INT64, ["B", "T"]),
         builder.input("lengths", DataType.INT32, ["B"]),
         builder.input("capacity", DataType.INT64, []),

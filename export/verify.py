@@ -1,26 +1,38 @@
-"""Proof that a bundle is the model: every named intermediate value against the NumPy reference in float64.
+"""Proof that a bundle is the model, against the NumPy reference in float64.
 
-Two views of the graphs are compared. With taps and without optimisation, each tap of prefill and of one decode
-step. As shipped and optimised, logits and cache of prefill and of several decode steps that feed on each other.
+Two views of it. Part by part: every function of the forward pass and of one decode step is built as a graph over
+the bundle's own weights, given the reference's input, and compared at every tap; one layer is in memory at a time,
+and an error stays where it arises. End to end: the shipped, optimised graphs run as a host runs them, prefill and
+several decode steps that feed on each other, and logits and cache are compared.
 """
 
-from dataclasses import dataclass
+import importlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
 import onnxruntime
+from tqdm import tqdm
 
-from numpy_ref import paligemma
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref import layers, paligemma
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
 from numpy_ref.tokenizer import known_ids
 
-from . import bundle as bundles
 from . import graphs, weights
-from .session import CPU, Session
+from .bundle import PRECISIONS
+from .session import CPU, CUDA, Session, choose_provider
 
-#: Largest |a - b| / max|reference| of any tap. The worst float32 tap of 20 random models measured 1.6e-6.
-BUDGETS = {"float32": 1e-4}
+#: Largest |a - b| / max|reference| of any tap, by precision of the weights. Worst of 20 random models
+#: (python -m tests.calibrate): float32 3.0e-6, float16 1.4e-3, bfloat16 1.1e-2.
+BUDGETS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 STEPS = 4
+# The slow evaluator of the onnx package stands in where the runtime has no kernel: bfloat16 without a GPU.
+SMALL = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -34,51 +46,134 @@ class Row:
     worst: str
 
 
-def verify(checkpoint, directory, precision="float32") -> list[dict]:
-    """Compare the bundle in `directory` with the reference. Prints the table and returns its rows.
+@dataclass(frozen=True)
+class Part:
+    """One call of the forward pass: `numpy_ref.<module>.<function>(p, **arguments)` and its namesake."""
 
-    Raises PaliGemmaError if a budget is exceeded or a tap is absent.
+    stage: str
+    name: str
+    module: str
+    function: str
+    weights: str  # the path of p
+    arguments: dict
+    taps: bool = False
+    leaf: bool = False  # p is spread as keyword arguments
+
+    def call(self, package: str, *first, p=None, **arguments):
+        """Call the function of `numpy_ref` or `export`."""
+        function = getattr(importlib.import_module(f"{package}.{self.module}"), self.function)
+        return function(*first, **(p if self.leaf else {"p": p}), **arguments)
+
+
+def verify(bundle, checkpoint) -> list[dict]:
+    """Compare an opened bundle with the checkpoint it was made from. Prints the table and returns its rows.
+
+    Raises PaliGemmaError if a budget is exceeded, a tap is absent, or this machine cannot run the precision.
     """
-    rows = [*compare_taps(checkpoint, directory), *compare_stages(checkpoint, directory)]
+    precision = bundle.description["precision"]
+    provider = choose_provider("auto") if precision != "float32" else CPU
+    if precision == "bfloat16" and provider != CUDA and _size(checkpoint) > SMALL:
+        raise PaliGemmaError("--verify of a bfloat16 bundle of this size needs a CUDA device; the CPU has no kernels")
+    rounded = _rounded(checkpoint, precision)
+    rows = list(compare_parts(rounded, bundle, provider))
+    if precision != "bfloat16" or provider == CUDA:
+        rows += compare_stages(rounded, bundle, provider)
     budget = BUDGETS[precision]
     print(table(rows, budget))
     failed = [f"{row.stage} {row.worst} {row.error:.1e}" for row in rows if not row.error <= budget]
     if failed:
         raise PaliGemmaError(f"the bundle differs from the reference by more than {budget:.0e}: {'; '.join(failed)}")
-    return [{**vars(row), "budget": budget} for row in rows]
+    return [{**asdict(row), "budget": budget} for row in rows]
 
 
-def compare_taps(checkpoint, directory) -> list[Row]:
-    """Every tap of prefill and of one decode step, by part of the model."""
+def compare_parts(checkpoint, bundle, provider=CPU) -> Iterator[Row]:
+    """One row a part: its worst tap."""
+    dtype = PRECISIONS[bundle.description["precision"]]
+    tensors = weights.initializer(weights.plan(checkpoint.config, dtype))
+    config = checkpoint.config
+    total = 2 + config.vision.depth + 2 * (config.text.depth + 2) + 2
+    walk = parts(checkpoint)
+    with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
+        part = next(walk)
+        while part:
+            recorder = _Recorder()
+            taps = {"tap": recorder} if part.taps else {}
+            p = _at(checkpoint.params, part.weights)
+            result = part.call("numpy_ref", p=p, **part.arguments, **taps)
+            reference = {**recorder.values, **_named(result)}
+            actual = _run_part(part, p, tensors, dtype, bundle.path, provider)
+            yield _row(part.stage, part.name, reference, actual)
+            bar.update()
+            try:
+                part = walk.send(result)
+            except StopIteration:
+                part = None
+
+
+def parts(checkpoint):
+    """The calls of prefill and of one decode step, in order: yields a Part, is sent the reference's result."""
     config, inputs = checkpoint.config, example(checkpoint.config)
-    reference = _Recorder()
-    _, cache = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), tap=reference)
-    outputs = _run_taps(graphs.prefill_model, config, directory, inputs.prefill_feeds())
-    rows = _by_part("prefill taps", reference.values, outputs)
+    vision, text, pixels = config.vision, config.text, inputs.pixel_values.astype(np.float64)
 
-    cache = [tuple(array.astype(np.float32) for array in layer) for layer in cache]
-    feeds = {"input_ids": inputs.steps[0], "lengths": inputs.lengths, **_past(cache)}
-    reference = _Recorder()
-    cache = [tuple(array.astype(np.float64) for array in layer) for layer in cache]
-    paligemma.decode(checkpoint.params, config, inputs.steps[0], inputs.lengths, cache, tap=reference)
-    return rows + _by_part("decode taps", reference.values, _run_taps(graphs.decode_model, config, directory, feeds))
+    x = yield Part("prefill", "vision.patch_embed", "siglip", "patch_embed", "vision.patch_embed",
+                   {"config": vision, "pixel_values": pixels})  # fmt: skip
+    x = x + checkpoint.params["vision"]["position_embedding"].astype(np.float64)
+    for i in range(vision.depth):
+        path = f"vision.blocks.{i}"
+        x = yield Part("prefill", path, "siglip", "block", path, {"config": vision, "x": x}, taps=True)
+    x = yield Part(
+        "prefill", "vision.norm", "layers", "layer_norm", "vision.norm", {"x": x, "eps": vision.eps}, leaf=True
+    )
+    image = yield Part("prefill", "projector", "layers", "linear", "projector", {"x": x}, leaf=True)
+
+    def embed(stage, ids):
+        return Part(stage, "text.embedding", "gemma", "embed", "text",
+                    {"config": text, "ids": ids, "dtype": np.float64})  # fmt: skip
+
+    words = yield embed("prefill", inputs.input_ids[:, vision.patches :])
+    size = inputs.input_ids.shape[1]
+    positions = np.broadcast_to(np.arange(size)[None], inputs.input_ids.shape)
+    masks = {w: paligemma.prefix_mask(inputs.lengths, inputs.lengths, size, w) for w in {*text.windows, None}}
+    x, cache = yield from _decoder("prefill", text, np.concatenate([image, words], 1), positions, masks)
+    cache = [tuple(paligemma.pad_cache(array, inputs.capacity) for array in layer) for layer in cache]
+    yield Part("prefill", "logits", "gemma", "logits", "text",
+               {"config": text, "x": x[np.arange(len(x)), inputs.lengths - 1]})  # fmt: skip
+
+    x = yield embed("decode", inputs.steps[0])
+    masks = {w: paligemma.decode_mask(inputs.lengths, inputs.capacity, w) for w in {*text.windows, None}}
+    x, _ = yield from _decoder("decode", text, x, inputs.lengths[:, None], masks, cache, inputs.lengths)
+    yield Part("decode", "logits", "gemma", "logits", "text", {"config": text, "x": x[:, 0]})
 
 
-def compare_stages(checkpoint, directory) -> list[Row]:
+def _decoder(stage, config, x, positions, masks, cache=None, start=None):
+    rotary = layers.rope_angles(positions, config.head_dim, config.rope_base, np.float64)
+    caches = []
+    for i in range(config.depth):
+        arguments = {"config": config, "x": x, "rotary": rotary, "mask": masks[config.window(i)]}
+        if cache is not None:
+            arguments |= {"cache": cache[i], "start": start}
+        path = f"text.blocks.{i}"
+        x, layer = yield Part(stage, path, "gemma", "block", path, arguments, taps=True)
+        caches.append(layer)
+    x = yield Part(stage, "text.norm", "layers", "rms_norm", "text.norm", {"x": x, "eps": config.eps}, leaf=True)
+    return x, caches
+
+
+def compare_stages(checkpoint, bundle, provider=CPU) -> list[Row]:
     """Logits and cache of the shipped graphs, run as a host runs them."""
     config, inputs = checkpoint.config, example(checkpoint.config)
-    session = Session(bundles.load(directory), "cpu")
+    session = Session(bundle, "cuda" if provider == CUDA else "cpu")
     expected, cache = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64))
     logits, buffers = session.prefill(*inputs.prefill(np.float32))
-    rows = [_row("prefill", "logits", {"logits": expected}, {"logits": logits})]
-    rows.append(_row("prefill", "cache", *_caches(cache, buffers, inputs.lengths)))
+    rows = [_row("end to end", "prefill logits", {"logits": expected}, {"logits": logits})]
+    rows.append(_row("end to end", "prefill cache", *_caches(cache, buffers, inputs.lengths)))
     lengths = inputs.lengths
     for step, ids in enumerate(inputs.steps):
         expected, cache = paligemma.decode(checkpoint.params, config, ids, lengths, cache)
         logits, buffers = session.decode(ids, lengths, buffers)
         lengths = lengths + 1
-        rows.append(_row(f"decode {step + 1}", "logits", {"logits": expected}, {"logits": logits}))
-    rows.append(_row(f"decode {STEPS}", "cache", *_caches(cache, buffers, lengths)))
+        rows.append(_row("end to end", f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
+    rows.append(_row("end to end", f"decode {STEPS} cache", *_caches(cache, buffers, lengths)))
     return rows
 
 
@@ -93,11 +188,8 @@ class Example:
     steps: list[np.ndarray]
 
     def prefill(self, dtype):
+        """The arguments of prefill, pictures in `dtype`."""
         return self.pixel_values.astype(dtype), self.input_ids, self.lengths, self.capacity
-
-    def prefill_feeds(self):
-        names = ("pixel_values", "input_ids", "lengths", "capacity")
-        return dict(zip(names, (*self.prefill(np.float32)[:3], np.array(self.capacity)), strict=True))
 
 
 def example(config, seed=0) -> Example:
@@ -115,12 +207,12 @@ def example(config, seed=0) -> Example:
 
 def table(rows, budget) -> str:
     """The rows as text."""
-    lines = [f"{'stage':<14}{'part':<22}{'taps':>5}  {'error':>8}  {'budget':>8}      worst"]
+    lines = [f"{'stage':<12}{'part':<22}{'taps':>5}  {'error':>8}  {'budget':>8}        worst tap"]
     for row in rows:
         verdict = "ok  " if row.error <= budget else "FAIL"
-        lines.append(
-            f"{row.stage:<14}{row.part:<22}{row.taps:>5}  {row.error:>8.1e}  {budget:>8.0e}  {verdict} {row.worst}"
-        )
+        worst = row.worst if row.taps > 1 else ""
+        numbers = f"{row.taps:>5}  {row.error:>8.1e}  {budget:>8.0e}"
+        lines.append(f"{row.stage:<12}{row.part:<22}{numbers}  {verdict}  {worst}".rstrip())
     return "\n".join(lines)
 
 
@@ -133,33 +225,89 @@ class _Recorder:
         return value
 
 
-def _run_taps(make, config, directory, feeds) -> dict:
-    """Build a graph with taps over the bundle's weights, run it unoptimised, and return the taps."""
-    placed = weights.plan(config)
-    model = make(config, weights.initializer(placed), taps=True)
+def _rounded(checkpoint, precision):
+    """The checkpoint as its bundle stores it: what rounding does to the weights is not an error of the graph."""
+    if precision == "float32":
+        return checkpoint
+    dtype = PRECISIONS[precision].numpy()
+    flat = {path: array.astype(dtype) for path, array in checkpoints.flatten(checkpoint.params).items()}
+    return replace(checkpoint, params=checkpoints.unflatten(flat))
+
+
+def _size(checkpoint) -> int:
+    return sum(array.size for array in checkpoints.flatten(checkpoint.params).values())
+
+
+def _at(tree, path: str):
+    for step in path.split("."):
+        tree = tree[int(step)] if isinstance(tree, list) else tree[step]
+    return tree
+
+
+def _named(result, name="output") -> dict:
+    """Arrays of a nested result by name, as `graphs.trace` names them."""
+    if isinstance(result, tuple | list):
+        return {k: v for i, item in enumerate(result) for k, v in _named(item, f"{name}.{i}").items()}
+    return {name: result}
+
+
+def _run_part(part, p, tensors, dtype, directory, provider) -> dict:
+    """Build the part over the bundle's weights and run it; its taps and outputs."""
+    used = {path: tensors(f"{part.weights}.{path}") for path in checkpoints.flatten(p) if _is_used(part, path)}
+    arguments = _lower(part.arguments, np.float32)  # the stream; only the cache is in half precision
+    if "cache" in arguments:
+        arguments["cache"] = _lower(arguments["cache"], dtype.numpy())
+
+    def function(op, p, **keywords):
+        return part.call("export", op, p=p, **keywords)
+
+    model, feeds = graphs.trace(function, arguments, used, part.taps)
+    values = _evaluate(model, feeds, directory, provider, dtype)
+    return {name.removeprefix("out."): np.asarray(value, np.float64) for name, value in values.items()}
+
+
+def _is_used(part, path) -> bool:
+    """Embedding and logits take the decoder's p, but nothing of its layers."""
+    return part.weights != "text" or not path.startswith(("blocks.", "norm."))
+
+
+def _lower(tree, dtype):
+    if isinstance(tree, np.ndarray):
+        return tree.astype(dtype) if tree.dtype.kind == "f" else tree
+    if isinstance(tree, dict):
+        return {key: _lower(value, dtype) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_lower(value, dtype) for value in tree)
+    return ir.DataType.from_numpy(np.dtype(dtype)) if tree is np.float64 else tree
+
+
+def _evaluate(model, feeds, directory, provider, dtype) -> dict:
+    """Run a model whose weights lie in `directory`, unoptimised."""
+    if dtype == ir.DataType.BFLOAT16 and provider != CUDA:
+        proto = onnx.load_from_string(graphs.serialize(model))
+        onnx.load_external_data_for_model(proto, str(directory))
+        evaluator = onnx.reference.ReferenceEvaluator(proto)
+        return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=[CPU])
-    names = [output.name for output in session.get_outputs() if output.name.startswith("tap.")]
-    return {name.removeprefix("tap."): value for name, value in zip(names, session.run(names, feeds), strict=True)}
-
-
-def _past(cache) -> dict:
-    return {
-        f"past_key_values.{i}.{kind}": array
-        for i, layer in enumerate(cache)
-        for kind, array in zip(("key", "value"), layer, strict=True)
-    }
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=[provider])
+    return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
 
 
 def _caches(cache, buffers, lengths):
     """Both caches by name, each row up to its length: what lies behind has no meaning."""
-    reference = {name.removeprefix("past_key_values."): array for name, array in _past(cache).items()}
+    reference = {
+        f"{i}.{kind}": array
+        for i, layer in enumerate(cache)
+        for kind, array in zip(("key", "value"), layer, strict=True)
+    }
 
     def filled(array):
-        return np.concatenate([row[:, :length].ravel() for row, length in zip(array, lengths, strict=True)])
+        rows = zip(array, lengths, strict=True)
+        return np.concatenate([row[:, :length].ravel() for row, length in rows]).astype(np.float64)
 
     return (
         {name: filled(array) for name, array in reference.items()},
@@ -167,22 +315,10 @@ def _caches(cache, buffers, lengths):
     )
 
 
-def _by_part(stage, reference, values) -> list[Row]:
-    """Group taps: each block of a tower is a part, and so is whatever lies outside the blocks."""
+def _row(stage, part, reference, values) -> Row:
     if reference.keys() != values.keys():
         names = ", ".join(sorted(reference.keys() ^ values.keys()))
-        raise PaliGemmaError(f"{stage}: graph and reference do not have the same taps: {names}")
-    parts: dict[str, list[str]] = {}
-    for name in reference:
-        steps = name.split(".")
-        parts.setdefault(".".join(steps[:3]) if "blocks" in steps else name, []).append(name)
-    return [
-        _row(stage, part, {name: reference[name] for name in names}, {name: values[name] for name in names})
-        for part, names in parts.items()
-    ]
-
-
-def _row(stage, part, reference, values) -> Row:
+        raise PaliGemmaError(f"{stage} {part}: graph and reference do not have the same taps: {names}")
     errors = {name: relative_error(values[name], reference[name]) for name in reference}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else np.inf)
     return Row(stage, part, len(errors), errors[worst], worst)

@@ -39,6 +39,18 @@ def plan(config, dtype=ir.DataType.FLOAT) -> dict[str, Stored]:
     return placed
 
 
+def size(placed) -> int:
+    """Bytes of the whole file."""
+    last = list(placed.values())[-1]
+    return last.offset + last.length
+
+
+def memory(placed) -> int:
+    """Bytes that writing holds at once: a block as it is read, converted and laid out."""
+    widest = max(stored.length // stored.shape[0] for stored in placed.values())
+    return 3 * max(BLOCK, widest)
+
+
 def write(file, placed, arrays, progress=lambda size: None) -> str:
     """Write arrays {path: array} as placed; call `progress` with each block's bytes. The file's SHA-256."""
     digest = hashlib.sha256()
