@@ -12,10 +12,11 @@ import platformdirs
 from onnx_ir import DataType
 from tqdm import tqdm
 
-from numpy_ref import __version__
+from numpy_ref import __version__, storage
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.image import RESIZES
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
 from . import graphs, weights
@@ -52,7 +53,7 @@ def plan(checkpoint, precision="float32", max_length=None) -> dict:
     placed = weights.plan(config, dtype)
     files = {weights.FILE: weights.size(placed)}
     files |= {f"{name}.onnx": len(contents) for name, (_, contents) in _graphs(config, placed, dtype).items()}
-    files |= {name: (checkpoint.path / name).stat().st_size for name in _tokenizer_files(checkpoint)}
+    files |= {name: (checkpoint.folder / name).stat().st_size for name in _tokenizer_files(checkpoint)}
     return {"files": files, "memory": weights.memory(placed)}
 
 
@@ -66,7 +67,7 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
     max_length = _check_length(config, max_length)
     tokenizer = _tokenizer(checkpoint)
     placed = weights.plan(config, dtype)
-    with checkpoints.new_directory(output) as folder:
+    with storage.new_directory(output) as folder:
         _check_space(folder, output, weights.size(placed))
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(placed)) as bar:
@@ -75,7 +76,7 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
         for name, (_, contents) in models.items():
             (folder / f"{name}.onnx").write_bytes(contents)
         for name in _tokenizer_files(checkpoint):
-            shutil.copyfile(checkpoint.path / name, folder / name)
+            shutil.copyfile(checkpoint.folder / name, folder / name)
         description = {
             "format": FORMAT,
             "version": VERSION,
@@ -85,7 +86,7 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
             "config": to_hf(config),
             "tokens": _tokens(config, tokenizer),
             "prompt": "<image> * image_tokens, bos, tokens of the prefix, newline",
-            "image": {"size": config.vision.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5},
+            "image": {"size": config.vision.image_size, "resize": checkpoint.resize, "mean": 0.5, "std": 0.5},
             "opset": graphs.OPSET,
             "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, (model, _) in models.items()},
             "files": {
@@ -111,7 +112,7 @@ def load(path) -> Bundle:
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
     try:
-        description = checkpoints.read_json(path / DESCRIPTION)
+        description = storage.read_json(path / DESCRIPTION)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}; is this a bundle written by export-onnx?") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -124,9 +125,12 @@ def load(path) -> Bundle:
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in description["files"].items()}
         config = from_hf(description["config"])
         description["max_length"] = int(description["max_length"])
+        known_settings = description["image"]["resize"] in RESIZES and description["precision"] in PRECISIONS
         graphs_listed = {description["graphs"][name]["file"] for name in ("prefill", "decode")}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} is damaged ({error!r}); export the bundle again") from None
+    if not known_settings:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} names a precision or preprocessing that this program lacks")
     if missing := graphs_listed - files.keys():
         raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
     _check_files(path, files)
@@ -176,7 +180,7 @@ def _check_space(folder, output, size) -> None:
 
 
 def _tokenizer_files(checkpoint) -> list[str]:
-    return [name for name in TOKENIZER_FILES if (checkpoint.path / name).is_file()]
+    return [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
 
 
 def _check_files(path, files) -> None:
@@ -204,13 +208,10 @@ def _check_length(config, max_length) -> int:
 
 def _tokenizer(checkpoint):
     """The checkpoint's tokenizer, or None with a warning: graphs can be used without one."""
-    if not (checkpoint.path / "tokenizer.model").is_file():
-        print(
-            f"export-onnx: warning: {checkpoint.path} has no tokenizer.model; the bundle takes and gives ids only",
-            file=sys.stderr,
-        )
+    if not _tokenizer_files(checkpoint):
+        print(f"export-onnx: warning: {checkpoint.path} has no tokenizer; the bundle knows only ids", file=sys.stderr)
         return None
-    return Tokenizer.load(checkpoint.path, checkpoint.config)
+    return Tokenizer.load(checkpoint.folder, checkpoint.config)
 
 
 def _tokens(config, tokenizer) -> dict:

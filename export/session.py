@@ -28,6 +28,7 @@ class Session:
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
+        self.resize = bundle.description["image"]["resize"]
         self.provider = choose_provider(provider)
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")

@@ -8,14 +8,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from numpy_ref.checkpoint import parameters
+from numpy_ref.storage import BLOCK, blocks
 
 FILE = "weights.bin"
 ALIGNMENT = 4096  # what the ONNX specification recommends, so that a tensor can be mapped
-BLOCK = 32 * 2**20  # bytes converted at once
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,11 @@ def write(file, placed, arrays, progress=lambda size: None) -> str:
             gap = bytes(stored.offset - stream.tell())
             stream.write(gap)
             digest.update(gap)
-            for block in _blocks(arrays[stored.path], stored.dtype.numpy()):
+            for block in blocks(arrays[stored.path], stored.dtype.numpy()):
                 stream.write(block)
                 digest.update(block)
                 progress(len(block))
     return digest.hexdigest()
-
-
-def _blocks(array, dtype):
-    """The array's bytes in row-major order and in `dtype`, in pieces of about BLOCK bytes."""
-    row = max(1, array[:1].size * dtype.itemsize)
-    step = max(1, BLOCK // row)
-    for start in range(0, len(array), step):
-        block = np.ascontiguousarray(array[start : start + step].astype(dtype, copy=False))
-        yield block.reshape(-1).view(np.uint8).data
 
 
 def initializer(placed, directory=""):

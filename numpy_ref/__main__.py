@@ -10,9 +10,9 @@ PROG = "python -m numpy_ref"
 
 
 def load(path):
-    """A checkpoint directory, or the shipped one, as engine and tokenizer."""
+    """A checkpoint, or the shipped one, as engine and tokenizer."""
     loaded = checkpoint.load(path or checkpoint.SHIPPED)
-    return NumpyEngine(loaded), Tokenizer.load(loaded.path, loaded.config)
+    return NumpyEngine(loaded), Tokenizer.load(loaded.folder, loaded.config)
 
 
 def main(argv=None):

@@ -24,7 +24,7 @@ class NumpyEngine:
     name = "numpy"
 
     def __init__(self, checkpoint):
-        self.config = checkpoint.config
+        self.config, self.resize = checkpoint.config, checkpoint.resize
         self.prefill = partial(paligemma.prefill, checkpoint.params, checkpoint.config)
         self.decode = partial(paligemma.decode, checkpoint.params, checkpoint.config)
 

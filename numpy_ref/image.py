@@ -1,7 +1,7 @@
-"""Pictures -> pixel values, as transformers' PaliGemma processor prepares them.
+"""Pictures -> pixel values.
 
-Decode to RGB, resize to a square (the aspect ratio is not kept) with Pillow's bicubic filter, which rounds to
-bytes, then (x / 255 - 0.5) / 0.5.
+Decode to RGB, resize to a square (the aspect ratio is not kept), then (x / 255 - 0.5) / 0.5. How to resize is a
+named setting, since the projects differ: transformers takes the bicubic filter, big_vision the bilinear one.
 """
 
 from pathlib import Path
@@ -27,12 +27,77 @@ def open_image(path):
         raise PaliGemmaError(f"{path}: the picture is broken ({error})") from None
 
 
-def preprocess(image, size: int, dtype=np.float32) -> np.ndarray:
-    """A Pillow image -> pixel values [1, 3, S, S] in [-1, 1]."""
+def preprocess(image, size: int, dtype=np.float32, resize: str = "bicubic") -> np.ndarray:
+    """A Pillow image -> pixel values [1, 3, S, S] in [-1, 1]; `resize` is one of RESIZES."""
+    return scale(RESIZES[resize](image.convert("RGB"), size), dtype)
+
+
+def resize_bicubic(image, size: int) -> np.ndarray:
+    """Bytes [S, S, 3], as transformers resizes: antialiased cubic, rounded to bytes."""
     from PIL import Image
 
-    resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return scale(np.asarray(resized), dtype)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_bilinear(image, size: int) -> np.ndarray:
+    """Bytes [S, S, 3], as big_vision resizes: antialiased linear in floating point, cut off to bytes.
+
+    big_vision calls TensorFlow's resize with antialias=True and casts to uint8 (`pp/ops_image.py`). Pillow's filter
+    in its floating-point mode is the same triangle; that the two agree to the last bit was not measured.
+    """
+    from PIL import Image
+
+    channels = [
+        np.asarray(channel.convert("F").resize((size, size), Image.Resampling.BILINEAR)) for channel in image.split()
+    ]
+    return np.clip(np.stack(channels, -1), 0, 255).astype(np.uint8)
+
+
+#: The two preprocessings by name. Transformers' is the default; a big_vision checkpoint brings its own.
+RESIZES = {"bicubic": resize_bicubic, "bilinear": resize_bilinear}
+_PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}
+
+
+def resize_from_hf(hf) -> str:
+    """The name of the preprocessing that a `preprocessor_config.json` describes.
+
+    Raises PaliGemmaError for one that this project does not have.
+    """
+    if not isinstance(hf, dict):
+        raise PaliGemmaError("preprocessor_config.json is not a JSON object")
+    expected = {
+        "do_resize": [True], "do_rescale": [True], "do_normalize": [True], "do_convert_rgb": [True, None],
+        "image_mean": [[0.5] * 3, 0.5], "image_std": [[0.5] * 3, 0.5],
+    }  # fmt: skip
+    for key, allowed in expected.items():
+        if key in hf and hf[key] not in allowed:
+            raise PaliGemmaError(f"preprocessor_config.json: {key} is {hf[key]!r}; only {allowed[0]!r} is known")
+    factor = hf.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
+        raise PaliGemmaError(f"preprocessor_config.json: rescale_factor is {factor!r}; only 1/255 is known")
+    resample = hf.get("resample", _PILLOW_FILTERS["bicubic"])
+    for name, number in _PILLOW_FILTERS.items():
+        if resample == number:
+            return name
+    raise PaliGemmaError(f"preprocessor_config.json: resample is {resample!r}; 3 (bicubic) and 2 (bilinear) are known")
+
+
+def resize_to_hf(resize: str, vision) -> dict:
+    """The `preprocessor_config.json` of a preprocessing, for a vision config."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "resample": _PILLOW_FILTERS[resize],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "image_seq_length": vision.patches,
+    }
 
 
 def scale(pixels: np.ndarray, dtype=np.float32) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Text <-> token ids: a SentencePiece model plus the location and segmentation tokens.
+"""Text <-> token ids: a SentencePiece model (or a tokenizer.json) plus the location and segmentation tokens.
 
 A prompt is tokenised in parts, as in big_vision: tok(prefix, bos) ++ tok("\\n") ++ tok(suffix).
 Control tokens never come out of text: `<image>`, `<bos>` and the like in a prompt are spelled, piece by piece.
@@ -18,23 +18,75 @@ SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
 _CONTENT = re.compile(r"(<loc\d{4}>|<seg\d{3}>)")
 
 
-class Tokenizer:
-    """A SentencePiece processor and the ids of the tokens that stand outside it."""
+class SentencePiece:
+    """`tokenizer.model`, the form of Google's releases."""
 
-    def __init__(self, processor, config: PaliGemmaConfig):
-        self.config = config
-        self.processor = processor
-        size = processor.get_piece_size()
-        inside = {processor.id_to_piece(i): i for i in range(size)}
+    FILE = "tokenizer.model"
+
+    def __init__(self, contents: bytes, source=FILE):
+        import sentencepiece
+
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(contents)
+        except RuntimeError as error:
+            raise PaliGemmaError(f"{source}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+        self.size = self.processor.get_piece_size()
+        self.encode, self.decode = self.processor.encode, self.processor.decode
+
+    def find(self, piece: str) -> int | None:
+        """The id of a piece, None if there is no such piece."""
+        token = self.processor.piece_to_id(piece)
+        return token if self.processor.id_to_piece(token) == piece else None
+
+    def is_text(self, token: int) -> bool:
+        """Whether an id stands for text, and not for control."""
+        return 0 <= token < self.size and not self.processor.is_control(token)
+
+
+class Json:
+    """`tokenizer.json`, the form of the Hugging Face `tokenizers` library."""
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, contents: bytes, source=FILE):
+        import tokenizers
+
+        try:
+            self.library = tokenizers.Tokenizer.from_buffer(contents)
+        except Exception as error:  # the library raises bare Exception
+            raise PaliGemmaError(f"{source}: not a tokenizer ({str(error).splitlines()[0]})") from None
+        self.library.encode_special_tokens = True  # "<bos>" in a text is spelled, not obeyed
+        self.vocab = self.library.get_vocab(with_added_tokens=True)
+        added = self.library.get_added_tokens_decoder()
+        self.control = {token for token, entry in added.items() if entry.special}
+        self.size = 1 + max((token for piece, token in self.vocab.items() if piece != "<image>"), default=-1)
+        self.find = self.vocab.get
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos or eos."""
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids) -> str:
+        """Text of ids."""
+        return self.library.decode(ids, skip_special_tokens=True)
+
+    def is_text(self, token: int) -> bool:
+        """Whether an id stands for text, and not for control."""
+        return 0 <= token < self.size and token not in self.control
+
+
+class Tokenizer:
+    """A tokenizer file, and the location and segmentation tokens that may stand behind its end."""
+
+    def __init__(self, backend: SentencePiece | Json, config: PaliGemmaConfig):
+        self.config, self.backend, self.size = config, backend, backend.size
         extra = LOCATIONS + SEGMENTS
-        if extra[0] in inside:  # a tokenizer trained with them
-            self.content = {piece: inside[piece] for piece in extra if piece in inside}
-            self.size = size
-        elif size + len(extra) <= min(config.image_token, config.text.vocab):  # Gemma's, extended behind its end
-            self.content = {piece: size + i for i, piece in enumerate(extra)}
-            self.size = size + len(extra)
-        else:
-            self.content, self.size = {}, size
+        self.content = {piece: token for piece in extra if (token := backend.find(piece)) is not None}
+        if not self.content and self.size + len(extra) <= min(config.image_token, config.text.vocab):
+            # Gemma's own file, which ends before them.
+            self.content = {piece: self.size + i for i, piece in enumerate(extra)}
+            self.size += len(extra)
         self.pieces = {token: piece for piece, token in self.content.items()}
         if self.size > config.text.vocab:
             raise PaliGemmaError(f"the tokenizer has {self.size} ids but the model only {config.text.vocab} embeddings")
@@ -42,18 +94,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path, config: PaliGemmaConfig) -> "Tokenizer":
-        """Read `tokenizer.model` of a checkpoint or bundle directory."""
-        import sentencepiece
-
-        file = Path(path) / "tokenizer.model"
-        if not file.is_file():
-            raise PaliGemmaError(f"{file}: no such file; text needs the checkpoint's SentencePiece tokenizer")
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(file.read_bytes())
-        except (RuntimeError, OSError) as error:
-            raise PaliGemmaError(f"{file}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
-        return cls(processor, config)
+        """Read `tokenizer.model`, or `tokenizer.json` where there is none, of a checkpoint or bundle directory."""
+        for backend in (SentencePiece, Json):
+            file = Path(path) / backend.FILE
+            if file.is_file():
+                return cls(backend(file.read_bytes(), file), config)
+        raise PaliGemmaError(f"{path}: neither tokenizer.model nor tokenizer.json; text needs one of them")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos."""
@@ -62,20 +108,19 @@ class Tokenizer:
             if part in self.content:
                 ids.append(self.content[part])
             elif part:
-                ids.extend(self.processor.encode(part))
+                ids.extend(self.backend.encode(part))
         return ids
 
     def decode(self, ids) -> str:
         """Text of ids; control tokens (pad, bos, eos, image) leave no trace."""
         text, run = [], []
-        for token in ids:
-            token = int(token)
+        for token in map(int, ids):
             if token in self.pieces:
-                text += [self.processor.decode(run), self.pieces[token]]
+                text += [self.backend.decode(run), self.pieces[token]]
                 run = []
-            elif token < self.processor.get_piece_size() and not self.processor.is_control(token):
+            elif self.backend.is_text(token):
                 run.append(token)
-        return "".join([*text, self.processor.decode(run)])
+        return "".join([*text, self.backend.decode(run)])
 
     def prompt(self, prefix: str) -> list[int]:
         """The ids that a row starts with: the image tokens, bos, the prefix, a newline."""

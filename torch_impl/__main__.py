@@ -11,9 +11,9 @@ PROG = "python -m torch_impl"
 
 
 def load(path):
-    """A checkpoint directory, or the shipped one, as engine and tokenizer."""
+    """A checkpoint, or the shipped one, as engine and tokenizer."""
     loaded = checkpoint.load(path or checkpoint.SHIPPED)
-    return TorchEngine(loaded), Tokenizer.load(loaded.path, loaded.config)
+    return TorchEngine(loaded), Tokenizer.load(loaded.folder, loaded.config)
 
 
 def main(argv=None):

@@ -48,8 +48,8 @@ class ModuleEngine:
 
     name = "torch"
 
-    def __init__(self, model: PaliGemma):
-        self.config, self.model = model.config, model
+    def __init__(self, model: PaliGemma, resize: str = "bicubic"):
+        self.config, self.model, self.resize = model.config, model, resize
 
     @torch.inference_mode()
     def prefill(self, pixel_values, input_ids, lengths, capacity):
@@ -67,4 +67,4 @@ class TorchEngine(ModuleEngine):
     """The twin of a loaded checkpoint as an engine."""
 
     def __init__(self, checkpoint, dtype=torch.float32):
-        super().__init__(from_params(checkpoint.config, checkpoint.params, dtype))
+        super().__init__(from_params(checkpoint.config, checkpoint.params, dtype), checkpoint.resize)

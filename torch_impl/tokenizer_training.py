@@ -10,6 +10,8 @@ import json
 import numpy as np
 import sentencepiece
 
+from numpy_ref.config import SiglipConfig
+from numpy_ref.image import resize_to_hf
 from numpy_ref.tokenizer import LOCATIONS, SEGMENTS
 
 from . import scenes
@@ -44,23 +46,17 @@ def _text(seed):
         yield WORDS
 
 
-def foreign_files(tokenizer_model: bytes, image_size: int, patches: int) -> dict[str, bytes]:
+def foreign_files(tokenizer_model: bytes, vision: SiglipConfig) -> dict[str, bytes]:
     """The files by which transformers' AutoProcessor loads the same tokenizer and preprocessing."""
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     tokenizer = {
         "tokenizer_class": "GemmaTokenizer", **special, "add_bos_token": True, "add_eos_token": False,
         "extra_special_tokens": {"image_token": "<image>"}, "processor_class": "PaliGemmaProcessor",
     }  # fmt: skip
-    picture = {
-        "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor",
-        "do_resize": True, "size": {"height": image_size, "width": image_size}, "resample": 3,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True, "image_seq_length": patches,
-    }  # fmt: skip
     contents = {
         "tokenizer.json": tokenizer_json(tokenizer_model),
         "tokenizer_config.json": tokenizer,
-        "preprocessor_config.json": picture,
+        "preprocessor_config.json": resize_to_hf("bicubic", vision),
     }
     return {name: (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode() for name, value in contents.items()}
 

@@ -21,7 +21,7 @@ from numpy_ref import checkpoint, cli
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import preprocess
-from numpy_ref.tokenizer import Tokenizer
+from numpy_ref.tokenizer import SentencePiece, Tokenizer
 
 from . import evaluate, scenes, tokenizer_training
 from .load import ModuleEngine, to_params
@@ -51,12 +51,9 @@ class Examples(IterableDataset):
         self.tokenizer_model, self.config, self.seed = tokenizer_model, config, seed
 
     def __iter__(self):
-        import sentencepiece
-
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        processor = sentencepiece.SentencePieceProcessor(model_proto=self.tokenizer_model)
-        tokenizer, size = Tokenizer(processor, self.config), self.config.vision.image_size
+        tokenizer, size = Tokenizer(SentencePiece(self.tokenizer_model), self.config), self.config.vision.image_size
         while True:
             scene = scenes.random_scene(rng)
             prefix, suffix = scenes.random_question(rng, scene)
@@ -151,10 +148,9 @@ def train(steps, seed, batch_size, peak, bfloat16, log) -> tuple[PaliGemma, byte
 
 def save(output, model, tokenizer_model, record: dict) -> None:
     """Write the Hugging Face directory, the tokenizer, and how it was trained."""
-    vision = model.config.vision
     files = {
         "tokenizer.model": tokenizer_model,
-        **tokenizer_training.foreign_files(tokenizer_model, vision.image_size, vision.patches),
+        **tokenizer_training.foreign_files(tokenizer_model, model.config.vision),
         "training.json": (json.dumps(record, indent=1) + "\n").encode(),
     }
     checkpoint.save(output, model.config, to_params(model), files)
@@ -180,7 +176,7 @@ def main(argv=None):
     model, tokenizer_model, curve = train(
         arguments.steps, arguments.seed, arguments.batch_size, arguments.learning_rate, not arguments.float32, log
     )
-    engine, tokenizer = ModuleEngine(model), _tokenizer(tokenizer_model, model.config)
+    engine, tokenizer = ModuleEngine(model), Tokenizer(SentencePiece(tokenizer_model), model.config)
     accuracy = evaluate.measure(engine, tokenizer, evaluate.HELD_OUT_SEED, arguments.scenes)
     print(json.dumps(accuracy))
     record = {
@@ -191,12 +187,6 @@ def main(argv=None):
         "curve": {"columns": ["step", "seconds", "loss"], "points": curve[::5]},
     }
     save(arguments.output, model, tokenizer_model, record)
-
-
-def _tokenizer(tokenizer_model, config):
-    import sentencepiece
-
-    return Tokenizer(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model), config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,295 @@
+"""Files of tensors, whatever their names: mapping safetensors and npz, writing them whole or not at all.
+
+Reading maps the file, so that a model is paged in as it is used. Writing takes arrays a block of rows at a time:
+the libraries' own writers hold a whole shard in memory.
+"""
+
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from .errors import PaliGemmaError
+
+BLOCK = 32 * 2**20  # bytes converted at once
+SHARD = 5 * 10**9  # bytes of a safetensors file before the next one is begun
+
+
+def read_json(file: Path):
+    """Parse a JSON file; PaliGemmaError if it is absent or not JSON."""
+    try:
+        return json.loads(Path(file).read_bytes())
+    except FileNotFoundError:
+        raise PaliGemmaError(f"{Path(file).name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PaliGemmaError(f"{Path(file).name} is not readable JSON ({error})") from None
+
+
+def bfloat16() -> np.dtype:
+    """NumPy's bfloat16, which lives in a package of its own."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def dtypes() -> dict[str, np.dtype]:
+    """The dtypes that a checkpoint may have, by their safetensors names."""
+    return {"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": bfloat16()}
+
+
+# --- safetensors -------------------------------------------------------------------------------------------
+
+
+def map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder's model.safetensors, or of the shards that its index names, as read-only views."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return map_safetensors_file(path / "model.safetensors")
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except (PaliGemmaError, AttributeError) as error:
+        raise PaliGemmaError(f"{path}: {index.name}: {error}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise PaliGemmaError(f"{index}: no weight_map of tensor name to file")
+    tensors: dict = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise PaliGemmaError(f"{index}: shard {file!r} is not a file name of this folder")
+        shard = map_safetensors_file(path / file)
+        listed = {name for name, target in weight_map.items() if target == file}
+        if listed != shard.keys():
+            names = ", ".join(sorted(listed ^ shard.keys()))
+            raise PaliGemmaError(f"{path / file}: shard and index disagree about {names}")
+        tensors |= shard
+    return tensors
+
+
+def map_safetensors_file(file: Path) -> dict[str, np.ndarray]:
+    """One safetensors file: name -> read-only view.
+
+    The library checks the header; the arrays are mapped here because its own would be copies.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise PaliGemmaError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise PaliGemmaError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_size))
+    header.pop("__metadata__", None)
+    body = np.memmap(file, np.uint8, "r", offset=8 + header_size) if header else None
+    known, tensors = dtypes(), {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = known.get(entry["dtype"])
+        if dtype is None:
+            raise PaliGemmaError(f"{file}: tensor {name} has dtype {entry['dtype']}, not F32, F16, BF16 or F64")
+        tensors[name] = body[begin:end].view(dtype).reshape(entry["shape"]).view(np.ndarray)
+    return tensors
+
+
+def write_safetensors(folder: Path, tensors: dict[str, np.ndarray], progress=lambda size: None) -> None:
+    """Write tensors into a folder, in order, as one file or as shards with an index."""
+    shards = _shards(tensors)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        index = {
+            "metadata": {"total_size": sum(array.nbytes for array in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    for name, shard in zip(names, shards, strict=True):
+        _write_safetensors_file(folder / name, shard, progress)
+
+
+def _shards(tensors):
+    shards: list[dict] = [{}]
+    size = 0
+    for name, array in tensors.items():
+        if size and size + array.nbytes > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    return shards
+
+
+def _write_safetensors_file(file, tensors, progress):
+    names = {dtype: name for name, dtype in dtypes().items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, array in tensors.items():
+        header[name] = {
+            "dtype": names[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the body to 8 bytes
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for array in tensors.values():
+            for block in blocks(array):
+                stream.write(block)
+                progress(len(block))
+
+
+def blocks(array, dtype=None):
+    """The array's bytes in row-major order, and in `dtype`, in pieces of about BLOCK bytes."""
+    dtype = array.dtype if dtype is None else dtype
+    if array.ndim == 0:
+        array = array[None]
+    row = max(1, math.prod(array.shape[1:]) * dtype.itemsize)
+    step = max(1, BLOCK // row)
+    for start in range(0, len(array), step):
+        block = np.ascontiguousarray(array[start : start + step].astype(dtype, copy=False))
+        yield block.reshape(-1).view(np.uint8).data
+
+
+# --- npz ---------------------------------------------------------------------------------------------------
+
+
+def map_npz(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz: views of the mapped file where a member is stored plainly, read where it is compressed.
+
+    Two-byte void is how NumPy saves bfloat16, and is returned as that. Nothing is ever unpickled.
+    """
+    tensors = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if name == member.filename or name in tensors:
+                    raise PaliGemmaError(f"{file}: member {member.filename} is not an array, or is there twice")
+                tensors[name] = _npz_member(file, archive, member)
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, struct.error, NotImplementedError) as error:
+        raise PaliGemmaError(f"{file}: not a whole .npz file ({error}); download or copy it again") from None
+    return tensors
+
+
+def _npz_member(file, archive, member):
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"{member.filename} has npy version {version}")
+        shape, fortran, dtype = read_header[version](stream)
+        if dtype.hasobject or fortran:
+            raise ValueError(f"{member.filename} is not a plain row-major array")
+        begin, size = stream.tell(), math.prod(shape) * dtype.itemsize
+        if begin + size != member.file_size:
+            raise ValueError(f"{member.filename} holds {member.file_size - begin} bytes, its header says {size}")
+        if member.compress_type == zipfile.ZIP_STORED:
+            array = np.memmap(file, np.uint8, "r", _data_offset(file, member) + begin, (size,)).view(np.ndarray)
+        else:
+            array = np.frombuffer(stream.read(size), np.uint8)
+    dtype = bfloat16() if dtype == np.dtype("V2") else dtype
+    return array.view(dtype).reshape(shape)
+
+
+def _data_offset(file, member):
+    """Where a member's bytes begin: behind its local header, whose name and extra field have their own lengths."""
+    with file.open("rb") as stream:
+        stream.seek(member.header_offset + 26)
+        name, extra = struct.unpack("<HH", stream.read(4))
+    return member.header_offset + 30 + name + extra
+
+
+def write_npz(file: Path, arrays: dict, progress=lambda size: None) -> None:
+    """Write a .npz as np.savez would; (nested) lists of equal arrays are stacked on new first axes as they go out."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, tree in arrays.items():
+            # A fixed date, so that equal contents are equal files.
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(member, "w", force_zip64=True) as stream:
+                shape, dtype = _stacked(tree)
+                dtype = np.dtype("V2") if dtype == bfloat16() else dtype
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for array in _leaves(tree):
+                    for block in blocks(array):
+                        stream.write(block)
+                        progress(len(block))
+
+
+def _stacked(tree):
+    """Shape and dtype of nested lists of arrays once stacked."""
+    if isinstance(tree, list):
+        shape, dtype = _stacked(tree[0])
+        return (len(tree), *shape), dtype
+    return tree.shape, tree.dtype
+
+
+def _leaves(tree):
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from _leaves(branch)
+    else:
+        yield tree
+
+
+# --- whole or absent ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_directory(path):
+    """Yield a temporary sibling that becomes `path` if all goes well, and vanishes if not.
+
+    Raises PaliGemmaError if `path` exists or cannot be made.
+    """
+    path = _absent(path, "folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise PaliGemmaError(f"{path}: cannot write there ({error.strerror})") from None
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        os.rename(temporary, path)
+    except OSError as error:
+        raise PaliGemmaError(f"{path}: cannot write there ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path):
+    """As `new_directory`, for one file."""
+    path = _absent(path, "file")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=_parent(path)) as folder:
+        temporary = Path(folder) / path.name
+        try:
+            yield temporary
+            os.rename(temporary, path)
+        except OSError as error:
+            raise PaliGemmaError(f"{path}: cannot write there ({error.strerror or error})") from None
+
+
+def _absent(path, kind) -> Path:
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise PaliGemmaError(f"{path}: output {kind} exists already; remove it or name another")
+    return path
+
+
+def _parent(path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path.parent
+    except OSError as error:
+        raise PaliGemmaError(f"{path}: cannot write there ({error.strerror})") from None

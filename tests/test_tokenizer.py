@@ -1,0 +1,146 @@
+"""Both tokenizer files, alone and against each other."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numpy_ref.checkpoint import SHIPPED, load_config
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.tokenizer import LOCATIONS, SEGMENTS, Json, SentencePiece, Stream, Tokenizer, known_ids
+
+from .models import CONFIGS
+
+CONFIG = load_config(SHIPPED)
+MODEL = SentencePiece((SHIPPED / "tokenizer.model").read_bytes())
+TOKENIZERS = {"model": Tokenizer(MODEL, CONFIG), "json": Tokenizer(Json((SHIPPED / "tokenizer.json").read_bytes()), CONFIG)}
+TEXTS = ["caption en", "detect red star ; blue circle", "two  spaces", " leading", "trailing ", "tab\tnew\nline",
+         "naïve café ☕ 日本", "<loc0007><loc1023> <seg127>", "a<loc0001>b", "2026", "<unused> <br>"]  # fmt: skip
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text())
+def test_both_files_are_one_tokenizer(text):
+    ids = TOKENIZERS["model"].encode(text)
+    assert TOKENIZERS["json"].encode(text) == ids
+    assert TOKENIZERS["json"].decode(ids) == TOKENIZERS["model"].decode(ids)
+
+
+def test_sizes_agree(tokenizer):
+    assert tokenizer.size == CONFIG.image_token
+    assert len(tokenizer.content) == 1024 + 128
+    assert tokenizer.known().sum() == tokenizer.size
+    assert tokenizer.newline == [4]
+
+
+@pytest.mark.parametrize("word", ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"])
+def test_control_words_are_spelled(tokenizer, word):
+    ids = tokenizer.encode(f"say {word} now")
+    control = {CONFIG.image_token, CONFIG.bos, CONFIG.eos, CONFIG.pad, 3}
+    assert not control & set(ids)
+    assert tokenizer.decode(ids) == f"say {word} now"
+
+
+def test_control_ids_leave_no_trace(tokenizer):
+    ids = tokenizer.encode("red star")
+    assert tokenizer.decode([CONFIG.bos, *ids, CONFIG.eos, CONFIG.pad, CONFIG.image_token, 10**6]) == "red star"
+
+
+def test_the_prompt(tokenizer):
+    prompt = tokenizer.prompt("caption en")
+    patches = CONFIG.vision.patches
+    assert prompt == [CONFIG.image_token] * patches + [CONFIG.bos, *tokenizer.encode("caption en"), 4]
+
+
+def test_the_newline_is_a_token_of_its_own(tokenizer):
+    """big_vision tokenises prefix and newline apart; jointly, a trailing blank could join them."""
+    assert tokenizer.prompt("a \n")[-2:] == [4, 4]
+
+
+def test_streaming_never_shows_half_a_character(tokenizer):
+    text, stream = "naïve ☕ 日本", Stream(tokenizer)
+    shown = [stream.push(token) for token in tokenizer.encode(text)] + [stream.close()]
+    assert "".join(shown) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown)
+
+
+def test_a_broken_character_is_shown_at_the_end():
+    tokenizer = TOKENIZERS["model"]
+    stream = Stream(tokenizer)
+    first_byte = tokenizer.encode("☕")[0]
+    assert stream.push(first_byte) == ""
+    assert stream.close() == "\N{REPLACEMENT CHARACTER}"
+
+
+class WithoutContent(SentencePiece):
+    """Stands for Google's own file, which ends before the location tokens."""
+
+    def find(self, piece):
+        return None
+
+
+def test_location_tokens_behind_the_end():
+    size = MODEL.size
+    vision_text = replace(CONFIG.text, vocab=size + 1152 + 64)
+    config = replace(CONFIG, text=vision_text, image_token=size + 1152)
+    tokenizer = Tokenizer(WithoutContent((SHIPPED / "tokenizer.model").read_bytes()), config)
+    assert [tokenizer.content[LOCATIONS[0]], tokenizer.content[SEGMENTS[-1]]] == [size, size + 1151]
+    assert tokenizer.decode([size + 5, size + 1024]) == "<loc0005><seg000>"
+    known = tokenizer.known()
+    assert known[: size + 1152].all()
+    assert not known[size + 1152 :].any()  # the image token, and the random rows behind it
+
+
+def test_ids_without_a_tokenizer():
+    config = CONFIGS["paligemma1"]
+    padded = replace(config, text=replace(config.text, vocab=64), image_token=50)
+    assert known_ids(padded).tolist() == [True] * 50 + [False] * 14
+    inside = replace(config, text=replace(config.text, vocab=300), image_token=50)
+    assert known_ids(inside).sum() == 299
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(PaliGemmaError, match=r"neither tokenizer\.model nor tokenizer\.json"):
+        Tokenizer.load(tmp_path, CONFIG)
+    for name, reason in [("tokenizer.json", "not a tokenizer"), ("tokenizer.model", "not a SentencePiece model")]:
+        (tmp_path / name).write_bytes(b"{}!")
+        with pytest.raises(PaliGemmaError, match=f"{name}: {reason}"):
+            Tokenizer.load(tmp_path, CONFIG)
+    with pytest.raises(PaliGemmaError, match="1600 ids but the model only 53"):
+        Tokenizer.load(SHIPPED, CONFIGS["paligemma1"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_reads_the_same_tokenizer():
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(SHIPPED)
+    for text in TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == TOKENIZERS["model"].encode(text)
+    assert theirs.convert_tokens_to_ids("<image>") == CONFIG.image_token
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_prepares_the_same_input():
+    """Its processor gives the same ids and, with the Pillow backend, the same pixels."""
+    import numpy as np
+    from PIL import Image
+
+    from numpy_ref.image import preprocess
+
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    processor = transformers.AutoProcessor.from_pretrained(SHIPPED, use_fast=False)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 91, 3), np.uint8))
+    theirs = processor(images=image, text="<image>caption en", return_tensors="np")
+    assert theirs["input_ids"][0].tolist() == TOKENIZERS["model"].prompt("caption en")
+    ours = preprocess(image, CONFIG.vision.image_size)
+    assert np.abs(theirs["pixel_values"] - ours).max() <= 1.01 * 2 / 255  # one step of 255; torchvision rounds apart
