@@ -343,7 +343,7 @@ def _config_of_npz(path, stored) -> PaliGemmaConfig:
         vocab=vocab, width=width, depth=depth, mlp=shape("llm/layers/mlp/linear", 3)[1], heads=heads,
         kv_heads=shape("llm/layers/attn/kv_einsum/w", 5)[2], head_dim=head_dim, query_scalar=float(head_dim),
     )  # fmt: skip
-    if "llm/layers/post_attention_norm/scale" in stored:
+    if stored.keys() & {"llm/layers/post_attention_norm/scale", "llm/layers/post_ffw_norm/scale"}:  # Gemma 2
         released = VARIANTS["paligemma2-28b-224"].text
         is_28b = (width, heads, head_dim) == (released.width, released.heads, released.head_dim)
         scalar = released.query_scalar if is_28b else float(head_dim)

@@ -1,4 +1,4 @@
-"""Tiny random models whose dimensions are distinct primes (or twice one, where heads must divide)."""
+"""Tiny random models whose dimensions are distinct primes (or small multiples, where heads must divide)."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 
 VISION = SiglipConfig(image_size=23, patch_size=7, width=15, depth=2, mlp=19, heads=3)
 GEMMA1 = GemmaConfig(
-    vocab=53, width=34, depth=3, mlp=29, heads=6, kv_heads=2, head_dim=10, query_scalar=10.0, rope_base=37.0
+    vocab=53, width=42, depth=3, mlp=29, heads=6, kv_heads=2, head_dim=10, query_scalar=10.0, rope_base=37.0
 )
 GEMMA2 = replace(
     GEMMA1, query_scalar=13.0, attn_softcap=5.0, final_softcap=3.0, post_norms=True, windows=(4, None, 4), tied=False

@@ -14,7 +14,10 @@ from .models import CONFIGS
 
 CONFIG = load_config(SHIPPED)
 MODEL = SentencePiece((SHIPPED / "tokenizer.model").read_bytes())
-TOKENIZERS = {"model": Tokenizer(MODEL, CONFIG), "json": Tokenizer(Json((SHIPPED / "tokenizer.json").read_bytes()), CONFIG)}
+TOKENIZERS = {
+    "model": Tokenizer(MODEL, CONFIG),
+    "json": Tokenizer(Json((SHIPPED / "tokenizer.json").read_bytes()), CONFIG),
+}
 TEXTS = ["caption en", "detect red star ; blue circle", "two  spaces", " leading", "trailing ", "tab\tnew\nline",
          "naïve café ☕ 日本", "<loc0007><loc1023> <seg127>", "a<loc0001>b", "2026", "<unused> <br>"]  # fmt: skip
 

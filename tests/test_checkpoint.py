@@ -1,0 +1,304 @@
+"""Loading Hugging Face directories: every layout that exists, and every difference named."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from numpy_ref import checkpoint, storage
+from numpy_ref.checkpoint import flatten, load, parameters, save, saved_name, unflatten
+from numpy_ref.config import VARIANTS, from_hf, to_hf
+from numpy_ref.errors import PaliGemmaError
+
+from . import make_goldens
+from .make_goldens import GOLDEN
+from .models import CONFIGS, random_params
+
+NAMES = ["paligemma1", "paligemma2"]
+
+
+@pytest.fixture(params=NAMES)
+def folder(request, tmp_path):
+    """A checkpoint directory to break."""
+    return shutil.copytree(GOLDEN / request.param, tmp_path / "checkpoint")
+
+
+def same(a: dict, b: dict) -> bool:
+    a, b = flatten(a), flatten(b)
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    # Totals of keras-hub's presets; its 28B ones are given for 224 pixels alone.
+    [("paligemma-3b-224", 2_923_335_408), ("paligemma2-3b-224", 3_032_094_960), ("paligemma2-10b-224", 9_662_409_456),
+     ("paligemma2-28b-224", 27_650_192_112), ("paligemma2-28b-448", 27_651_076_848), ("paligemma2-28b-896", 27_654_615_792)],
+)  # fmt: skip
+def test_parameter_counts_of_the_releases(name, expected):
+    from dataclasses import replace
+
+    config = VARIANTS[name]
+    config = replace(config, text=replace(config.text, vocab=257152))
+    assert sum(np.prod(p.shape, dtype=np.int64) for p in parameters(config)) == expected
+
+
+def test_flatten_and_back():
+    params = random_params(CONFIGS["paligemma2"])
+    assert same(unflatten(flatten(params)), params)
+    assert isinstance(params["text"]["blocks"], list)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_round_trip(name):
+    from dataclasses import replace
+
+    config = CONFIGS[name]
+    assert from_hf(to_hf(config)) == replace(config, max_length=config.max_length)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_release_configs_round_trip(name):
+    assert from_hf(json.loads(json.dumps(to_hf(VARIANTS[name])))) == VARIANTS[name]
+
+
+def test_the_released_config_file():
+    """What google/paligemma-3b-pt-224 has in its config.json, with all that it leaves out."""
+    hf = {
+        "model_type": "paligemma", "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "hidden_size": 2048,
+        "image_token_index": 257152, "projection_dim": 2048,
+        "text_config": {"hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma", "num_attention_heads": 8,
+                        "num_hidden_layers": 18, "num_image_tokens": 256, "num_key_value_heads": 1, "vocab_size": 257216},
+        "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+                          "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False},
+    }  # fmt: skip
+    assert from_hf(hf) == VARIANTS["paligemma-3b-224"]
+
+
+def test_the_decoder_width_is_the_text_configs():
+    """PaliGemma 2's top-level hidden_size says 2048 whatever the decoder has."""
+    hf = to_hf(VARIANTS["paligemma2-3b-224"]) | {"hidden_size": 2048, "projection_dim": 2304}
+    assert from_hf(hf).text.width == 2304
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "llava"}, "model_type"),
+        ({"text_config": {"model_type": "llama"}}, "llama"),
+        ({"text_config": {"model_type": "gemma", "hidden_act": "relu"}}, "relu"),
+        ({"text_config": {"model_type": "gemma", "attention_bias": True}}, "attention_bias"),
+        ({"text_config": {"model_type": "gemma", "num_hidden_layers": -1}}, "num_hidden_layers"),
+        ({"text_config": {"model_type": "gemma", "rope_parameters": {"rope_type": "yarn"}}}, "yarn"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act"),
+        ({"vision_config": {"num_channels": 1}}, "num_channels"),
+        ({"image_token_index": "x"}, "image_token_index"),
+    ],
+)  # fmt: skip
+def test_configs_that_are_refused(folder, change, word):
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | change))
+    with pytest.raises(PaliGemmaError, match=word):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_missing_fields_default_as_in_transformers(kind):
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    full = transformers.PaliGemmaConfig(
+        text_config={"model_type": kind}, vision_config={"model_type": "siglip_vision_model"}
+    )
+    bare = {"model_type": "paligemma", "text_config": {"model_type": kind}, "vision_config": {}}
+    assert from_hf(bare) == from_hf(json.loads(full.to_json_string()))
+    assert from_hf({"model_type": "paligemma"}) == from_hf(json.loads(transformers.PaliGemmaConfig().to_json_string()))
+
+
+# --- layouts that exist ------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors")
+
+
+def spellings(name: str) -> list[str]:
+    name = checkpoint.canonical(name)
+    in_memory = name if name.startswith("lm_head.") else f"model.{name}"
+    return [name, saved_name(name), in_memory]
+
+
+@pytest.mark.parametrize("spelling", range(3))
+def test_every_spelling_of_the_names(folder, spelling):
+    expected = load(folder).params
+    rewrite(folder, lambda tensors: {spellings(name)[spelling]: array for name, array in tensors.items()})
+    assert same(load(folder).params, expected)
+
+
+def test_two_spellings_of_one_tensor(folder):
+    rewrite(folder, lambda tensors: tensors | {spellings(n)[0]: a for n, a in list(tensors.items())[:1]} | {spellings(n)[1]: a for n, a in list(tensors.items())[:1]})  # fmt: skip
+    with pytest.raises(PaliGemmaError, match="stored twice"):
+        load(folder)
+
+
+def test_a_tied_head_may_be_present(folder):
+    expected = load(folder).params
+
+    def add(tensors):
+        table = next(array for name, array in tensors.items() if "embed_tokens" in name)
+        padding = table.copy()
+        padding[-4:] = 7  # the image token's row and those behind it are drawn separately for both
+        return tensors | {"lm_head.weight": padding}
+
+    rewrite(folder, add)
+    assert same(load(folder).params, expected)
+
+
+def test_a_tied_head_must_be_the_table(folder):
+    def add(tensors):
+        table = next(array for name, array in tensors.items() if "embed_tokens" in name)
+        return tensors | {"lm_head.weight": table + 1}
+
+    rewrite(folder, add)
+    with pytest.raises(PaliGemmaError, match=r"lm_head.*differs.*tie_word_embeddings"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_dtypes_and_shards(tmp_path, monkeypatch, dtype, shards):
+    config, dtype = CONFIGS["paligemma2"], storage.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
+    params = unflatten({path: array.astype(dtype) for path, array in flatten(random_params(config)).items()})
+    total = sum(array.nbytes for array in flatten(params).values())
+    monkeypatch.setattr(storage, "SHARD", total // shards + 1 if shards > 1 else total)
+    save(tmp_path / "out", config, params)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) > 1) == (shards > 1)
+    loaded = load(tmp_path / "out")
+    assert loaded.dtype == dtype
+    assert loaded.config == config
+    assert same(loaded.params, params)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_writes_shards_that_load(tmp_path):
+    pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    model = make_goldens.build("gemma2")
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert same(load(tmp_path / "sharded").params, load(tmp_path / "whole").params)
+
+
+def test_loading_copies_nothing():
+    loaded = load(GOLDEN / "paligemma1")
+    for path, array in flatten(loaded.params).items():
+        base = array
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        assert isinstance(base, np.memmap), path
+        assert not array.flags.writeable
+
+
+# --- differences, named ------------------------------------------------------------------------------------
+
+TENSORS = [(name, tensor) for name in NAMES for tensor in load_file(GOLDEN / name / "model.safetensors")]
+
+
+@pytest.mark.parametrize(("name", "tensor"), TENSORS)
+def test_any_mutation_of_a_tensor_is_named(name, tensor, tmp_path):
+    known = saved_name(checkpoint.canonical(tensor))
+    mutations = {
+        "name": lambda t: {("x" + key if key == tensor else key): array for key, array in t.items()},
+        "missing": lambda t: {key: array for key, array in t.items() if key != tensor},
+        "dtype": lambda t: t | {tensor: t[tensor].astype(np.float16)},
+        "kind": lambda t: t | {tensor: t[tensor].astype(np.int32)},
+        "shape": lambda t: t | {tensor: t[tensor][..., :-1].copy()},
+        "rank": lambda t: t | {tensor: t[tensor][None].copy()},
+    }
+    for kind, mutate in mutations.items():
+        folder = shutil.copytree(GOLDEN / name, tmp_path / kind)
+        rewrite(folder, mutate)
+        with pytest.raises(PaliGemmaError) as error:
+            load(folder)
+        assert known in str(error.value) or tensor in str(error.value), kind
+
+
+def sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SHARD", 100_000)
+    config = CONFIGS["paligemma1"]
+    save(tmp_path / "out", config, unflatten({k: v.astype("f4") for k, v in flatten(random_params(config)).items()}))
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    return tmp_path / "out", files
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+def test_a_truncated_shard_is_named(tmp_path, monkeypatch, keep):
+    folder, files = sharded(tmp_path, monkeypatch)
+    for file in files:
+        contents = file.read_bytes()
+        file.write_bytes(contents[:keep])
+        with pytest.raises(PaliGemmaError, match=file.name):
+            load(folder)
+        file.write_bytes(contents)
+    load(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path, monkeypatch):
+    folder, files = sharded(tmp_path, monkeypatch)
+    files[1].unlink()
+    with pytest.raises(PaliGemmaError, match=f"{files[1].name}: no such file"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda index: index.pop("weight_map"), "no weight_map"),
+        (lambda index: index["weight_map"].update(extra="../../etc/passwd"), "not a file name"),
+        (lambda index: index["weight_map"].update(extra=3), "no weight_map"),
+        (lambda index: index["weight_map"].popitem(), "disagree about"),
+        (lambda index: index["weight_map"].update(extra=index["weight_map"].popitem()[1]), "extra"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, monkeypatch, change, word):
+    folder, _ = sharded(tmp_path, monkeypatch)
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(PaliGemmaError, match=word):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"", b"\0" * 7, struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": {}}',
+     struct.pack("<Q", 2) + b"{}"],
+    ids=["empty", "short", "huge header", "a list", "no offsets", "no tensors"],
+)  # fmt: skip
+def test_a_header_that_is_none(folder, contents):
+    (folder / "model.safetensors").write_bytes(contents)
+    with pytest.raises(PaliGemmaError):
+        load(folder)
+
+
+def test_json_that_is_none(folder):
+    for contents in (b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000):
+        (folder / "config.json").write_bytes(contents)
+        with pytest.raises(PaliGemmaError, match=r"config\.json"):
+            load(folder)
+
+
+def test_saving_refuses_other_tensors(tmp_path):
+    params = random_params(CONFIGS["paligemma1"])
+    with pytest.raises(PaliGemmaError, match=r"parameters: .*missing text\.head\.kernel"):
+        save(tmp_path / "out", CONFIGS["paligemma2"], params)
+    assert not list(tmp_path.iterdir())
