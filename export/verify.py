@@ -80,7 +80,7 @@ def verify(bundle, checkpoint) -> list[dict]:
         rows += compare_stages(rounded, bundle, provider)
     budget = BUDGETS[precision]
     print(table(rows, budget))
-    failed = [f"{row.stage} {row.worst} {row.error:.1e}" for row in rows if not row.error <= budget]
+    failed = [f"{row.stage} {row.part} {row.error:.1e}" for row in rows if not row.error <= budget]
     if failed:
         raise PaliGemmaError(f"the bundle differs from the reference by more than {budget:.0e}: {'; '.join(failed)}")
     return [{**asdict(row), "budget": budget} for row in rows]
