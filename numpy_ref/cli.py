@@ -95,7 +95,7 @@ def answer(arguments, load) -> int:
     text = tokenizer.decode(ids)
     boxes = detection.parse(text, image.width, image.height, arguments.boxes)
     if arguments.draw:
-        _write_drawing(arguments.draw, detection.draw(image, boxes, _caption(arguments.prompt, text, boxes)))
+        write_drawing(arguments.draw, detection.draw(image, boxes, _caption(arguments.prompt, text, boxes)))
     if arguments.json:
         times = {
             "load_s": round(load_s, 4),
@@ -136,7 +136,8 @@ def _caption(prompt, text, boxes) -> str:
     return f"{prompt}: {len(boxes)} found" if boxes else f"{prompt}: {text}"
 
 
-def _write_drawing(path: Path, drawing) -> None:
+def write_drawing(path: Path, drawing) -> None:
+    """Save a picture where it is wanted, whole or not at all."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix or ".png", delete=False) as file:
             temporary = Path(file.name)

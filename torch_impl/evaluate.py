@@ -1,6 +1,6 @@
-"""python -m torch_impl.evaluate [MODEL]: accuracy on fresh scenes, greedy, through any engine.
+"""python -m torch_impl.evaluate [CHECKPOINT]: accuracy on fresh scenes, greedy.
 
-MODEL is a checkpoint directory (run by the PyTorch twin) or a bundle (run by ONNX Runtime through `--bundle`).
+From the command line the PyTorch twin answers; `measure` takes any engine.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def answer_all(engine, tokenizer, examples, label="") -> list[str]:
     size, texts = engine.config.vision.image_size, []
     for start in tqdm(range(0, len(examples), BATCH), desc=label, leave=False, disable=None):
         batch = examples[start : start + BATCH]
-        pixels = np.concatenate([preprocess(scenes.draw(scene), size) for scene, *_ in batch])
+        pixels = np.concatenate([preprocess(scenes.draw(scene), size, resize=engine.resize) for scene, *_ in batch])
         prompts = [tokenizer.prompt(prefix) for _, prefix, _ in batch]
         tokens = list(generate(engine, pixels, prompts, tokenizer.known(), NEW_TOKENS))
         texts += [tokenizer.decode(row) for row in answers(tokens, engine.config.eos)]
@@ -88,7 +88,7 @@ def main(argv=None):
     from .load import TorchEngine
 
     loaded = checkpoint.load(arguments.model)
-    tokenizer = Tokenizer.load(loaded.path, loaded.config)
+    tokenizer = Tokenizer.load(loaded.folder, loaded.config)
     results = measure(TorchEngine(loaded), tokenizer, arguments.seed, arguments.scenes)
     if arguments.json:
         print(json.dumps(results))
