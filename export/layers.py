@@ -89,7 +89,7 @@ def rms_norm(op, x, scale, eps):
 def rope_angles(op, positions, head_dim, base, dtype):
     """Cosine and sine of the rotary embedding: positions [B, T] -> two [B, 1, T, H/2]."""
     steps = op.Cast(op.Constant(value_floats=[float(i) for i in range(0, head_dim, 2)]), to=dtype)
-    frequencies = op.Pow(op.CastLike(base, steps), op.Mul(steps, -1 / head_dim))
+    frequencies = op.Pow(op.Cast(op.Constant(value_float=base), to=dtype), op.Mul(steps, -1 / head_dim))
     angles = op.Mul(op.Cast(op.Unsqueeze(positions, [1, 3]), to=dtype), frequencies)
     return op.Cos(angles), op.Sin(angles)
 

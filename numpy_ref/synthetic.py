@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from . import cli
 from .checkpoint import parameters, saved_name
@@ -70,6 +69,8 @@ def main(argv=None):
     options.add_argument("--layers", type=int, help="keep only so many layers of each tower")
     options.add_argument("--seed", type=int, default=0)
     arguments = options.parse_args(argv)
+    from tqdm import tqdm
+
     config = VARIANTS[arguments.variant]
     if arguments.layers:
         text = replace(config.text, depth=arguments.layers, windows=config.text.windows[: arguments.layers])
