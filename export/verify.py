@@ -70,20 +70,26 @@ def verify(bundle, checkpoint) -> list[dict]:
 
     Raises PaliGemmaError if a budget is exceeded, a tap is absent, or this machine cannot run the precision.
     """
+    budget = BUDGETS[bundle.description["precision"]]
+    compared = rows(bundle, checkpoint)
+    print(table(compared, budget))
+    failed = [f"{row.stage} {row.part} {row.error:.1e}" for row in compared if not row.error <= budget]
+    if failed:
+        raise PaliGemmaError(f"the bundle differs from the reference by more than {budget:.0e}: {'; '.join(failed)}")
+    return [{**asdict(row), "budget": budget} for row in compared]
+
+
+def rows(bundle, checkpoint) -> list[Row]:
+    """Both views of a bundle: its parts, and, where this machine has the kernels, end to end."""
     precision = bundle.description["precision"]
     provider = choose_provider("auto") if precision != "float32" else CPU
     if precision == "bfloat16" and provider != CUDA and _size(checkpoint) > SMALL:
         raise PaliGemmaError("--verify of a bfloat16 bundle of this size needs a CUDA device; the CPU has no kernels")
     rounded = _rounded(checkpoint, precision)
-    rows = list(compare_parts(rounded, bundle, provider))
+    compared = list(compare_parts(rounded, bundle, provider))
     if precision != "bfloat16" or provider == CUDA:
-        rows += compare_stages(rounded, bundle, provider)
-    budget = BUDGETS[precision]
-    print(table(rows, budget))
-    failed = [f"{row.stage} {row.part} {row.error:.1e}" for row in rows if not row.error <= budget]
-    if failed:
-        raise PaliGemmaError(f"the bundle differs from the reference by more than {budget:.0e}: {'; '.join(failed)}")
-    return [{**asdict(row), "budget": budget} for row in rows]
+        compared += compare_stages(rounded, bundle, provider)
+    return compared
 
 
 def compare_parts(checkpoint, bundle, provider=CPU) -> Iterator[Row]:

@@ -6,6 +6,7 @@ rows at a time: a model never has to fit in memory.
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -53,16 +54,25 @@ def memory(placed) -> int:
 def write(file, placed, arrays, progress=lambda size: None) -> str:
     """Write arrays {path: array} as placed; call `progress` with each block's bytes. The file's SHA-256."""
     digest = hashlib.sha256()
-    with open(file, "wb") as stream:
-        for stored in placed.values():
-            gap = bytes(stored.offset - stream.tell())
-            stream.write(gap)
-            digest.update(gap)
-            for block in blocks(arrays[stored.path], stored.dtype.numpy()):
-                stream.write(block)
-                digest.update(block)
-                progress(len(block))
+    with open(file, "wb") as stream, ThreadPoolExecutor(1) as hasher:
+        hashed = hasher.submit(bool)
+        for block in _contents(placed, arrays):
+            hashed.result()  # one block is hashed while the next is converted and written
+            hashed = hasher.submit(digest.update, block)
+            stream.write(block)
+            progress(len(block))
+        hashed.result()
     return digest.hexdigest()
+
+
+def _contents(placed, arrays):
+    """The file's bytes, block by block, zeros between the tensors."""
+    end = 0
+    for stored in placed.values():
+        if stored.offset > end:
+            yield bytes(stored.offset - end)
+        yield from blocks(arrays[stored.path], stored.dtype.numpy())
+        end = stored.offset + stored.length
 
 
 def initializer(placed, directory=""):

@@ -128,7 +128,8 @@ _TEXT_DEFAULTS = {
     },
 }  # fmt: skip
 # "gelu" in a Gemma config is a legacy spelling of the tanh form (transformers #29402).
-_GELU_TANH = {"gelu_pytorch_tanh", "gelu_new", "gelu_fast"}
+_GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+_MOST_LAYERS = 1000  # the largest release has 46; a damaged number must not be worked through layer by layer
 
 
 def from_hf(hf: Mapping) -> PaliGemmaConfig:
@@ -138,13 +139,14 @@ def from_hf(hf: Mapping) -> PaliGemmaConfig:
     """
     _require(isinstance(hf, Mapping), "it is not a JSON object")
     _require(hf.get("model_type") == "paligemma", f"model_type is {hf.get('model_type')!r}, not 'paligemma'")
-    vision = {**_VISION_DEFAULTS, **(_VISION_ABSENT if hf.get("vision_config") is None else hf["vision_config"])}
-    text = _TEXT_ABSENT if hf.get("text_config") is None else hf["text_config"]
+    vision = {**_VISION_DEFAULTS, **_section(hf, "vision_config", _VISION_ABSENT)}
+    text = _section(hf, "text_config", _TEXT_ABSENT)
     kind = text.get("model_type", "gemma")
-    _require(kind in _TEXT_DEFAULTS, f"text_config.model_type is {kind!r}; gemma and gemma2 are known")
+    _require(kind in list(_TEXT_DEFAULTS), f"text_config.model_type is {kind!r}; gemma and gemma2 are known")
     text = {**_TEXT_DEFAULTS[kind], **text}
     # The sub-config's own flag counts only where the top level is silent.
     tied = hf.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    _require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, not true or false")
     config = PaliGemmaConfig(
         vision=_vision_from_hf(vision),
         text=_text_from_hf(text, kind, tied),
@@ -154,7 +156,7 @@ def from_hf(hf: Mapping) -> PaliGemmaConfig:
         bos=_token_id(hf, text, "bos_token_id", 2),
         max_length=_integer(text, "max_position_embeddings"),
     )
-    _check(config)
+    check(config)
     return config
 
 
@@ -166,7 +168,7 @@ def _vision_from_hf(vision: Mapping) -> SiglipConfig:
         image_size=_integer(vision, "image_size"),
         patch_size=_integer(vision, "patch_size"),
         width=_integer(vision, "hidden_size"),
-        depth=_integer(vision, "num_hidden_layers"),
+        depth=_integer(vision, "num_hidden_layers", most=_MOST_LAYERS),
         mlp=_integer(vision, "intermediate_size"),
         heads=_integer(vision, "num_attention_heads"),
         eps=_number(vision, "layer_norm_eps"),
@@ -181,9 +183,10 @@ def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
     )
     _require(not text.get("attention_bias"), "text_config.attention_bias is true; Gemma has no attention bias")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    _require(isinstance(rope, Mapping), f"text_config.rope_parameters is {rope!r}, not an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     _require(rope_type == "default", f"text_config rope type is {rope_type!r}; only 'default' is known")
-    depth, head_dim = _integer(text, "num_hidden_layers"), _integer(text, "head_dim")
+    depth, head_dim = _integer(text, "num_hidden_layers", most=_MOST_LAYERS), _integer(text, "head_dim")
     config = GemmaConfig(
         vocab=_integer(text, "vocab_size"),
         width=_integer(text, "hidden_size"),  # never the top-level hidden_size, which is wrong for PaliGemma 2
@@ -192,9 +195,9 @@ def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
         heads=_integer(text, "num_attention_heads"),
         kv_heads=_integer(text, "num_key_value_heads"),
         head_dim=head_dim,
-        rope_base=float(rope.get("rope_theta", text.get("rope_theta", 10000.0))),
+        rope_base=_number({"rope_theta": 10000.0, **text, **rope}, "rope_theta"),
         eps=_number(text, "rms_norm_eps"),
-        tied=bool(tied),
+        tied=tied,
         query_scalar=float(head_dim),
     )
     if kind == "gemma":
@@ -210,13 +213,15 @@ def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
 
 
 def _windows_from_hf(text: Mapping, depth: int) -> tuple[int | None, ...]:
-    window, kinds = text.get("sliding_window"), text.get("layer_types")
-    if not window:
+    if not text.get("sliding_window"):
         return ()
+    window, kinds = _integer(text, "sliding_window"), text.get("layer_types")
     if kinds is None:
         return alternating_windows(depth, window)
-    _require(len(kinds) == depth, f"text_config.layer_types has {len(kinds)} entries for {depth} layers")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    meanings = {"sliding_attention": window, "full_attention": None}
+    known = isinstance(kinds, list) and len(kinds) == depth and all(kind in list(meanings) for kind in kinds)
+    _require(known, f"text_config.layer_types must name sliding_attention or full_attention for each of {depth} layers")
+    return tuple(meanings[kind] for kind in kinds)
 
 
 def to_hf(config: PaliGemmaConfig) -> dict:
@@ -283,23 +288,35 @@ def to_hf(config: PaliGemmaConfig) -> dict:
     }
 
 
-def _check(config: PaliGemmaConfig) -> None:
+def check(config: PaliGemmaConfig, source="config.json") -> None:
+    """Raise PaliGemmaError, naming the source, if the sizes cannot belong together."""
     vision, text = config.vision, config.text
-    _require(vision.image_size >= vision.patch_size, "vision_config.image_size is smaller than patch_size")
-    _require(vision.width % vision.heads == 0, f"{vision.heads} vision heads do not divide the width {vision.width}")
-    _require(text.heads % text.kv_heads == 0, f"{text.kv_heads} key/value heads do not divide {text.heads} heads")
-    _require(text.head_dim % 2 == 0, f"head_dim {text.head_dim} is odd; the rotary embedding needs pairs")
+    table = [
+        (vision.image_size >= vision.patch_size, "the image size is smaller than the patch size"),
+        (vision.width % vision.heads == 0, f"{vision.heads} vision heads do not divide the width {vision.width}"),
+        (text.heads % text.kv_heads == 0, f"{text.kv_heads} key/value heads do not divide {text.heads} heads"),
+        (text.head_dim % 2 == 0, f"head_dim {text.head_dim} is odd; the rotary embedding needs pairs"),
+        (max(config.bos, config.pad) < text.vocab, f"bos or pad lies past the {text.vocab} embeddings"),
+    ]
+    for holds, problem in table:
+        _require(holds, problem, source)
 
 
-def _require(holds: bool, problem: str) -> None:
+def _require(holds: bool, problem: str, source="config.json") -> None:
     if not holds:
-        raise PaliGemmaError(f"config.json: {problem}")
+        raise PaliGemmaError(f"{source}: {problem}")
 
 
-def _integer(section: Mapping, key: str, default: object = None) -> int:
+def _section(hf: Mapping, key: str, absent: Mapping) -> Mapping:
+    section = absent if hf.get(key) is None else hf[key]
+    _require(isinstance(section, Mapping), f"{key} is {section!r}, not an object")
+    return section
+
+
+def _integer(section: Mapping, key: str, default: object = None, most: int = 2**31 - 1) -> int:
     value = section.get(key, default)
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-    _require(is_count, f"{key} must be a positive whole number, not {value!r}")
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+    _require(is_count, f"{key} must be a whole number from 1 to {most}, not {value!r}")
     return value
 
 
@@ -307,7 +324,8 @@ def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
     value = hf.get(key) if hf.get(key) is not None else text.get(key)
     value = value[0] if isinstance(value, list) and value else value
     value = default if value is None else value
-    _require(isinstance(value, int) and 0 <= value < 2**31, f"{key} must be a token id, not {value!r}")
+    is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    _require(is_id, f"{key} must be a token id, not {value!r}")
     return value
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from .errors import PaliGemmaError
 
 BLOCK = 32 * 2**20  # bytes converted at once
+STRIP = 128  # columns of a transposed matrix turned at once
 SHARD = 5 * 10**9  # bytes of a safetensors file before the next one is begun
 
 
@@ -48,10 +49,15 @@ def dtypes() -> dict[str, np.dtype]:
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder's model.safetensors, or of the shards that its index names, as read-only views."""
-    index = path / "model.safetensors.index.json"
+    """All tensors of a folder's model.safetensors, or of the shards that its index names, as read-only views.
+
+    Where both are, the single file counts, as in transformers.
+    """
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return map_safetensors_file(single)
     if not index.exists():
-        return map_safetensors_file(path / "model.safetensors")
+        raise PaliGemmaError(f"{path}: neither {single.name} nor {index.name}; the weights are needed as safetensors")
     try:
         weight_map = read_json(index).get("weight_map")
     except (PaliGemmaError, AttributeError) as error:
@@ -155,32 +161,60 @@ def blocks(array, dtype=None):
     row = max(1, math.prod(array.shape[1:]) * dtype.itemsize)
     step = max(1, BLOCK // row)
     for start in range(0, len(array), step):
-        block = np.ascontiguousarray(array[start : start + step].astype(dtype, copy=False))
-        yield block.reshape(-1).view(np.uint8).data
+        yield _row_major(array[start : start + step], dtype).reshape(-1).view(np.uint8).data
+
+
+def _row_major(array, dtype):
+    """The array in row-major order and in `dtype`; a view if it is both already.
+
+    A transposed matrix is turned in strips of columns that fit the cache, twice as fast as in one go.
+    """
+    if array.flags.c_contiguous or array.ndim != 2:
+        return np.ascontiguousarray(array.astype(dtype, copy=False))
+    turned = np.empty(array.shape, dtype)
+    for strip in range(0, array.shape[1], STRIP):
+        turned[:, strip : strip + STRIP] = array[:, strip : strip + STRIP]
+    return turned
 
 
 # --- npz ---------------------------------------------------------------------------------------------------
 
 
 def map_npz(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npz: views of the mapped file where a member is stored plainly, read where it is compressed.
+    """The arrays of a .npz as views of the mapped file; a compressed one is inflated into a file that vanishes.
 
     Two-byte void is how NumPy saves bfloat16, and is returned as that. Nothing is ever unpickled.
     """
     tensors = {}
     try:
         with zipfile.ZipFile(file) as archive:
+            _check_inflated_size(file, archive)
+            whole = np.memmap(file, np.uint8, "r")
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if name == member.filename or name in tensors:
                     raise PaliGemmaError(f"{file}: member {member.filename} is not an array, or is there twice")
-                tensors[name] = _npz_member(file, archive, member)
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, struct.error, NotImplementedError) as error:
-        raise PaliGemmaError(f"{file}: not a whole .npz file ({error}); download or copy it again") from None
+                tensors[name] = _npz_member(whole, archive, member)
+    except PaliGemmaError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy's parser of headers raise a dozen kinds for damaged bytes
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PaliGemmaError(f"{file}: not a whole .npz file ({reason}); download or copy it again") from None
     return tensors
 
 
-def _npz_member(file, archive, member):
+def _check_inflated_size(file, archive) -> None:
+    members = archive.infolist()
+    needed = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise PaliGemmaError(
+            f"{file}: its compressed arrays take {needed / 1e9:.1f} GB, {tempfile.gettempdir()} has {free / 1e9:.1f} GB "
+            "free; make room, set TMPDIR, or store the file uncompressed (numpy.savez)"
+        )
+
+
+def _npz_member(whole, archive, member):
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -193,19 +227,26 @@ def _npz_member(file, archive, member):
         if begin + size != member.file_size:
             raise ValueError(f"{member.filename} holds {member.file_size - begin} bytes, its header says {size}")
         if member.compress_type == zipfile.ZIP_STORED:
-            array = np.memmap(file, np.uint8, "r", _data_offset(file, member) + begin, (size,)).view(np.ndarray)
+            begin += _data_offset(whole, member)
+            array = whole[begin : begin + size]
         else:
-            array = np.frombuffer(stream.read(size), np.uint8)
+            array = _inflate(stream)
     dtype = bfloat16() if dtype == np.dtype("V2") else dtype
-    return array.view(dtype).reshape(shape)
+    return array.view(dtype).reshape(shape).view(np.ndarray)
 
 
-def _data_offset(file, member):
+def _data_offset(whole, member):
     """Where a member's bytes begin: behind its local header, whose name and extra field have their own lengths."""
-    with file.open("rb") as stream:
-        stream.seek(member.header_offset + 26)
-        name, extra = struct.unpack("<HH", stream.read(4))
+    name, extra = struct.unpack_from("<HH", whole, member.header_offset + 26)
     return member.header_offset + 30 + name + extra
+
+
+def _inflate(stream):
+    """The rest of a stream, in a mapped file that has no name: a compressed model need not fit in memory."""
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(stream, file, BLOCK)
+        file.flush()
+        return np.memmap(file, np.uint8, "r")
 
 
 def write_npz(file: Path, arrays: dict, progress=lambda size: None) -> None:

@@ -1,16 +1,24 @@
-"""python -m tests.calibrate [SEEDS]: the worst errors behind the budgets in cases.py."""
+"""python -m tests.calibrate [SEEDS]: the worst errors behind the budgets of the tests and of --verify."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
+
+from export import bundle, verify
+from numpy_ref.checkpoint import Checkpoint
 
 from .cases import CASES, with_dtype
+from .models import CONFIGS, random_params
 from .parity import DTYPES, ENGINES, relative_error, run_case
 
 
-def main(seeds=20):
+def functions(seeds):
+    """Every case on every engine, in eps of the dtype."""
     worst = {}
-    for case in CASES:
+    for case in tqdm(CASES, desc="functions", leave=False, disable=None):
         for seed in range(seeds):
             expected = run_case(with_dtype(case, np.float64), "numpy", np.float64, seed)
             if next(iter(expected.values())).dtype == bool:
@@ -20,9 +28,32 @@ def main(seeds=20):
                     actual = run_case(with_dtype(case, dtype), engine, dtype, seed)
                     error = max(relative_error(actual[name], expected[name]) for name in expected)
                     key = case.level, dtype.__name__
-                    worst[key] = max(worst.get(key, (0.0,)), (error / np.finfo(dtype).eps, case.name, engine, seed))
-    for (level, dtype), (error, name, engine, seed) in sorted(worst.items()):
-        print(f"{level:<6} {dtype:<8} {error:6.1f} eps  ({name}, {engine}, seed {seed})")
+                    worst[key] = max(worst.get(key, (0.0,)), (error / np.finfo(dtype).eps, f"{case.name}, {engine}"))
+    for (level, dtype), (error, name) in sorted(worst.items()):
+        print(f"{level:<8}{dtype:<10}{error:8.1f} eps  ({name})")
+
+
+def bundles(seeds):
+    """Every part of a verified bundle, as a fraction of the largest reference value."""
+    worst = {}
+    for name, config in CONFIGS.items():
+        for seed in tqdm(range(seeds), desc=name, leave=False, disable=None):
+            for precision in bundle.PRECISIONS:
+                with tempfile.TemporaryDirectory() as folder:
+                    loaded = Checkpoint(Path(folder), config, random_params(config, seed), np.dtype("f8"))
+                    bundle.write(loaded, Path(folder) / "out", precision)
+                    opened = bundle.load(Path(folder) / "out")
+                    for row in verify.rows(opened, loaded):
+                        worst[precision] = max(
+                            worst.get(precision, (0.0,)), (row.error, f"{name}, {row.stage}, {row.part}")
+                        )
+    for precision, (error, part) in worst.items():
+        print(f"bundle  {precision:<10}{error:8.1e}      ({part})")
+
+
+def main(seeds=20):
+    functions(seeds)
+    bundles(seeds)
 
 
 if __name__ == "__main__":
