@@ -129,6 +129,8 @@ _TEXT_DEFAULTS = {
 }  # fmt: skip
 # "gelu" in a Gemma config is a legacy spelling of the tanh form (transformers #29402).
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+#: Conversions to Hugging Face put at most this many rows behind the vocabulary: the image token, then noise.
+PADDING = 64
 _MOST_LAYERS = 1000  # the largest release has 46; a damaged number must not be worked through layer by layer
 
 

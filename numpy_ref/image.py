@@ -56,30 +56,34 @@ def resize_bilinear(image, size: int) -> np.ndarray:
 #: The two preprocessings by name. Transformers' is the default; a big_vision checkpoint brings its own.
 RESIZES = {"bicubic": resize_bicubic, "bilinear": resize_bilinear}
 _PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}
+_KNOWN_SETTINGS = {
+    "do_convert_rgb": [True], "do_resize": [True], "do_center_crop": [False], "do_pad": [False],
+    "do_rescale": [True], "do_normalize": [True], "image_mean": [[0.5] * 3, 0.5], "image_std": [[0.5] * 3, 0.5],
+}  # fmt: skip
 
 
-def resize_from_hf(hf) -> str:
-    """The name of the preprocessing that a `preprocessor_config.json` describes.
+def resize_from_hf(hf, size: int | None = None, source="preprocessor_config.json") -> str:
+    """The name of the preprocessing that the contents of a `preprocessor_config.json` describe.
 
-    Raises PaliGemmaError for one that this project does not have.
+    Transformers' own bilinear filter rounds to bytes where big_vision's cuts off: up to one step of 255 lies between
+    them. With `size`, its pictures must be of this size. Raises PaliGemmaError for one that this project does not have.
     """
     if not isinstance(hf, dict):
-        raise PaliGemmaError("preprocessor_config.json is not a JSON object")
-    expected = {
-        "do_resize": [True], "do_rescale": [True], "do_normalize": [True], "do_convert_rgb": [True, None],
-        "image_mean": [[0.5] * 3, 0.5], "image_std": [[0.5] * 3, 0.5],
-    }  # fmt: skip
-    for key, allowed in expected.items():
+        raise PaliGemmaError(f"{source} does not hold a JSON object")
+    hf = {key: value for key, value in hf.items() if value is not None}  # null means the default
+    for key, allowed in _KNOWN_SETTINGS.items():
         if key in hf and hf[key] not in allowed:
-            raise PaliGemmaError(f"preprocessor_config.json: {key} is {hf[key]!r}; only {allowed[0]!r} is known")
+            raise PaliGemmaError(f"{source}: {key} is {hf[key]!r}; only {allowed[0]!r} is known")
     factor = hf.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
-        raise PaliGemmaError(f"preprocessor_config.json: rescale_factor is {factor!r}; only 1/255 is known")
+        raise PaliGemmaError(f"{source}: rescale_factor is {factor!r}; only 1/255 is known")
+    if size and hf.get("size", size) not in (size, {"height": size, "width": size}):
+        raise PaliGemmaError(f"{source}: size is {hf['size']!r}, but the model takes {size} by {size}")
     resample = hf.get("resample", _PILLOW_FILTERS["bicubic"])
     for name, number in _PILLOW_FILTERS.items():
         if resample == number:
             return name
-    raise PaliGemmaError(f"preprocessor_config.json: resample is {resample!r}; 3 (bicubic) and 2 (bilinear) are known")
+    raise PaliGemmaError(f"{source}: resample is {resample!r}; 3 (bicubic) and 2 (bilinear) are known")
 
 
 def resize_to_hf(resize: str, vision) -> dict:

@@ -209,8 +209,8 @@ def _check_inflated_size(file, archive) -> None:
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if needed > free:
         raise PaliGemmaError(
-            f"{file}: its compressed arrays take {needed / 1e9:.1f} GB, {tempfile.gettempdir()} has {free / 1e9:.1f} GB "
-            "free; make room, set TMPDIR, or store the file uncompressed (numpy.savez)"
+            f"{file}: its compressed arrays take {needed / 1e9:.1f} GB, but {tempfile.gettempdir()} has "
+            f"{free / 1e9:.1f} GB free; make room, set TMPDIR, or store the file uncompressed (numpy.savez)"
         )
 
 

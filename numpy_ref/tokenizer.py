@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import PaliGemmaConfig
+from .config import PADDING, PaliGemmaConfig
 from .errors import PaliGemmaError
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
 _CONTENT = re.compile(r"(<loc\d{4}>|<seg\d{3}>)")
+_CONTROL = ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"]
+# The place behind the "<" of a control word. Text cut there holds none of them any more.
+_INSIDE_CONTROL = re.compile("(?<=<)(?=(?:image|bos|eos|pad|unk)>)")
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class SentencePiece:
@@ -41,7 +45,9 @@ class SentencePiece:
 
     def is_text(self, token: int) -> bool:
         """Whether an id stands for text, and not for control."""
-        return 0 <= token < self.size and not self.processor.is_control(token)
+        if not 0 <= token < self.size:
+            return False
+        return not (self.processor.is_control(token) or self.processor.is_unknown(token))
 
 
 class Json:
@@ -56,24 +62,36 @@ class Json:
             self.library = tokenizers.Tokenizer.from_buffer(contents)
         except Exception as error:  # the library raises bare Exception
             raise PaliGemmaError(f"{source}: not a tokenizer ({str(error).splitlines()[0]})") from None
-        self.library.encode_special_tokens = True  # "<bos>" in a text is spelled, not obeyed
-        self.vocab = self.library.get_vocab(with_added_tokens=True)
+        # "<bos>" in a text is spelled, not obeyed. So is "<start_of_turn>", which tokenizer.model takes for text.
+        self.library.encode_special_tokens = True
+        vocab = self.library.get_vocab(with_added_tokens=True)
         added = self.library.get_added_tokens_decoder()
-        self.control = {token for token, entry in added.items() if entry.special}
-        self.size = 1 + max((token for piece, token in self.vocab.items() if piece != "<image>"), default=-1)
-        self.find = self.vocab.get
+        control = {token for token, entry in added.items() if entry.special} | {vocab.get(word) for word in _CONTROL}
+        self.text = {token: piece for piece, token in vocab.items() if token not in control}
+        self.size = 1 + max(self.text, default=-1)
+        self.find = vocab.get
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos."""
         return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
-        """Text of ids."""
-        return self.library.decode(ids, skip_special_tokens=True)
+        """Text of ids, each byte that is not UTF-8 a replacement character, as SentencePiece has it.
+
+        The library's own decoder gives up a whole run of bytes for one that is wrong or still to come.
+        """
+        text = b"".join(_bytes_of(self.text[token]) for token in ids).decode("utf-8", "surrogateescape")
+        return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", text)
 
     def is_text(self, token: int) -> bool:
         """Whether an id stands for text, and not for control."""
-        return 0 <= token < self.size and token not in self.control
+        return token in self.text
+
+
+def _bytes_of(piece: str) -> bytes:
+    """What a piece spells: one byte, or text in which "▁" stands for a space."""
+    byte = _BYTE.fullmatch(piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
 
 
 class Tokenizer:
@@ -88,6 +106,9 @@ class Tokenizer:
             self.content = {piece: self.size + i for i, piece in enumerate(extra)}
             self.size += len(extra)
         self.pieces = {token: piece for piece, token in self.content.items()}
+        self.size = max(self.size, 1 + max(self.pieces, default=-1))
+        self.control = {config.image_token, config.bos, config.eos, config.pad}
+        self.obeys_text = any(backend.encode(word) == [backend.find(word)] for word in _CONTROL)
         if self.size > config.text.vocab:
             raise PaliGemmaError(f"the tokenizer has {self.size} ids but the model only {config.text.vocab} embeddings")
         self.newline = self.encode("\n")
@@ -102,14 +123,23 @@ class Tokenizer:
         raise PaliGemmaError(f"{path}: neither tokenizer.model nor tokenizer.json; text needs one of them")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without bos or eos."""
+        """Ids of a text, without bos or eos. Raises PaliGemmaError if it is not Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PaliGemmaError(f"the text {text!r} is not valid Unicode; pass it as UTF-8") from None
         ids: list[int] = []
         for part in _CONTENT.split(text):
             if part in self.content:
                 ids.append(self.content[part])
             elif part:
-                ids.extend(self.backend.encode(part))
+                ids.extend(self._encode_words(part))
         return ids
+
+    def _encode_words(self, text):
+        # A file may declare a control word as ordinary text; then it has to be cut before it is seen.
+        parts = _INSIDE_CONTROL.split(text) if self.obeys_text else [text]
+        return [token for part in parts for token in self.backend.encode(part)]
 
     def decode(self, ids) -> str:
         """Text of ids; control tokens (pad, bos, eos, image) leave no trace."""
@@ -118,7 +148,7 @@ class Tokenizer:
             if token in self.pieces:
                 text += [self.backend.decode(run), self.pieces[token]]
                 run = []
-            elif self.backend.is_text(token):
+            elif token not in self.control and self.backend.is_text(token):
                 run.append(token)
         return "".join([*text, self.backend.decode(run)])
 
@@ -136,11 +166,11 @@ def known_ids(config: PaliGemmaConfig, size: int | None = None) -> np.ndarray:
     """Which rows of the vocabulary a tokenizer of `size` ids can spell, the image token aside: [V] bool.
 
     Without a tokenizer (None) every row counts except the image token and the random rows that follow it
-    where a conversion padded the table behind it (transformers pads to a multiple of 64).
+    where a conversion padded the table behind it (to a multiple of 64 in the releases).
     """
     vocab, image = config.text.vocab, config.image_token
     if size is None:
-        size = image if 0 < vocab - image <= 64 else vocab
+        size = image if 0 < vocab - image <= PADDING else vocab
     known = np.arange(vocab) < size
     if image < vocab:
         known[image] = False

@@ -9,11 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from numpy_ref import checkpoint, paligemma, storage
+from numpy_ref import checkpoint, layouts, paligemma, storage
 from numpy_ref.checkpoint import flatten, load, save_npz, unflatten
+from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
 from .models import CONFIGS, random_batch, random_params
+from .test_checkpoint import refusal
 
 NAMES = list(CONFIGS)
 
@@ -160,6 +162,43 @@ def test_what_travels_along(tmp_path):
     assert np.array_equal(loaded.params["text"]["embedding"], shipped.params["text"]["embedding"][:rows])
 
 
+def fused(name="paligemma1"):
+    """A model where each head has its own key, whose three projections big_vision keeps in one array."""
+    config = as_big_vision(CONFIGS[name])
+    config = replace(config, text=replace(config.text, kv_heads=config.text.heads))
+    params = unflatten({path: array.astype("f4") for path, array in flatten(random_params(config)).items()})
+    arrays = by_hand(config, params, np.float32)
+    query, key_value = (arrays.pop(f"llm/layers/attn/{part}_einsum/w") for part in ("q", "kv"))
+    arrays["llm/layers/attn/qkv_einsum/w"] = np.concatenate([query[:, None], key_value], axis=1)
+    return config, params, arrays
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_projections_in_one(tmp_path, name):
+    config, params, arrays = fused(name)
+    loaded = load(write(tmp_path / "model.npz", arrays))
+    assert loaded.config == config
+    for path, array in flatten(params).items():
+        assert np.array_equal(flatten(loaded.params)[path], array), path
+    save_npz(tmp_path / "again.npz", config, loaded.params)
+    with np.load(tmp_path / "again.npz") as again:
+        assert set(again.files) == set(arrays)
+        assert all(np.array_equal(again[key], array) for key, array in arrays.items())
+
+
+@pytest.mark.parametrize("mutation", ["two", "rank", "width", "both"])
+def test_three_projections_in_one_that_are_refused(tmp_path, mutation):
+    _, _, arrays = fused()
+    name = "llm/layers/attn/qkv_einsum/w"
+    whole = arrays[name]
+    arrays |= {
+        "two": {name: whole[:, :2]}, "rank": {name: whole[0]}, "width": {name: whole[:, :, :, 1:]},
+        "both": {"llm/layers/attn/q_einsum/w": whole[:, 0]},
+    }[mutation]  # fmt: skip
+    with pytest.raises(PaliGemmaError, match=name):
+        load(write(tmp_path / "model.npz", arrays))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_takes_the_conversion(tmp_path):
     """Its logits for a converted npz are the reference's, although the image token lies past the table."""
@@ -178,19 +217,18 @@ def test_transformers_takes_the_conversion(tmp_path):
     assert np.abs(ours[0] - logits).max() <= 1e-5 * np.abs(logits).max()
 
 
-def test_28b_scales_its_queries_by_width_over_heads(monkeypatch):
-    """Only the shapes matter here, so the arrays are empty of memory."""
-    shapes = checkpoint._npz_shapes(replace(checkpoint.VARIANTS["paligemma2-28b-224"]))
-    stored = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    config = checkpoint._config_of_npz("x.npz", stored)
+def test_28b_scales_its_queries_by_width_over_heads():
+    released = VARIANTS["paligemma2-28b-224"]
+    config = layouts.config_of_npz("x.npz", layouts.npz_shapes(released))
     assert config.text.query_scalar == 144
-    released = checkpoint.VARIANTS["paligemma2-28b-224"]
     assert config.text == replace(released.text, final_softcap=None, windows=())
     assert config.vision == released.vision
 
 
 # --- differences, named ------------------------------------------------------------------------------------
 
+# No other array has these sizes: another vocabulary and another number of key heads are another model.
+FREE = [("llm/embedder/input_embedding", 0), ("llm/layers/attn/kv_einsum/w", 2)]
 ARRAYS = [(name, array) for name in NAMES for array in model(name)[2]]
 
 
@@ -203,13 +241,71 @@ def test_any_mutation_is_named(tmp_path, name, array):
         "dtype": arrays | {array: arrays[array].astype(np.float64)},
         "rank": arrays | {array: arrays[array][None]},
     }
-    for mutated in mutations.values():
-        with pytest.raises(PaliGemmaError) as error:
-            load(write(tmp_path / "model.npz", mutated))
-        assert array in str(error.value)
-    # A changed size may be taken for another config, whose other tensors are then wrong; it is refused either way.
-    with pytest.raises(PaliGemmaError):
-        load(write(tmp_path / "model.npz", arrays | {array: arrays[array][..., :-1]}))
+    for axis, count in enumerate(arrays[array].shape):
+        if (array, axis) not in FREE:
+            mutations[f"axis {axis}"] = arrays | {array: np.take(arrays[array], range(count - 1), axis)}
+            mutations[f"longer axis {axis}"] = arrays | {array: np.take(arrays[array], [0, *range(count)], axis)}
+    for mutation, mutated in mutations.items():
+        text = refusal(load, write(tmp_path / "model.npz", mutated))
+        assert array in str(text), mutation
+
+
+def test_sizes_that_do_not_belong_together(tmp_path):
+    config = as_big_vision(CONFIGS["paligemma1"])
+    config = replace(config, text=replace(config.text, kv_heads=4))
+    file = write(tmp_path / "model.npz", by_hand(config, random_params(config), np.float32))
+    with pytest.raises(PaliGemmaError, match=r"model\.npz: 4 key/value heads do not divide 6 heads"):
+        load(file)
+
+
+def test_a_name_with_and_without_its_prefix(tmp_path):
+    _, _, arrays = model("paligemma1")
+    with pytest.raises(PaliGemmaError, match=r"llm/final_norm/scale is stored twice"):
+        load(write(tmp_path / "model.npz", arrays | {"params/llm/final_norm/scale": arrays["llm/final_norm/scale"]}))
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape"),
+    [("'O'", "(1,)"), ("'V0'", "(1,)"), ("'<f4'", "(True,)"), ("'<f4'", "(-1,)"), ("'<f4'", "(1.5,)"), ("'<f4'", f"({2**70},)"),
+     ("'zz'", "(1,)"), ("[('a', '<f4')]", "(1,)"), ("'>f4'", "(1,)"), ("'<f4'", "(0,)"), ("'<f4'", "(1,), 'fortran_order': True"),
+     ("(" * 9000, "(1,)"), ("(", "(1,)")],
+)  # fmt: skip
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_array_headers_that_are_refused(tmp_path, descr, shape, compression):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    contents = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(4)
+    with zipfile.ZipFile(tmp_path / "model.npz", "w", compression) as archive:
+        archive.writestr("img/embedding/kernel.npy", contents)
+    assert str(tmp_path / "model.npz") in refusal(load, tmp_path / "model.npz")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_files(tmp_path, compressed):
+    """Whatever is damaged, it is refused in one line, or lies in a tensor that is stored plainly."""
+    _, _, arrays = model("paligemma2")
+    file = write(tmp_path / "model.npz", arrays, compressed=compressed)
+    contents = file.read_bytes()
+    rng = np.random.default_rng(0)
+    refusals = []
+    for _ in range(150):
+        damaged = bytearray(contents)
+        for _ in range(rng.integers(1, 4)):
+            place = rng.integers(len(damaged)) if rng.random() < 0.5 else len(damaged) - 1 - rng.integers(4000)
+            damaged[place] = rng.integers(256)
+        file.write_bytes(damaged)
+        refusals.append(refusal(load, file))
+    assert all(text is None or str(file) in text for text in refusals)
+    assert sum(text is not None for text in refusals) > 70
+
+
+def test_compressed_arrays_need_room_on_disk(tmp_path, monkeypatch):
+    _, _, arrays = model("paligemma1")
+    file = write(tmp_path / "model.npz", arrays, compressed=True)
+    usage = storage.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(PaliGemmaError, match=r"model\.npz: its compressed arrays take .* TMPDIR"):
+        load(file)
+    load(write(tmp_path / "plain.npz", arrays))
 
 
 def test_files_that_are_none(tmp_path):
@@ -245,9 +341,74 @@ def test_existing_outputs_are_kept(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.npz"]
 
 
-def test_plain_members_are_mapped(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"rope_base": 37.0}, r"text\.rope_base 37.0 \(it means 10000.0\)"), ({"eps": 1e-5}, r"text\.eps"),
+     ({"attn_softcap": 5.0}, r"text\.attn_softcap"), ({"query_scalar": 13.0}, r"text\.query_scalar")],
+)  # fmt: skip
+def test_what_a_npz_cannot_say_is_refused(tmp_path, change, word):
+    config, params, _ = model("paligemma2")
+    config = replace(config, text=replace(config.text, **change))
+    with pytest.raises(PaliGemmaError, match=f"cannot say {word}"):
+        save_npz(tmp_path / "new.npz", config, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_npz_omits_is_told(tmp_path):
+    config, params, _ = model("paligemma2")
+    text = replace(config.text, final_softcap=30.0, windows=(7, None, 7))
+    checkpoint.save(tmp_path / "hf", replace(config, text=text), params)
+    assert checkpoint.convert(tmp_path / "hf", tmp_path / "new.npz") == [
+        "final softcap 30.0",
+        "sliding window 7",
+        "resize bicubic",
+    ]
+    assert load(tmp_path / "new.npz").config == config
+    assert checkpoint.convert(tmp_path / "new.npz", tmp_path / "again") == []
+
+
+def test_rows_behind_the_image_token_are_not_lost(tmp_path):
+    """The image token and up to 63 rows of noise are left out; more rows are tokens."""
+    config, params, _ = model("paligemma1")
+    text = params["text"]
+    for rows, fine in [(64, True), (65, False)]:
+        noise = np.ones((rows, config.text.width), np.float32)
+        padded = {**params, "text": {**text, "embedding": np.concatenate([text["embedding"], noise])}}
+        wide = replace(config, text=replace(config.text, vocab=config.text.vocab + rows))
+        if fine:
+            save_npz(tmp_path / "new.npz", wide, padded)
+            assert np.array_equal(load(tmp_path / "new.npz").params["text"]["embedding"], text["embedding"])
+        else:
+            with pytest.raises(PaliGemmaError, match="65 rows follow it"):
+                save_npz(tmp_path / "other.npz", wide, padded)
+
+
+def test_tokenizers_of_a_conversion(tmp_path):
+    source = tmp_path / "model.npz"
+    checkpoint.convert(checkpoint.SHIPPED, source)
+    with pytest.raises(PaliGemmaError, match="no room for a tokenizer"):
+        checkpoint.convert(checkpoint.SHIPPED, tmp_path / "new.npz", checkpoint.SHIPPED / "tokenizer.model")
+    for tokenizer, word in [(source, "not a SentencePiece model"), (tmp_path / "absent", "cannot read the tokenizer")]:
+        with pytest.raises(PaliGemmaError, match=word):
+            checkpoint.convert(source, tmp_path / "new", tokenizer)
+    assert list(tmp_path.iterdir()) == [source]
+    checkpoint.convert(source, tmp_path / "json", checkpoint.SHIPPED / "tokenizer.json")
+    names = {file.name for file in (tmp_path / "json").iterdir()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"}
+    # One that lies beside the npz is found; the one that is given replaces both forms of what is there.
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_bytes((checkpoint.SHIPPED / name).read_bytes())
+    checkpoint.convert(source, tmp_path / "found")
+    assert {"tokenizer.model", "tokenizer.json"} <= {file.name for file in (tmp_path / "found").iterdir()}
+    checkpoint.convert(tmp_path / "found", tmp_path / "given", tmp_path / "tokenizer.model")
+    assert not (tmp_path / "given" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_are_mapped(tmp_path, compressed):
+    """Also compressed ones, from a file without a name: a model that is read need not fit in memory."""
     _, _, arrays = model("paligemma1")
-    loaded = storage.map_npz(write(tmp_path / "model.npz", arrays))
+    loaded = storage.map_npz(write(tmp_path / "model.npz", arrays, compressed=compressed))
     for array in loaded.values():
         base = array
         while isinstance(base.base, np.ndarray):

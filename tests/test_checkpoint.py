@@ -6,6 +6,8 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from numpy_ref import checkpoint, storage
@@ -29,6 +31,15 @@ def folder(request, tmp_path):
 def same(a: dict, b: dict) -> bool:
     a, b = flatten(a), flatten(b)
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def refusal(function, *arguments) -> str | None:
+    """The one line by which the arguments are refused, None if they are not; anything else is raised."""
+    try:
+        function(*arguments)
+    except PaliGemmaError as error:
+        return str(error) if "\n" not in str(error) else "more than one line"
+    return None
 
 
 # --- the table ---------------------------------------------------------------------------------------------
@@ -107,6 +118,34 @@ def test_configs_that_are_refused(folder, change, word):
         load(folder)
 
 
+def places(tree, path=()):
+    yield path
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from places(value, (*path, key))
+
+
+ODD_VALUES = [None, True, -1, 1.5, float("nan"), "x", "", [], [1], [[]], {}, {"a": 1}, 10**30, 2**31 - 1, {"rope_theta": "x"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["paligemma-3b-224", "paligemma2-3b-224"])
+def test_any_value_of_a_config_is_taken_or_refused(name):
+    """Whatever stands at whatever place, there is a config or one clear error, and at once."""
+    whole = to_hf(VARIANTS[name]) | {"image_token_id": 5}
+    whole["text_config"] |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "attention_bias": False}
+    refusals = []
+    for path in places(whole):
+        for value in ODD_VALUES:
+            changed = json.loads(json.dumps({"root": whole}))
+            parent = changed
+            for key in ("root", *path)[:-1]:
+                parent = parent[key]
+            parent[("root", *path)[-1]] = value
+            refusals.append(refusal(from_hf, changed["root"]))
+    assert all(text is None or text.startswith("config.json: ") for text in refusals)
+    assert sum(text is not None for text in refusals) > 300
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
 def test_missing_fields_default_as_in_transformers(kind):
@@ -170,6 +209,27 @@ def test_a_tied_head_must_be_the_table(folder):
         load(folder)
 
 
+def test_a_tied_head_may_stand_in_for_the_table(folder):
+    """As in transformers, whichever of the two is there counts."""
+    if not load(folder).config.text.tied:
+        pytest.skip("untied")
+    expected = load(folder).params
+    rewrite(
+        folder, lambda t: {"lm_head.weight" if "embed_tokens" in name else name: array for name, array in t.items()}
+    )
+    assert same(load(folder).params, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sub_config_says", [None, True, False])
+def test_the_top_level_decides_whether_the_head_is_tied(tied, sub_config_says):
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    text = {"model_type": "gemma"} | ({} if sub_config_says is None else {"tie_word_embeddings": sub_config_says})
+    hf = {"model_type": "paligemma", "tie_word_embeddings": tied, "text_config": text}
+    assert from_hf(hf).text.tied == transformers.PaliGemmaConfig.from_dict(hf).tie_word_embeddings == tied
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_dtypes_and_shards(tmp_path, monkeypatch, dtype, shards):
@@ -194,6 +254,19 @@ def test_transformers_writes_shards_that_load(tmp_path):
     model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert same(load(tmp_path / "sharded").params, load(tmp_path / "whole").params)
+
+
+def test_a_whole_file_counts_before_shards(folder):
+    """As in transformers, where both are."""
+    expected = load(folder).params
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    assert same(load(folder).params, expected)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PaliGemmaError, match=r"gone\.safetensors: no such file"):
+        load(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(PaliGemmaError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load(folder)
 
 
 def test_loading_copies_nothing():
@@ -288,6 +361,46 @@ def test_a_header_that_is_none(folder, contents):
     (folder / "model.safetensors").write_bytes(contents)
     with pytest.raises(PaliGemmaError):
         load(folder)
+
+
+def write_header(folder, header: bytes, body: bytes):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + body)
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "word"),
+    [
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8, "not a whole"),
+        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', 4, "not a whole"),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8, "not a whole"),
+        ('{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}', 1, "tensor a has dtype F8_E4M3"),
+        ('{"a":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}', 1, "tensor a has dtype I8"),
+        ('{"a":{"dtype":"F32","shape":[0,5],"data_offsets":[0,0]}}', 0, r"unexpected a \[0, 5\]"),
+        ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{"k":"v"}}', 4, r"unexpected a \[1\]"),
+    ],
+    ids=["one name twice", "size", "a hole", "float8", "integers", "no bytes", "metadata"],
+)  # fmt: skip
+def test_headers_that_are_refused(folder, header, size, word):
+    write_header(folder, header.encode(), bytes(size))
+    with pytest.raises(PaliGemmaError, match=word):
+        load(folder)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5999), st.sampled_from(b'0123456789[]{},":-FBIU\0\xff')), min_size=1, max_size=4)
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_headers(tmp_path, changes):
+    """Whatever a damaged header says, it is refused in one line, or says the same."""
+    contents = bytearray((GOLDEN / "paligemma1" / "model.safetensors").read_bytes())
+    for place, byte in changes:
+        contents[place] = byte
+    folder = tmp_path / "damaged"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(GOLDEN / "paligemma1" / "config.json", folder)
+    (folder / "model.safetensors").write_bytes(contents)
+    text = refusal(load, folder)
+    assert text is None or str(folder) in text
 
 
 def test_json_that_is_none(folder):

@@ -37,6 +37,35 @@ def test_bilinear_cuts_off_instead_of_rounding():
     assert 0.3 < (rounded - cut).mean() < 0.7  # about half of all values round up
 
 
+def triangle(size, target):
+    """The weights [target, size] of TensorFlow's antialiased bilinear resize: a triangle as wide as the shrinkage."""
+    ratio = size / target
+    width = max(ratio, 1)
+    centres = (np.arange(target) + 0.5) * ratio
+    weights = np.maximum(1 - np.abs(np.arange(size)[None] + 0.5 - centres[:, None]) / width, 0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [(97, 131), (20, 300), (65, 63), (7, 5)])
+def test_bilinear_is_a_triangle(size):
+    """Against the filter written out, in float64: equal but where a value lies within 1e-3 of a whole number."""
+    image = noise(*size)
+    pixels = np.asarray(image).astype(float)
+    exact = np.einsum("yh,hwc,xw->yxc", triangle(size[1], 64), pixels, triangle(size[0], 64))
+    decided = np.abs(exact - np.round(exact)) > 1e-3
+    actual = RESIZES["bilinear"](image, 64)
+    assert np.array_equal(actual[decided], np.floor(exact[decided]))
+    assert decided.mean() > 0.9
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_flat_colours_stay(resize):
+    """A sum of weights a little below one must not lose a step where values are cut off."""
+    for width, height, value in [(500, 333, 201), (1, 1, 254), (1023, 7, 255), (5, 5, 0), (448, 449, 1)]:
+        pixels = preprocess(Image.new("RGB", (width, height), (value,) * 3), 56, resize=resize)
+        assert np.unique(np.round((pixels + 1) * 127.5, 3)).tolist() == [value]
+
+
 def test_the_range_is_minus_one_to_one():
     for value in (0, 255):
         pixels = preprocess(Image.new("RGB", (5, 5), (value,) * 3), 8)
@@ -53,18 +82,22 @@ def test_settings_round_trip():
     vision = checkpoint.load_config(GOLDEN / "paligemma1").vision
     for name in RESIZES:
         assert resize_from_hf(resize_to_hf(name, vision)) == name
-    assert resize_from_hf({}) == "bicubic"
+        assert resize_from_hf(resize_to_hf(name, vision), vision.image_size) == name
+    assert resize_from_hf({}, 23) == "bicubic"
+    assert resize_from_hf({"size": 23, "resample": None, "do_convert_rgb": None}, 23) == "bicubic"
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [({"resample": 0}, "resample"), ({"image_mean": [0.48, 0.45, 0.4]}, "image_mean"), ({"do_normalize": False}, "do_normalize"),
-     ({"rescale_factor": 1.0}, "rescale_factor"), ({"do_resize": False}, "do_resize")],
+     ({"rescale_factor": 1.0}, "rescale_factor"), ({"do_resize": False}, "do_resize"), ({"do_center_crop": True}, "do_center_crop"),
+     ({"do_convert_rgb": False}, "do_convert_rgb"), ({"size": {"height": 20, "width": 21}}, "size"),
+     ({"size": {"shortest_edge": 21}}, "size"), ({"size": 448}, "size"), ([], "does not hold")],
 )  # fmt: skip
 def test_settings_that_are_refused(tmp_path, change, word):
     folder = shutil.copytree(GOLDEN / "paligemma1", tmp_path / "checkpoint")
     (folder / "preprocessor_config.json").write_text(json.dumps(change))
-    with pytest.raises(PaliGemmaError, match=f"preprocessor_config.json: {word}"):
+    with pytest.raises(PaliGemmaError, match=f"preprocessor_config.json:? {word}"):
         checkpoint.load(folder)
 
 
@@ -72,6 +105,24 @@ def test_the_checkpoint_selects(tmp_path):
     folder = shutil.copytree(GOLDEN / "paligemma1", tmp_path / "checkpoint")
     assert checkpoint.load(folder).resize == "bicubic"
     (folder / "preprocessor_config.json").write_text(json.dumps({"resample": 2}))
+    assert checkpoint.load(folder).resize == "bilinear"
+    # transformers 5 puts it inside the processor's file, which then counts; older ones have nothing of it there.
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "PaliGemmaProcessor"}))
+    assert checkpoint.load(folder).resize == "bilinear"
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"resample": 3}}))
+    assert checkpoint.load(folder).resize == "bicubic"
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"resample": 5}}))
+    with pytest.raises(PaliGemmaError, match=r"checkpoint: processor_config\.json: resample is 5"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_writes_what_selects(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    folder = shutil.copytree(checkpoint.SHIPPED, tmp_path / "checkpoint")
+    processor = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
+    processor.image_processor.resample = 2
+    processor.save_pretrained(folder)
     assert checkpoint.load(folder).resize == "bilinear"
 
 

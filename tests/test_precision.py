@@ -11,6 +11,7 @@ from export import bundle, verify
 from export.cli import export_onnx
 from export.session import Session
 from numpy_ref import checkpoint, synthetic
+from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
 from .make_goldens import GOLDEN
@@ -115,7 +116,7 @@ def test_verification_fails_and_leaves_nothing(tmp_path, monkeypatch, damage):
 
 def test_synthetic_checkpoints_repeat(tmp_path, capsys):
     """Same seed, same bytes; another seed, others. One layer of each tower, and only the smaller tensors."""
-    config = checkpoint.VARIANTS["paligemma2-3b-224"]
+    config = VARIANTS["paligemma2-3b-224"]
     tensors = synthetic.random_tensors(config, np.dtype("f4"))
     name = "language_model.model.layers.3.self_attn.k_proj.weight"
     assert tensors[name].shape == (1024, 2304)

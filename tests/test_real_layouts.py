@@ -9,6 +9,7 @@ import torch
 from export import bundle
 from export.session import Session
 from numpy_ref import checkpoint
+from numpy_ref.config import VARIANTS
 from numpy_ref.generate import NumpyEngine, generate, pad_prompts
 from torch_impl.load import TorchEngine
 
@@ -71,7 +72,7 @@ def test_rows_past_the_tokenizer_are_never_drawn(rows):
     from numpy_ref.sampling import sample
     from numpy_ref.tokenizer import known_ids
 
-    config = checkpoint.VARIANTS["paligemma-3b-224"]
+    config = VARIANTS["paligemma-3b-224"]
     config = replace(config, text=replace(config.text, vocab=rows))
     known = known_ids(config, 257152)
     assert known.sum() == 257152

@@ -1,8 +1,11 @@
 """Both tokenizer files, alone and against each other."""
 
+import io
+import json
 from dataclasses import replace
 
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,6 +86,134 @@ def test_a_broken_character_is_shown_at_the_end():
     first_byte = tokenizer.encode("☕")[0]
     assert stream.push(first_byte) == ""
     assert stream.close() == "\N{REPLACEMENT CHARACTER}"
+
+
+@given(st.lists(st.integers(0, CONFIG.text.vocab)))
+def test_any_ids_decode_alike(ids):
+    """Bytes that make no character included; and a stream shows in the end what decoding at once does."""
+    texts = []
+    for tokenizer in TOKENIZERS.values():
+        stream = Stream(tokenizer)
+        texts += [tokenizer.decode(ids), "".join([stream.push(token) for token in ids] + [stream.close()])]
+    assert len(set(texts)) == 1
+
+
+def test_a_cut_character_costs_no_other(tokenizer):
+    """An answer may end in the middle of a character that takes several byte tokens."""
+    ids = tokenizer.encode("日本")
+    assert len(ids) == 6
+    assert tokenizer.decode(ids[:4]) == "日\N{REPLACEMENT CHARACTER}"
+
+
+def test_text_that_is_not_unicode(tokenizer):
+    with pytest.raises(PaliGemmaError, match="not valid Unicode"):
+        tokenizer.encode("caption \udcff")
+
+
+@pytest.mark.parametrize("word", ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"])
+def test_control_words_declared_as_text_are_spelled_too(word):
+    contents = json.loads((SHIPPED / "tokenizer.json").read_bytes())
+    entry = next(entry for entry in contents["added_tokens"] if entry["content"] == word)
+    entry["special"] = False
+    tokenizer = Tokenizer(Json(json.dumps(contents).encode()), CONFIG)
+    assert entry["id"] not in tokenizer.encode(f"say {word}{word} now")
+    assert tokenizer.decode([*tokenizer.encode(f"say {word}"), entry["id"]]) == f"say {word}"
+
+
+def train(*user_defined) -> bytes:
+    """A SentencePiece model set up as Gemma's is, which ends before the location tokens."""
+    model = io.BytesIO()
+    texts = ["the cat sat on the mat and the dog", "detect red star ; blue circle", "naïve café, 2026"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
+        add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True, num_threads=1, minloglevel=2,
+        normalization_rule_name="identity", allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        user_defined_symbols=["<mask>", "\n", *user_defined],
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def behind(size):
+    """A config whose vocabulary is `size` pieces, the location tokens, the image token and noise, as in the releases."""
+    return replace(CONFIG, text=replace(CONFIG.text, vocab=size + 1152 + 64), image_token=size + 1152)
+
+
+def test_an_image_piece_is_spelled():
+    tokenizer = Tokenizer(SentencePiece(train("<image>")), behind(330))
+    image = tokenizer.backend.find("<image>")
+    assert image is not None
+    assert image not in tokenizer.encode("an <image> here")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The model, and the tokenizer.json that transformers makes of it, by its own conversion."""
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    folder, model = tmp_path_factory.mktemp("tokenizer"), train()
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_tokens(LOCATIONS + SEGMENTS)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    theirs.save_pretrained(folder / "json")
+    size = SentencePiece(model).size
+    ours = Tokenizer(SentencePiece(model), behind(size)), Tokenizer.load(folder / "json", behind(size))
+    assert isinstance(ours[1].backend, Json)
+    return *ours, theirs
+
+
+WORDS = [
+    "the",
+    "cat",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "▁",
+    "é",
+    "日",
+    "☕",
+    "7",
+    "<bos>",
+    "<image>",
+    "<unk>",
+    "<loc0003>",
+    "<seg127>",
+    "<",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.lists(st.sampled_from(WORDS), max_size=12).map("".join))
+def test_the_file_that_transformers_makes(converted, text):
+    model, other, theirs = converted
+    ids = model.encode(text)
+    assert other.encode(text) == ids
+    assert other.decode(ids) == model.decode(ids) == text.replace("▁", " ")
+    if not any(word in text for word in ("<bos>", "<image>", "<unk>")):  # which it obeys
+        assert theirs.encode(text, add_special_tokens=False) == ids
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_layout_that_transformers_makes(converted):
+    model, other, _ = converted
+    assert model.size == other.size == model.config.image_token
+    assert model.content == other.content
+    assert other.backend.find("<image>") == other.config.image_token
+    assert (model.known() == other.known()).all()
+    assert model.known().sum() == model.size
+
+
+def test_control_tokens_past_the_image_are_not_known():
+    """transformers adds a mask token of its own to a file that has none."""
+    contents = json.loads((SHIPPED / "tokenizer.json").read_bytes())
+    last = contents["added_tokens"][-1]
+    assert last["content"] == "<image>"
+    contents["added_tokens"].append(last | {"content": "<mask>", "id": last["id"] + 1})
+    tokenizer = Tokenizer(Json(json.dumps(contents).encode()), CONFIG)
+    assert tokenizer.size == CONFIG.image_token
+    assert not tokenizer.known()[CONFIG.image_token :].any()
 
 
 class WithoutContent(SentencePiece):

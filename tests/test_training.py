@@ -61,8 +61,9 @@ def test_no_gradient_from_prefix_or_padding():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_few_steps_lower_the_loss_and_repeat():
-    curves = [train.train(30, seed, 8, 1e-3, False, lambda *_: None) for seed in (0, 0)]
-    (model, tokenizer_model, _), (again, _, _) = curves
+    (model, tokenizer_model), (again, _) = train.start(0), train.start(0)
+    for each in (model, again):
+        train.train(each, tokenizer_model, 30, 0, 8, 1e-3, False, lambda *_: None)
     assert same(to_params(model), to_params(again))
     examples = train.Examples(tokenizer_model, model.config, seed=99)
     batch = train.collate([example for example, _ in zip(examples, range(32), strict=False)], 0)

@@ -26,7 +26,7 @@ NEW_TOKENS = 48
 
 def held_out(seed: int, count: int, task: str) -> list[tuple[scenes.Scene, str, str]]:
     """Scenes with one question each and its right answer: (scene, prefix, suffix)."""
-    rng = np.random.default_rng([HELD_OUT_SEED, seed, ["caption", "detect", "answer"].index(task)])
+    rng = np.random.default_rng([HELD_OUT_SEED, seed, scenes.TASKS.index(task)])
     examples = []
     for _ in range(count):
         scene = scenes.random_scene(rng)

@@ -17,6 +17,8 @@ COLORS = {
     "purple": (130, 50, 170), "orange": (250, 128, 20), "white": (245, 245, 245), "black": (20, 20, 20),
 }  # fmt: skip
 SIZES = {"small": (7, 8), "medium": (11, 12), "large": (15, 16)}
+TASKS = ("caption", "detect", "answer")
+SHARES = (0.4, 0.45, 0.15)
 GROUNDS = ("plain", "gradient", "striped", "checkered", "speckled")
 
 
@@ -127,9 +129,9 @@ def detect(scene: Scene, queries: list[str]) -> str:
     return " ; ".join(found)
 
 
-def random_question(rng: np.random.Generator, scene: Scene, task: str | None = None) -> tuple[str, str]:
-    """A prefix and its suffix: one of the tasks "caption", "detect", "answer"."""
-    task = task or rng.choice(["caption", "detect", "answer"], p=[0.4, 0.45, 0.15])
+def random_question(rng: np.random.Generator, scene: Scene, task: str | None = None, shares=SHARES) -> tuple[str, str]:
+    """A prefix and its suffix, of a task or of one drawn by the tasks' shares."""
+    task = task or rng.choice(TASKS, p=shares)
     if task == "caption":
         return "caption en", caption(scene)
     if task == "answer":

@@ -1,4 +1,4 @@
-"""python -m torch_impl.train --output DIR: train the shipped model on drawn scenes, from nothing.
+"""python -m torch_impl.train --output DIR: train a small model on drawn scenes, from nothing or from a checkpoint.
 
 The loss is big_vision's (`trainers/proj/paligemma/train.py`): cross-entropy of the suffix tokens and the eos,
 averaged over the tokens of an example, then over the batch. The prefix and the picture are attended to in both
@@ -21,10 +21,11 @@ from numpy_ref import checkpoint, cli
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import preprocess
+from numpy_ref.storage import read_json
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
 
 from . import evaluate, scenes, tokenizer_training
-from .load import ModuleEngine, to_params
+from .load import ModuleEngine, load, to_params
 from .paligemma import PaliGemma
 
 PROG = "python -m torch_impl.train"
@@ -47,8 +48,8 @@ def small_config(vocab: int) -> PaliGemmaConfig:
 class Examples(IterableDataset):
     """An endless stream of (pixels uint8 [S, S, 3], prompt ids, suffix ids) of random scenes."""
 
-    def __init__(self, tokenizer_model: bytes, config: PaliGemmaConfig, seed: int):
-        self.tokenizer_model, self.config, self.seed = tokenizer_model, config, seed
+    def __init__(self, tokenizer_model: bytes, config: PaliGemmaConfig, seed: int, shares=scenes.SHARES):
+        self.tokenizer_model, self.config, self.seed, self.shares = tokenizer_model, config, seed, shares
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -56,7 +57,7 @@ class Examples(IterableDataset):
         tokenizer, size = Tokenizer(SentencePiece(self.tokenizer_model), self.config), self.config.vision.image_size
         while True:
             scene = scenes.random_scene(rng)
-            prefix, suffix = scenes.random_question(rng, scene)
+            prefix, suffix = scenes.random_question(rng, scene, shares=self.shares)
             pixels = preprocess(scenes.draw(scene, DRAWN_AT), size)[0]
             yield pixels, tokenizer.prompt(prefix), [*tokenizer.encode(suffix), self.config.eos]
 
@@ -112,16 +113,26 @@ def initialise(model: PaliGemma) -> None:
                 parameter.mul_(0.3)
 
 
-def train(steps, seed, batch_size, peak, bfloat16, log) -> tuple[PaliGemma, bytes, list]:
-    """Train from nothing; the model, its tokenizer, and the curve as (step, seconds, loss) triples."""
+def start(seed: int) -> tuple[PaliGemma, bytes]:
+    """A fresh small model, and a tokenizer trained for it."""
     torch.manual_seed(seed)
-    tokenizer_model = tokenizer_training.train_tokenizer(seed)
-    config = small_config(tokenizer_training.VOCAB)
-    model = PaliGemma(config)
+    model = PaliGemma(small_config(tokenizer_training.VOCAB))
     initialise(model)
+    return model, tokenizer_training.train_tokenizer(seed)
+
+
+def start_from(path: Path) -> tuple[PaliGemma, bytes]:
+    """The model and tokenizer of a checkpoint, to train on."""
+    model, loaded = load(path)
+    return model.train(), (loaded.folder / "tokenizer.model").read_bytes()
+
+
+def train(model, tokenizer_model, steps, seed, batch_size, peak, bfloat16, log, shares=scenes.SHARES) -> list:
+    """Train a model on random scenes; the curve as (step, seconds, loss) triples."""
+    config = model.config
     optimizer = optimizer_for(model, peak)
     loader = DataLoader(
-        Examples(tokenizer_model, config, seed), batch_size, num_workers=1, prefetch_factor=8,
+        Examples(tokenizer_model, config, seed, shares), batch_size, num_workers=1, prefetch_factor=8,
         collate_fn=lambda examples: collate(examples, config.pad),
     )  # fmt: skip
     curve, recent, started = [], [], time.perf_counter()
@@ -142,8 +153,9 @@ def train(steps, seed, batch_size, peak, bfloat16, log) -> tuple[PaliGemma, byte
             if (step + 1) % 100 == 0:
                 curve.append((step + 1, round(time.perf_counter() - started, 1), round(float(np.mean(recent)), 4)))
                 recent = []
-                log(curve[-1], model, tokenizer_model)
-    return model.eval(), tokenizer_model, curve
+                log(curve[-1])
+    model.eval()
+    return curve
 
 
 def save(output, model, tokenizer_model, record: dict) -> None:
@@ -159,34 +171,52 @@ def save(output, model, tokenizer_model, record: dict) -> None:
 def main(argv=None):
     options = argparse.ArgumentParser(prog=PROG, description="Train the small model on drawn scenes.")
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
+    options.add_argument("--init", type=Path, metavar="CHECKPOINT", help="train on from here; left out: from nothing")
     options.add_argument("--steps", type=int, default=6000)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--learning-rate", type=float, default=1.5e-3)
+    options.add_argument(
+        "--tasks", type=float, nargs=len(scenes.TASKS), default=scenes.SHARES, metavar="SHARE",
+        help=f"shares of the tasks {', '.join(scenes.TASKS)}, which sum to one",
+    )  # fmt: skip
     options.add_argument("--float32", action="store_true", help="no bfloat16 autocast, which is 1.5 times faster")
     options.add_argument("--scenes", type=int, default=200, help="held-out scenes a task for the final evaluation")
     arguments = options.parse_args(argv)
+    if abs(sum(arguments.tasks) - 1) > 1e-6 or min(arguments.tasks) < 0:
+        raise PaliGemmaError(f"--tasks: shares sum to one, not {sum(arguments.tasks)}")
     if arguments.output.exists():
         raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
 
-    def log(point, model, tokenizer_model):
+    def log(point):
         if not sys.stderr.isatty():
             print(f"step {point[0]}  {point[1]:.0f} s  loss {point[2]:.4f}", flush=True)
 
-    model, tokenizer_model, curve = train(
-        arguments.steps, arguments.seed, arguments.batch_size, arguments.learning_rate, not arguments.float32, log
-    )
+    model, tokenizer_model = start_from(arguments.init) if arguments.init else start(arguments.seed)
+    curve = train(
+        model, tokenizer_model, arguments.steps, arguments.seed, arguments.batch_size, arguments.learning_rate,
+        not arguments.float32, log, arguments.tasks,
+    )  # fmt: skip
     engine, tokenizer = ModuleEngine(model), Tokenizer(SentencePiece(tokenizer_model), model.config)
-    accuracy = evaluate.measure(engine, tokenizer, evaluate.HELD_OUT_SEED, arguments.scenes)
+    accuracy = evaluate.measure(engine, tokenizer, 0, arguments.scenes)
     print(json.dumps(accuracy))
-    record = {
+    stage = {
         "command": f"{PROG} --steps {arguments.steps} --seed {arguments.seed} --batch-size {arguments.batch_size} "
-        f"--learning-rate {arguments.learning_rate}",
-        "seconds": curve[-1][1] if curve else None,
-        "held_out": {"seed": evaluate.HELD_OUT_SEED, "scenes": arguments.scenes, **accuracy},
-        "curve": {"columns": ["step", "seconds", "loss"], "points": curve[::5]},
+        f"--learning-rate {arguments.learning_rate} --tasks {' '.join(map(str, arguments.tasks))}"
+        + (" --init PREVIOUS" if arguments.init else ""),
+        "curve": {"columns": ["step", "seconds", "loss"], "points": curve[4::5]},
+    }
+    record = {
+        "stages": [*_earlier_stages(arguments.init), stage],
+        "held_out": {"seed": 0, "scenes": arguments.scenes, **accuracy},
     }
     save(arguments.output, model, tokenizer_model, record)
+
+
+def _earlier_stages(path) -> list:
+    """How the checkpoint that training went on from was trained, as far as it says."""
+    file = path / "training.json" if path else None
+    return read_json(file).get("stages", []) if file and file.exists() else []
 
 
 if __name__ == "__main__":
