@@ -12,7 +12,7 @@ import platformdirs
 from onnx_ir import DataType
 from tqdm import tqdm
 
-from numpy_ref import __version__, storage
+from numpy_ref import __version__, segmentation, storage
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
 from numpy_ref.errors import PaliGemmaError
@@ -52,7 +52,7 @@ def plan(checkpoint, precision="float32", max_length=None) -> dict:
     _check_length(config, max_length)
     placed = weights.plan(config, dtype)
     files = {weights.FILE: weights.size(placed)}
-    files |= {f"{name}.onnx": len(contents) for name, (_, contents) in _graphs(config, placed, dtype).items()}
+    files |= {f"{name}.onnx": len(contents) for name, (_, contents) in _graphs(checkpoint, placed, dtype).items()}
     files |= {name: (checkpoint.folder / name).stat().st_size for name in _tokenizer_files(checkpoint)}
     return {"files": files, "memory": weights.memory(placed)}
 
@@ -72,7 +72,7 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(placed)) as bar:
             digest = weights.write(folder / weights.FILE, placed, arrays, bar.update)
-        models = _graphs(config, placed, dtype)
+        models = _graphs(checkpoint, placed, dtype)
         for name, (_, contents) in models.items():
             (folder / f"{name}.onnx").write_bytes(contents)
         for name in _tokenizer_files(checkpoint):
@@ -126,7 +126,8 @@ def load(path) -> Bundle:
         config = from_hf(description["config"])
         description["max_length"] = int(description["max_length"])
         known_settings = description["image"]["resize"] in RESIZES and description["precision"] in PRECISIONS
-        graphs_listed = {description["graphs"][name]["file"] for name in ("prefill", "decode")}
+        listed = description["graphs"]
+        graphs_listed = {listed[name]["file"] for name in {"prefill", "decode", *listed}}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} is damaged ({error!r}); export the bundle again") from None
     if not known_settings:
@@ -140,7 +141,8 @@ def load(path) -> Bundle:
 def shipped() -> Path:
     """The bundle of the model that ships, exported into the user's cache on first use."""
     source = checkpoints.SHIPPED
-    parts = [source / "config.json", source / "model.safetensors", *sorted(Path(__file__).parent.glob("*.py"))]
+    names = ("config.json", "model.safetensors", "tokenizer.model", *segmentation.FILES[:1])
+    parts = [*(source / name for name in names), *sorted(Path(__file__).parent.glob("*.py"))]
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
     path = Path(platformdirs.user_cache_dir("paligemma-onnx", appauthor=False)) / f"shipped-{digest}"
     if not path.exists():
@@ -159,12 +161,15 @@ def sha256(file) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _graphs(config, placed, dtype) -> dict:
-    """Both models and their bytes: name -> (model, contents)."""
+def _graphs(checkpoint, placed, dtype) -> dict:
+    """The models and their bytes: name -> (model, contents)."""
+    config, codec = checkpoint.config, segmentation.find(checkpoint.folder)
     models = {
         "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
         "decode": graphs.decode_model(config, weights.initializer(placed), dtype),
     }
+    if codec:
+        models["masks"] = graphs.masks_model(segmentation.load(codec))
     return {name: (model, graphs.serialize(model)) for name, model in models.items()}
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref import cli
-from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
 
@@ -59,11 +58,9 @@ def run_onnx(argv=None):
     arguments = cli.parse(options, argv)
 
     def load(path):
-        from .session import Session
+        from . import session
 
-        bundle = bundles.load(path or bundles.shipped())
-        tokenizer = Tokenizer.load(bundle.path, bundle.config)
-        return Session(bundle, arguments.provider, arguments.threads), tokenizer
+        return session.load(path, arguments.provider, arguments.threads)
 
     return cli.answer(arguments, load)
 

@@ -9,10 +9,11 @@ import onnx_ir as ir
 from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
-from numpy_ref.checkpoint import parameters, unflatten
+from numpy_ref.checkpoint import flatten, parameters, unflatten
 from numpy_ref.layers import identity
+from numpy_ref.segmentation import CELLS, SIDE
 
-from . import paligemma
+from . import paligemma, segmentation
 
 OPSET = 24  # TensorScatter, the in-place cache write
 IR_VERSION = 11  # what onnxruntime 1.30 and later read
@@ -45,6 +46,19 @@ def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.Mo
     ]
     logits, cache = paligemma.decode(builder.op, p, config, input_ids, lengths, cache, _tap(builder, taps))
     return _finish(builder, config, logits, cache)
+
+
+def masks_model(params) -> ir.Model:
+    """masks.onnx: codes int64 [B, 16] -> masks float32 [B, 64, 64]. Its small weights are inside."""
+    builder = _builder("masks")
+    flat = flatten({"codebook": params["codebook"], "decoder": params["decoder"]})
+    tensors = {path: ir.tensor(np.asarray(array, np.float32), name=path) for path, array in flat.items()}
+    p = unflatten({path: builder.initializer(tensor, path) for path, tensor in tensors.items()})
+    codes = builder.input("codes", DataType.INT64, ["B", CELLS * CELLS])
+    masks = segmentation.decode(builder.op, p, codes)
+    masks.dtype, masks.shape = DataType.FLOAT, ir.Shape(["B", SIDE, SIDE])
+    builder.add_output(masks, "masks")
+    return _model(builder)
 
 
 def describe(model: ir.Model) -> dict:

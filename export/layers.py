@@ -136,3 +136,29 @@ def write_cache(op, cache, update, start):
     A host that binds the input and the output to one buffer gets this in place.
     """
     return op.TensorScatter(cache, update, op.Cast(start, to=DataType.INT64), axis=2)
+
+
+# --- beside the two towers ---------------------------------------------------------------------------------
+
+
+def relu(op, x):
+    """max(x, 0)."""
+    return op.Relu(x)
+
+
+def conv(op, x, kernel, bias, stride=1, padding=0):
+    """x [B, C, h, w], kernel [out, C, k, k], bias [out] -> [B, out, h', w']."""
+    return op.Conv(x, kernel, bias, strides=[stride] * 2, pads=[padding] * 4)
+
+
+def conv_transpose(op, x, kernel, bias, stride, padding):
+    """x [B, C, h, w], kernel [C, out, k, k], bias [out] -> [B, out, h', w']."""
+    return op.ConvTranspose(x, kernel, bias, strides=[stride] * 2, pads=[padding] * 4)
+
+
+def batch_norm(op, x, scale, bias, mean, variance, eps):
+    """Batch normalisation at inference: x [B, D], the rest [D] -> [B, D]."""
+    x32 = upcast(op, x)
+    centred = op.Sub(x32, cast_like(op, mean, x32))
+    normed = op.Div(centred, op.Sqrt(op.Add(cast_like(op, variance, x32), eps)))
+    return cast_like(op, op.Add(op.Mul(normed, cast_like(op, scale, x32)), cast_like(op, bias, x32)), x)

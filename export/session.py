@@ -10,7 +10,9 @@ import numpy as np
 import onnxruntime
 
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.tokenizer import Tokenizer
 
+from . import bundle as bundles
 from .bundle import PRECISIONS, Bundle
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -21,6 +23,13 @@ MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
 
+def load(path=None, provider: str = "auto", threads: int = 0):
+    """A bundle, or the shipped model's, as engine and tokenizer."""
+    bundle = bundles.load(path or bundles.shipped())
+    tokenizer = Tokenizer.load(bundle.path, bundle.config)
+    return Session(bundle, provider, threads), tokenizer
+
+
 class Session:
     """The two graphs of a bundle as an engine of `numpy_ref.generate`."""
 
@@ -29,7 +38,7 @@ class Session:
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
         self.resize = bundle.description["image"]["resize"]
-        self.provider = choose_provider(provider)
+        self.provider, self._masks = choose_provider(provider), None
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
         self._prefill = self._open("prefill", threads)
@@ -38,6 +47,7 @@ class Session:
                 raise PaliGemmaError(f"--provider cuda: its libraries do not load; {_INSTALL}")
             self.provider = CPU
         self._decode = self._open("decode", threads)
+        self.masks = self._paint if "masks" in bundle.description["graphs"] else None
         self.device = "cuda" if self.provider == CUDA else "cpu"
 
     def prefill(self, pixel_values, input_ids, lengths, capacity):
@@ -64,6 +74,12 @@ class Session:
         cache.lengths.update_inplace(np.ascontiguousarray(lengths, np.int32))
         self._decode.run_with_iobinding(cache.binding)
         return cache.logits.numpy().copy(), cache  # on the CPU .numpy() is a view of the buffer
+
+    def _paint(self, codes):
+        """Mask codes [B, 16] -> [B, 64, 64], positive inside. The graph is loaded when a mask is first asked for."""
+        if self._masks is None:
+            self._masks = self._open("masks", 1)
+        return self._masks.run(None, {"codes": np.ascontiguousarray(codes, np.int64)})[0]
 
     def _open(self, name, threads):
         options = onnxruntime.SessionOptions()

@@ -36,7 +36,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 #: What travels with a checkpoint beside its weights.
 COMPANIONS = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "preprocessor_config.json", "processor_config.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "vae.npz", "vae-oid.npz",
 )  # fmt: skip
 _TOKENIZERS = COMPANIONS[:2]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import detection
+from . import detection, segmentation
 from .errors import PaliGemmaError
 from .generate import Timings, answers, choose_capacity, generate
 from .image import open_image, preprocess
@@ -53,7 +53,7 @@ def parser(prog, model, description) -> argparse.ArgumentParser:
     options.add_argument("--top-k", type=_whole(0), default=0, metavar="K", help="keep the K likeliest, 0 for all (0)")
     options.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="of the draws (0)")
     options.add_argument("--json", action="store_true", help="print one JSON object")
-    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw the boxes found over the picture")
+    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the picture")
     options.add_argument(
         "--boxes", choices=detection.CONVENTIONS, default="big_vision", help="what a location token counts (big_vision)"
     )
@@ -94,8 +94,9 @@ def answer(arguments, load) -> int:
     ids = answers(tokens, config.eos)[0]
     text = tokenizer.decode(ids)
     boxes = detection.parse(text, image.width, image.height, arguments.boxes)
+    masks = paint(engine.masks, boxes, image.width, image.height)
     if arguments.draw:
-        write_drawing(arguments.draw, detection.draw(image, boxes, _caption(arguments.prompt, text, boxes)))
+        write_drawing(arguments.draw, detection.draw(image, boxes, caption(arguments.prompt, text, boxes), masks))
     if arguments.json:
         times = {
             "load_s": round(load_s, 4),
@@ -103,9 +104,26 @@ def answer(arguments, load) -> int:
             "decode_tokens_per_s": round(timings.decode_tokens_per_s, 2),
         }
         found = [box.as_json() for box in boxes]
-        masks = [box for box in found if "codes" in box]
-        print(json.dumps({"text": text, "tokens": ids, "boxes": found, "masks": masks, "timings": times}))
+        outlined = [{**box, **_run_lengths(mask)} for box, mask in zip(found, masks, strict=True) if "codes" in box]
+        print(json.dumps({"text": text, "tokens": ids, "boxes": found, "masks": outlined, "timings": times}))
     return 0
+
+
+def paint(decode, boxes, width, height) -> list:
+    """The mask of each box in the picture, bool [height, width]; None for a box without codes, or without a codec.
+
+    `decode` is an engine's `masks`: codes [B, 16] -> [B, 64, 64], or None.
+    """
+
+    def place(box):
+        return segmentation.paste(decode(np.array([box.codes]))[0], box.corners, width, height)
+
+    return [place(box) if decode and box.codes else None for box in boxes]
+
+
+def _run_lengths(mask) -> dict:
+    """A mask as COCO's uncompressed run lengths; nothing where it could not be painted."""
+    return {} if mask is None else {"size": list(mask.shape), "counts": segmentation.run_lengths(mask)}
 
 
 def _read_prompt(prompt: str) -> str:
@@ -131,7 +149,7 @@ def _budget(engine, prompt, max_new_tokens):
     return max_new_tokens, choose_capacity(engine.config, lengths, max_new_tokens, limit)
 
 
-def _caption(prompt, text, boxes) -> str:
+def caption(prompt, text, boxes) -> str:
     """What is written below a drawing: the prompt, and the answer unless the boxes show it."""
     return f"{prompt}: {len(boxes)} found" if boxes else f"{prompt}: {text}"
 

@@ -27,6 +27,10 @@ class Box:
     y2: float
     codes: tuple[int, ...] = ()
 
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        return self.x1, self.y1, self.x2, self.y2
+
     def as_json(self) -> dict:
         fields = asdict(self)
         return fields if self.codes else {key: value for key, value in fields.items() if key != "codes"}
@@ -64,20 +68,28 @@ def intersection_over_union(a: Box, b: Box) -> float:
 _COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080"]
 
 
-def draw(image, boxes: list[Box], caption: str = ""):
-    """A copy of the picture, at least 448 pixels wide, with boxes and labels, the caption written below."""
+def draw(image, boxes: list[Box], caption: str = "", masks=()):
+    """A copy of the picture, at least 448 pixels wide, with masks, boxes and labels, the caption written below.
+
+    `masks` are bool [height, width] of the picture's size, one a box or None where a box has none.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     zoom = max(1, -(-448 // image.width))
     canvas = image.convert("RGB").resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    for i, mask in enumerate(masks):
+        if mask is not None:
+            cover = Image.fromarray(mask.astype("uint8") * 150).resize(canvas.size, Image.Resampling.NEAREST)
+            canvas.paste(_COLORS[i % len(_COLORS)], (0, 0), cover)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
     for i, box in enumerate(boxes):
         color = _COLORS[i % len(_COLORS)]
-        corners = [box.x1 * zoom, box.y1 * zoom, box.x2 * zoom, box.y2 * zoom]
+        corners = [corner * zoom for corner in box.corners]
         pen.rectangle(corners, outline=color, width=3)
-        # The label sits above its box, or inside it where there is no room.
-        left, top = corners[0], corners[1] - 22 if corners[1] >= 22 else corners[1]
-        pen.rectangle([left, top, left + pen.textlength(box.label, font) + 8, top + 22], fill=color)
+        # The label sits above its box, or inside it where there is no room; never past the right edge.
+        width = pen.textlength(box.label, font) + 8
+        left, top = max(0, min(corners[0], canvas.width - width)), corners[1] - 22 if corners[1] >= 22 else corners[1]
+        pen.rectangle([left, top, left + width, top + 22], fill=color)
         pen.text((left + 4, top), box.label, fill="white", font=font)
     return _with_caption(canvas, caption, font) if caption else canvas
 

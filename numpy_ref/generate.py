@@ -5,6 +5,9 @@ twin, or the two ONNX sessions):
 
     prefill(pixel_values [B, 3, S, S], input_ids [B, T], lengths [B], capacity) -> logits [B, V], cache
     decode(input_ids [B, 1], lengths [B], cache) -> logits [B, V], cache
+
+and says what else a caller must know: `config`, `resize` (its preprocessing) and `masks` (mask codes [B, 16] ->
+[B, 64, 64], or None where no mask codec came with the weights).
 """
 
 import time
@@ -13,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from . import paligemma
+from . import paligemma, segmentation
 from .errors import PaliGemmaError
 from .sampling import Sampling, sample
 
@@ -24,7 +27,7 @@ class NumpyEngine:
     name = "numpy"
 
     def __init__(self, checkpoint):
-        self.config, self.resize = checkpoint.config, checkpoint.resize
+        self.config, self.resize, self.masks = checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint)
         self.prefill = partial(paligemma.prefill, checkpoint.params, checkpoint.config)
         self.decode = partial(paligemma.decode, checkpoint.params, checkpoint.config)
 

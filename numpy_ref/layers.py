@@ -137,3 +137,67 @@ def write_cache(cache, update, start):
     for row, position in enumerate(start):
         cache[row, :, position : position + update.shape[2]] = update[row]
     return cache
+
+
+# --- beside the two towers: what masks and older networks are made of --------------------------------------
+
+
+def relu(x):
+    """max(x, 0)."""
+    return np.maximum(x, 0)
+
+
+def conv(x, kernel, bias, stride=1, padding=0):
+    """Convolution as deep learning has it (cross-correlation): the kernel slides, and is not mirrored.
+
+    x [B, C, h, w], kernel [out, C, k, k], bias [out] -> [B, out, h', w'], h' = (h + 2 padding - k) // stride + 1.
+    """
+    size = kernel.shape[-1]
+    x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(2, 3))[:, :, ::stride, ::stride]
+    y = np.einsum("bchwij,ocij->bohw", windows, cast_like(kernel, x), optimize=True)
+    return y + cast_like(bias, x)[:, None, None]
+
+
+def conv_transpose(x, kernel, bias, stride, padding):
+    """The transposed convolution, which scatters each input over the window that `conv` would read.
+
+    x [B, C, h, w], kernel [C, out, k, k], bias [out] -> [B, out, h', w'], h' = (h - 1) stride - 2 padding + k.
+    """
+    batch, _, height, width = x.shape
+    size = kernel.shape[-1]
+    spread = np.zeros((batch, kernel.shape[1], (height - 1) * stride + size, (width - 1) * stride + size), x.dtype)
+    patches = np.einsum("bchw,coij->boijhw", x, cast_like(kernel, x), optimize=True)
+    for i in range(size):
+        for j in range(size):
+            spread[:, :, i : i + height * stride : stride, j : j + width * stride : stride] += patches[:, :, i, j]
+    inside = slice(padding, -padding or None)
+    return spread[:, :, inside, inside] + cast_like(bias, x)[:, None, None]
+
+
+def batch_norm(x, scale, bias, mean, variance, eps):
+    """Batch normalisation at inference (Ioffe & Szegedy 2015): x [B, D], the rest [D] -> [B, D].
+
+    Mean and variance are fixed, gathered in training. PaliGemma has none: a row's result would hang on the rows that
+    trained beside it, and rows of unequal length have no common statistics. Layer and RMS norm, which look along the
+    features of one position, took its place in transformers.
+    """
+    x32 = upcast(x)
+    normed = (x32 - cast_like(mean, x32)) / np.sqrt(cast_like(variance, x32) + eps)
+    return (normed * cast_like(scale, x32) + cast_like(bias, x32)).astype(x.dtype)
+
+
+def batch_norm_training(x, scale, bias, mean, variance, eps, momentum):
+    """Batch normalisation in training: by the batch's own statistics, which also move the running ones.
+
+    x [B, D], the rest [D] -> y [B, D], new mean [D], new variance [D]. The batch is normed by the variance that
+    divides by B; the running one takes in the unbiased one, which divides by B - 1. `momentum` is the weight of
+    the new value, as in PyTorch.
+    """
+    x32 = upcast(x)
+    batch_mean = x32.mean(0)
+    centred = x32 - batch_mean
+    batch_variance = (centred * centred).mean(0)
+    y = batch_norm(x, scale, bias, batch_mean, batch_variance, eps)
+    unbiased = batch_variance * (len(x) / (len(x) - 1))
+    return y, mean + momentum * (batch_mean - mean), variance + momentum * (unbiased - variance)

@@ -6,6 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from numpy_ref import layers
+from numpy_ref.checkpoint import unflatten
+from numpy_ref.contrastive import ContrastiveConfig, TextConfig
+from torch_impl.contrastive import Contrastive
+from torch_impl.segmentation import Codec, CodecConfig
 
 from .models import CONFIGS, random_params
 
@@ -39,6 +43,13 @@ class Case:
     torch: str | None = None
     config: object = None
     partial: bool = False
+    exported: bool = True
+    runtime_float64: bool = True  # ONNX Runtime has no convolution in float64
+
+    def runs_on(self, engine, dtype) -> bool:
+        if engine.startswith("onnx") and not self.exported:
+            return False
+        return engine != "onnxruntime" or dtype is not np.float64 or self.runtime_float64
 
 
 def normal(rng, *shape):
@@ -165,7 +176,81 @@ def block_cases():
             yield Case(f"gemma.{label}, {name}", "gemma", function, arguments, BLOCK, taps, owner, text)
 
 
-CASES = [*leaf_cases(), *block_cases()]
+def codec_cases():
+    """Convolutions and the mask codec."""
+    config = CodecConfig(8, 5)
+    params = random_like(Codec(config))
+    square = lambda r: normal(r, 2, 3, 7, 9)  # noqa: E731
+    words = lambda r: normal(r, 2, 4, 4, 5)  # noqa: E731
+    masks = lambda r: r.uniform(-1, 1, (2, 64, 64)).astype(np.float32)  # noqa: E731
+    for name, module, function, arguments, level, owner, sizes, exported in [
+        ("relu", "layers", "relu", lambda r: {"x": normal(r, B, T, D)}, LEAF, None, None, True),
+        ("conv", "layers", "conv", lambda r: {
+            "x": square(r), "kernel": normal(r, 5, 3, 3, 3), "bias": normal(r, 5), "padding": 1}, LEAF, None, None, True),
+        ("conv, stride", "layers", "conv", lambda r: {
+            "x": square(r), "kernel": normal(r, 5, 3, 4, 4), "bias": normal(r, 5), "stride": 2, "padding": 1}, LEAF, None, None, True),
+        ("conv_transpose", "layers", "conv_transpose", lambda r: {
+            "x": square(r), "kernel": normal(r, 3, 5, 4, 4), "bias": normal(r, 5), "stride": 2, "padding": 1}, LEAF, None, None, True),
+        ("segmentation.res_block", "segmentation", "res_block", lambda r: {
+            "p": params["decoder"]["res"][1], "x": normal(r, 2, 8, 4, 4)}, BLOCK, "ResBlock", 8, True),
+        ("segmentation.decoder", "segmentation", "decoder", lambda r: {"p": params["decoder"], "words": words(r)}, BLOCK, "Decoder", config, True),
+        ("segmentation.decode", "segmentation", "decode", lambda r: {"p": params, "codes": r.integers(0, 128, (2, 16))}, BLOCK, "Codec.decode", config, True),
+        ("segmentation.encoder", "segmentation", "encoder", lambda r: {"p": params["encoder"], "masks": masks(r)}, BLOCK, "Encoder", config, False),
+    ]:  # fmt: skip
+        yield Case(
+            name, module, function, arguments, level, False, owner, sizes, exported=exported, runtime_float64=False
+        )
+
+
+def norm_cases():
+    """Batch normalisation, which PaliGemma does not use."""
+
+    def statistics(r):
+        return {"scale": normal(r, D), "bias": normal(r, D), "mean": normal(r, D), "variance": normal(r, D) ** 2}
+
+    yield Case("batch_norm", "layers", "batch_norm", lambda r: {"x": normal(r, 7, D), **statistics(r), "eps": 1e-2})
+    yield Case(
+        "batch_norm_training", "layers", "batch_norm_training",
+        lambda r: {"x": normal(r, 7, D), **statistics(r), "eps": 1e-2, "momentum": 0.3}, exported=False,
+    )  # fmt: skip
+
+
+def contrastive_cases():
+    """Both towers of pretraining, and its losses."""
+    config = ContrastiveConfig(PG1.vision, TextConfig(vocab=31, length=7, width=15, depth=2, mlp=13, heads=3, eps=1e-2))
+    params = random_like(Contrastive(config))
+    pixels = lambda r: r.uniform(-1, 1, (B, 3, 23, 23)).astype(np.float32)  # noqa: E731
+
+    def pair(r):
+        unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(r, 5, D), normal(r, 5, D))]
+        return {"image": unit[0], "text": unit[1], "log_temperature": np.array(2.3, np.float32)}
+
+    for name, arguments, level, taps, owner in [
+        ("normalize", lambda r: {"x": normal(r, B, D)}, LEAF, False, None),
+        ("similarity", pair, LEAF, False, None),
+        ("clip_loss", pair, LEAF, False, None),
+        ("siglip_loss", lambda r: {**pair(r), "bias": np.array(-4.0, np.float32)}, LEAF, False, None),
+        ("pool", lambda r: {
+            "p": params["pool"], "config": config.vision, "x": normal(r, B, PG1.vision.patches, 15)}, BLOCK, True, "Pool"),
+        ("embed_image", lambda r: {"p": params, "config": config, "pixel_values": pixels(r)}, BLOCK, True, "Contrastive.embed_image"),
+        ("embed_text", lambda r: {"p": params, "config": config, "ids": r.integers(0, 31, (B, 7))}, BLOCK, True, "Contrastive.embed_text"),
+    ]:  # fmt: skip
+        yield Case(name, "contrastive", name, arguments, level, taps, owner, exported=False)
+
+
+def random_like(module) -> dict:
+    """Random weights for a module of the twin, as the nested dict that the reference takes."""
+    rng = np.random.default_rng(7)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+    def draw(shape):
+        fan_in = np.prod(shape[1:]) if len(shape) == 4 else shape[0] if len(shape) == 2 else 9
+        return (rng.standard_normal(shape) * fan_in**-0.5).astype(np.float32)
+
+    return unflatten({name: draw(shape) for name, shape in shapes.items()})
+
+
+CASES = [*leaf_cases(), *block_cases(), *codec_cases(), *norm_cases(), *contrastive_cases()]
 
 
 def with_dtype(case: Case, dtype) -> Case:

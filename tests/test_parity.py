@@ -6,10 +6,14 @@ import pytest
 from .cases import BUDGETS, CASES, with_dtype
 from .parity import DTYPES, ENGINES, assert_parity, run_case
 
+RUNS = [
+    (case, engine, dtype) for case in CASES for engine in ENGINES for dtype in DTYPES if case.runs_on(engine, dtype)
+]
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+@pytest.mark.parametrize(
+    ("case", "engine", "dtype"), RUNS, ids=[f"{c.name}-{engine}-{dtype.__name__}" for c, engine, dtype in RUNS]
+)
 def test_case(case, engine, dtype):
     expected = run_case(with_dtype(case, np.float64), "numpy", np.float64)
     actual = run_case(with_dtype(case, dtype), engine, dtype)

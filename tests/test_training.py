@@ -1,18 +1,37 @@
-"""The loss, and that a few steps lower it."""
+"""Training: the loss, the rate, what a kill costs (nothing), and a user's own data."""
 
+import csv
 import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from numpy_ref import paligemma
+from export import bundle
+from numpy_ref import checkpoint, paligemma, segmentation
+from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.errors import PaliGemmaError
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
-from torch_impl import tokenizer_training, train
-from torch_impl.load import from_params, to_params
+from torch_impl import data, pretrain, recipe, tokenizer_training, training
+from torch_impl.load import from_params, load, to_params
+from torch_impl.paligemma import PaliGemma
+from torch_impl.train import prefix_lm_loss
 
 from .models import CONFIGS, random_batch, random_params
 from .test_checkpoint import same
+
+SETTINGS = training.Settings(12, 4, peak=1e-3, warmup=3, bfloat16=False)
 
 
 def test_the_loss_is_the_mean_over_suffix_tokens_then_rows():
@@ -27,8 +46,8 @@ def test_the_loss_is_the_mean_over_suffix_tokens_then_rows():
         (pixels[i].astype(np.float64), [*image, 2, *rng.integers(3, 50, n)], [*rng.integers(3, 50, m), config.eos])
         for i, (n, m) in enumerate([(3, 2), (1, 5), (4, 1)])
     ]
-    batch = train.collate(examples, config.pad)
-    loss = train.prefix_lm_loss(model, batch)
+    batch = data.collate(examples, config.pad)
+    loss = prefix_lm_loss(model, batch)
 
     logits = paligemma.forward(
         params, config, batch["pixel_values"].numpy(), batch["input_ids"].numpy(),
@@ -53,37 +72,223 @@ def test_no_gradient_from_prefix_or_padding():
     gradients = []
     for pad in (0, 9):
         model.zero_grad()
-        train.prefix_lm_loss(model, train.collate(examples, pad)).backward()
+        prefix_lm_loss(model, data.collate(examples, pad)).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-12), name
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_few_steps_lower_the_loss_and_repeat():
-    (model, tokenizer_model), (again, _) = train.start(0), train.start(0)
-    for each in (model, again):
-        train.train(each, tokenizer_model, 30, 0, 8, 1e-3, False, lambda *_: None)
-    assert same(to_params(model), to_params(again))
-    examples = train.Examples(tokenizer_model, model.config, seed=99)
-    batch = train.collate([example for example, _ in zip(examples, range(32), strict=False)], 0)
-    with torch.inference_mode():
-        fresh = train.PaliGemma(model.config)
-        assert train.prefix_lm_loss(model, batch) < 0.6 * train.prefix_lm_loss(fresh, batch)
+def test_the_learning_rate():
+    settings = replace(SETTINGS, steps=1000, peak=1.0, warmup=100, decay=0.5)
+    rates = [training.learning_rate(step, settings) for step in range(1000)]
+    assert rates[0] == 0.01
+    assert max(rates) == rates[99] == rates[500] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
+    assert 0 < rates[-1] < 0.01
+    assert rates[775] == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_tokenizer_repeats():
     first, second = (tokenizer_training.train_tokenizer(0) for _ in range(2))
     assert first == second
-    config = train.small_config(tokenizer_training.VOCAB)
+    config = recipe.small_config()
     tokenizer = Tokenizer(SentencePiece(first), config)
-    assert len(tokenizer.encode("a large red circle on a striped ground")) == 8
+    assert len(tokenizer.encode("an orange star, a blue circle and a white cross on a striped ground")) == 15
     assert tokenizer.size == config.image_token == tokenizer_training.VOCAB
 
 
-def test_the_learning_rate():
-    rates = [train.learning_rate(step, 1000, 1.0, 100) for step in range(1000)]
-    assert rates[0] == 0.01
-    assert max(rates) == rates[99] == 1.0
-    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
-    assert 0.01 <= rates[-1] < 0.011
+# --- the loop ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load(SHIPPED, recipe.small_config())
+
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    model = PaliGemma(recipe.small_config())
+    pretrain.initialise(model)
+    return model
+
+
+def run(folder, tokenizer, settings, model=None, **options):
+    """Train a fresh model on scenes."""
+    model = model or fresh()
+    examples = data.Scenes(tokenizer, segmentation.load(segmentation.find(SHIPPED)), 96, seed=3)
+    training.fit(model, prefix_lm_loss, examples, partial(data.collate, pad=0), settings, folder, **options)
+    return to_params(model)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_few_steps_lower_the_loss(tmp_path, tokenizer, optimizer):
+    model = fresh()
+    run(tmp_path, tokenizer, replace(SETTINGS, steps=40, batch_size=8, optimizer=optimizer), model)
+    examples = data.Scenes(tokenizer, segmentation.load(segmentation.find(SHIPPED)), 96, seed=99)
+    batch = data.collate([examples[i] for i in range(32)], 0)
+    with torch.inference_mode():
+        assert prefix_lm_loss(model, batch) < 0.7 * prefix_lm_loss(fresh(), batch)
+    with (tmp_path / training.LOG).open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows[-1]["step"] == "40"
+    assert set(rows[0]) == {"step", "seconds", "loss", "rate"}
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, optimizer, monkeypatch):
+    settings = replace(SETTINGS, optimizer=optimizer)
+    whole = run(tmp_path / "whole", tokenizer, settings)
+    step, steps = training._step, []
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == 8:
+            raise StopError
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "_step", interrupted)
+    with pytest.raises(StopError):
+        run(tmp_path / "parts", tokenizer, settings, save_every=0)
+    monkeypatch.setattr(training, "_step", step)
+    assert same(run(tmp_path / "parts", tokenizer, settings), whole)
+
+
+def test_accumulated_batches_are_one_larger_batch(tmp_path, tokenizer):
+    once = run(tmp_path / "once", tokenizer, replace(SETTINGS, steps=1, batch_size=6))
+    twice = run(tmp_path / "twice", tokenizer, replace(SETTINGS, steps=1, batch_size=3, accumulate=2))
+    start = checkpoint.flatten(to_params(fresh()))
+    for name, array in checkpoint.flatten(once).items():
+        assert np.allclose(array, checkpoint.flatten(twice)[name], atol=1e-4), name
+    assert any(not np.array_equal(array, start[name]) for name, array in checkpoint.flatten(once).items())
+
+
+def test_frozen_parts_stay(tmp_path, tokenizer):
+    before = checkpoint.flatten(to_params(fresh()))
+    after = checkpoint.flatten(run(tmp_path, tokenizer, replace(SETTINGS, steps=2, freeze=("vision", "projector"))))
+    for name, array in after.items():
+        moved = not np.array_equal(array, before[name])
+        assert moved != name.startswith(("vision.", "projector.")), name
+
+
+def test_another_run_is_not_gone_on_with(tmp_path, tokenizer):
+    run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
+    with pytest.raises(PaliGemmaError, match=r"was begun with steps 1, batch_size 4"):
+        run(tmp_path, tokenizer, replace(SETTINGS, steps=2, batch_size=5))
+    (tmp_path / training.STATE).write_bytes(b"nonsense")
+    with pytest.raises(PaliGemmaError, match="not a state of training"):
+        run(tmp_path, tokenizer, SETTINGS)
+
+
+def test_contrastive_pretraining_learns(tmp_path, tokenizer):
+    """After so few steps the right caption of 100 is found far more often than by chance."""
+    settings = replace(pretrain.SETTINGS, steps=60, batch_size=32, warmup=10)
+    model, curve = pretrain.pretrain(recipe.small_config(), tokenizer, settings, tmp_path, "siglip")
+    assert curve[-1][2] < 3
+    assert pretrain.recall(model, tokenizer, 100) > 0.05
+
+
+# --- a user's own data -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Twelve pictures, red or blue, and the question which."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i in range(12):
+        color = ("red", "blue")[i % 2]
+        Image.new("RGB", (50, 40), color).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "prefix": "answer en what color?", "suffix": color}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "torch_impl.train", *map(str, arguments)]
+
+
+def call(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+
+
+def test_fine_tuning_end_to_end(own_data, tmp_path):
+    """Own data in, a directory out that exports, that transformers loads, and that answers right."""
+    output = tmp_path / "tuned"
+    result = call("--data", own_data, "--output", output, "--steps", 60, "--batch-size", 6, "--learning-rate", 1e-3)
+    assert result.returncode == 0, result.stderr
+    assert {file.name for file in tmp_path.iterdir()} == {"data", "tuned"}
+    model, loaded = load(output)
+    tokenizer = Tokenizer.load(output, loaded.config)
+    batch = data.collate([data.JsonLines(own_data, tokenizer, "bicubic", 0)[i] for i in range(12)], 0)
+    with torch.inference_mode():
+        assert prefix_lm_loss(model, batch) < 0.05
+    bundle.write(loaded, tmp_path / "bundle")
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    foreign = transformers.PaliGemmaForConditionalGeneration.from_pretrained(output)
+    assert foreign.config.text_config.vocab_size == loaded.config.text.vocab
+    record = json.loads((output / "training.json").read_text())
+    assert record["arguments"]["steps"] == 60
+    assert (output / training.LOG).read_text().startswith("step,seconds,loss,rate")
+
+
+def test_bfloat16_results(own_data, tmp_path):
+    result = call("--data", own_data, "--output", tmp_path / "out", "--steps", 1, "--save-dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    assert str(checkpoint.load(tmp_path / "out").dtype) == "bfloat16"
+
+
+def test_killed_at_random_moments(own_data, tmp_path):
+    """SIGKILL, again and again: in the end the weights are those of a run that was left alone."""
+    options = ["--data", own_data, "--steps", 40, "--batch-size", 2, "--learning-rate", 1e-3, "--float32"]
+    assert call(*options, "--output", tmp_path / "whole").returncode == 0
+    moments, kills = random.Random(0), 0
+    state = tmp_path / "parts.training" / training.STATE
+    while not (tmp_path / "parts").exists() and kills < 30:
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        process = subprocess.Popen(
+            command(*options, "--output", tmp_path / "parts", "--save-every", 0.0001), stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        # Every run gets as far as keeping something, and no further than a random while after that.
+        while process.poll() is None and (state.stat().st_mtime_ns if state.exists() else 0) == before:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.4))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills > 1
+    assert same(checkpoint.load(tmp_path / "parts").params, checkpoint.load(tmp_path / "whole").params)
+    assert not list(tmp_path.glob("*.training"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 13: not an object"),
+        ('{"image": "0.png", "prefix": "a"}', "line 13: not an object with"),
+        ('{"image": "0.png", "prefix": "a", "suffix": 3}', "line 13: image, prefix and suffix must be text"),
+        ('{"image": "99.png", "prefix": "a", "suffix": "b"}', "line 13: no such picture"),
+        ('{"image": "0.png", "prefix": "a", "suffix": "' + "long " * 99 + '"}', "the model has room for 256"),
+    ],
+)
+def test_a_wrong_line_is_named(own_data, tmp_path, line, words):
+    with own_data.open("a") as stream:
+        stream.write(line + "\n")
+    result = call("--data", own_data, "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"data"}
+
+
+def test_no_masks_without_a_codec(tmp_path):
+    bare = shutil.copytree(SHIPPED, tmp_path / "bare", ignore=shutil.ignore_patterns("vae.npz"))
+    result = call("--init", bare, "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert "no vae.npz" in result.stderr

@@ -6,23 +6,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from numpy_ref import checkpoint, cli, detection
-from numpy_ref.tokenizer import Tokenizer
+from numpy_ref import cli, detection
 
-from . import evaluate, scenes
-from .load import TorchEngine
+from . import evaluate, questions, scenes
 
 PROG = "python -m torch_impl.gallery"
 TILE, GAP = 448, 16
 
 
-def gallery(engine, tokenizer, seed: int, columns: int) -> Image.Image:
-    """One row of captions, one of detections; the scenes are the first of the seed, not chosen."""
+def gallery(engine, tokenizer, codec, seed: int, columns: int, compositional=False) -> Image.Image:
+    """A row a task; the scenes are the first of the seed, not chosen."""
     rows = []
-    for task in ("caption", "detect"):
-        examples = evaluate.held_out(seed, columns, task)
-        texts = evaluate.answer_all(engine, tokenizer, examples)
-        rows.append([_tile(example, text) for example, text in zip(examples, texts, strict=True)])
+    for task in questions.TASKS:
+        asked = evaluate.held_out(seed, columns, task, codec, compositional)
+        texts = evaluate.answer_all(engine, tokenizer, asked)
+        rows.append([_tile(engine, question, text) for question, text in zip(asked, texts, strict=True)])
     heights = [max(tile.height for tile in row) for row in rows]
     width = columns * TILE + (columns - 1) * GAP
     canvas = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) - 1)), "white")
@@ -34,23 +32,23 @@ def gallery(engine, tokenizer, seed: int, columns: int) -> Image.Image:
     return canvas
 
 
-def _tile(example, text):
-    scene, prefix, _ = example
-    picture = scenes.draw(scene, TILE)
+def _tile(engine, question, text):
+    picture = scenes.draw(question.scene, TILE)
     boxes = detection.parse(text, picture.width, picture.height)
-    return detection.draw(picture, boxes, f"{prefix}: {len(boxes)} found" if boxes else f"{prefix}: {text}")
+    masks = cli.paint(engine.masks, boxes, picture.width, picture.height)
+    return detection.draw(picture, boxes, cli.caption(question.prefix, text, boxes), masks)
 
 
 def main(argv=None):
     options = argparse.ArgumentParser(prog=PROG, description="Draw what the model answers to held-out scenes.")
     options.add_argument("output", type=Path, metavar="OUT.png")
-    options.add_argument("--model", type=Path, default=checkpoint.SHIPPED, help="a checkpoint directory")
+    options.add_argument("--model", type=Path, help="a bundle or checkpoint; left out: the model that ships")
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--columns", type=int, default=4)
+    options.add_argument("--new-pairs", action="store_true", help="of the compositional split")
     arguments = options.parse_args(argv)
-    loaded = checkpoint.load(arguments.model)
-    tokenizer = Tokenizer.load(loaded.folder, loaded.config)
-    cli.write_drawing(arguments.output, gallery(TorchEngine(loaded), tokenizer, arguments.seed, arguments.columns))
+    drawing = gallery(*evaluate.load(arguments.model), arguments.seed, arguments.columns, arguments.new_pairs)
+    cli.write_drawing(arguments.output, drawing)
     return 0
 
 

@@ -110,6 +110,33 @@ def write_cache(cache, update, start):
     return cache.scatter(2, index.long(), update)
 
 
+def relu(x):
+    """max(x, 0)."""
+    return torch.relu(x)
+
+
+def conv(x, kernel, bias, stride=1, padding=0):
+    """x [B, C, h, w], kernel [out, C, k, k], bias [out] -> [B, out, h', w']."""
+    return nn.functional.conv2d(x, cast_like(kernel, x), cast_like(bias, x), stride, padding)
+
+
+def conv_transpose(x, kernel, bias, stride, padding):
+    """x [B, C, h, w], kernel [C, out, k, k], bias [out] -> [B, out, h', w']."""
+    return nn.functional.conv_transpose2d(x, cast_like(kernel, x), cast_like(bias, x), stride, padding)
+
+
+def batch_norm(x, scale, bias, mean, variance, eps):
+    """Batch normalisation at inference: x [B, D], the rest [D] -> [B, D]."""
+    return nn.functional.batch_norm(x, mean, variance, scale, bias, training=False, eps=eps)
+
+
+def batch_norm_training(x, scale, bias, mean, variance, eps, momentum):
+    """Batch normalisation in training: y [B, D], new mean [D], new variance [D]."""
+    mean, variance = mean.clone(), variance.clone()  # PyTorch moves them in place
+    y = nn.functional.batch_norm(x, mean, variance, scale, bias, training=True, momentum=momentum, eps=eps)
+    return y, mean, variance
+
+
 class Linear(nn.Module):
     """`linear` with its weights."""
 

@@ -5,6 +5,8 @@ import torch
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.segmentation import decoder_of
+from numpy_ref.storage import bfloat16
 
 from .layers import upcast
 from .paligemma import PaliGemma
@@ -30,9 +32,15 @@ def from_params(config, params, dtype=torch.float32):
     return model
 
 
-def to_params(model) -> dict:
+def to_params(model, dtype=torch.float32) -> dict:
     """The module's weights as the nested dict of NumPy arrays, which `checkpoint.save` writes."""
-    return checkpoints.unflatten({name: tensor.detach().numpy() for name, tensor in model.state_dict().items()})
+    return checkpoints.unflatten({name: to_array(tensor.to(dtype)) for name, tensor in model.state_dict().items()})
+
+
+def to_array(tensor) -> np.ndarray:
+    """A tensor, bfloat16 included, as a NumPy array of the same dtype."""
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy().view(bfloat16()) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def to_tensor(array) -> torch.Tensor:
@@ -48,8 +56,8 @@ class ModuleEngine:
 
     name = "torch"
 
-    def __init__(self, model: PaliGemma, resize: str = "bicubic"):
-        self.config, self.model, self.resize = model.config, model, resize
+    def __init__(self, model: PaliGemma, resize: str = "bicubic", masks=None):
+        self.config, self.model, self.resize, self.masks = model.config, model, resize, masks
 
     @torch.inference_mode()
     def prefill(self, pixel_values, input_ids, lengths, capacity):
@@ -67,4 +75,5 @@ class TorchEngine(ModuleEngine):
     """The twin of a loaded checkpoint as an engine."""
 
     def __init__(self, checkpoint, dtype=torch.float32):
-        super().__init__(from_params(checkpoint.config, checkpoint.params, dtype), checkpoint.resize)
+        model = from_params(checkpoint.config, checkpoint.params, dtype)
+        super().__init__(model, checkpoint.resize, decoder_of(checkpoint))

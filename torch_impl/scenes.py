@@ -1,25 +1,26 @@
-"""Drawn scenes with known contents: the data that the shipped model learns from and is measured on.
+"""Drawn scenes with known contents: the pictures that the shipped model learns from and is measured on.
 
-A scene is coloured shapes on a patterned ground, on a grid of GRID units a side. What can be asked of it, and
-the one right answer, follow from the scene alone, so that exact match means something.
+A scene is coloured shapes on a patterned ground, on a grid of GRID units a side; where shapes overlap, the one
+further right lies on top. What can be asked of a scene is in questions.py.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from numpy_ref.detection import encode
 
 GRID = 32
 COLORS = {
     "red": (214, 39, 40), "green": (34, 139, 34), "blue": (31, 81, 220), "yellow": (247, 208, 30),
     "purple": (130, 50, 170), "orange": (250, 128, 20), "white": (245, 245, 245), "black": (20, 20, 20),
 }  # fmt: skip
-SIZES = {"small": (7, 8), "medium": (11, 12), "large": (15, 16)}
-TASKS = ("caption", "detect", "answer")
-SHARES = (0.4, 0.45, 0.15)
 GROUNDS = ("plain", "gradient", "striped", "checkered", "speckled")
+MOST = 6  # shapes in a scene
+SIDES = (7, 14)  # of a shape, in grid units
+CROWDED_SIDES = (7, 10)  # where there are four shapes or more
+STEP = 2  # grid units between the left edges of two shapes: their order is never in doubt
+COVER = 0.2  # the most of the smaller box that two boxes share
 
 
 def _star(points=5, inner=0.45):
@@ -40,16 +41,24 @@ SHAPES = {
     "diamond": np.array([[0.5, 0], [1, 0.5], [0.5, 1], [0, 0.5]]),
     "star": _star(),
     "cross": np.array(_CROSS).reshape(-1, 2),
+    "ring": None,
 }
+HOLE = 0.5  # of a ring, as a share of its side
+
+#: The compositional split: pairs that training never shows, although it shows each color and each shape.
+HELD_OUT = frozenset(
+    [("red", "star"), ("green", "circle"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "square"),
+     ("orange", "ring"), ("white", "diamond")]
+)  # fmt: skip
+SEEN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; x, y and side in grid units."""
+    """One shape; x, y (of its upper left corner) and side in grid units."""
 
     color: str
     shape: str
-    size: str
     x: int
     y: int
     side: int
@@ -63,103 +72,100 @@ class Thing:
         """Fractions of the sides: x1, y1, x2, y2."""
         return self.x / GRID, self.y / GRID, (self.x + self.side) / GRID, (self.y + self.side) / GRID
 
-    def overlaps(self, other) -> bool:
-        apart = self.x + self.side < other.x or other.x + other.side < self.x
-        return not (apart or self.y + self.side < other.y or other.y + other.side < self.y)
+    @property
+    def is_held_out(self) -> bool:
+        return (self.color, self.shape) in HELD_OUT
+
+    def leaves_room_for(self, other) -> bool:
+        """Whether both can be in one scene: apart from left to right, and with little overlap."""
+        across = min(self.x + self.side, other.x + other.side) - max(self.x, other.x)
+        down = min(self.y + self.side, other.y + other.side) - max(self.y, other.y)
+        shared = max(across, 0) * max(down, 0) / min(self.side, other.side) ** 2
+        return abs(self.x - other.x) >= STEP and shared <= COVER
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things from left to right, and the ground they lie on."""
+    """Things from left to right, each lying over those before it, and the ground below."""
 
     things: tuple[Thing, ...]
     ground: str
     tones: tuple[tuple[int, int, int], tuple[int, int, int]]
-    seed: int  # of the ground's texture
+    noise: float  # standard deviation, in steps of 255
+    seed: int  # of texture and noise
 
 
-def random_scene(rng: np.random.Generator, most: int = 3) -> Scene:
-    """Draw the contents of a scene."""
+def random_scene(rng: np.random.Generator, most: int = MOST, compositional: bool = False) -> Scene:
+    """Draw the contents of a scene: of seen pairs only, or with held-out pairs among them."""
+    wanted = int(rng.integers(1, most + 1))
+    low, high = SIDES if wanted < 4 else CROWDED_SIDES
     things: list[Thing] = []
-    wanted = rng.integers(1, most + 1)
-    for _ in range(40):
+    for _ in range(20 * wanted):
         if len(things) == wanted:
             break
-        size = _pick(rng, SIZES)
-        side = int(_pick(rng, SIZES[size]))
+        side = int(rng.integers(low, high + 1))
         x, y = (int(v) for v in rng.integers(0, GRID - side + 1, 2))
-        thing = Thing(_pick(rng, COLORS), _pick(rng, SHAPES), size, x, y, side)
-        if not any(thing.overlaps(other) for other in things):
+        held_out = compositional and (not things or rng.random() < 0.5)
+        thing = Thing(*pick(rng, sorted(HELD_OUT) if held_out else SEEN), x, y, side)
+        if all(thing.leaves_room_for(other) for other in things):
             things.append(thing)
-    things.sort(key=lambda thing: (thing.x, thing.y))
-    return Scene(tuple(things), _pick(rng, GROUNDS), _tones(rng), int(rng.integers(2**31)))
+    things.sort(key=lambda thing: thing.x)
+    noise = float(rng.uniform(0, 8))
+    return Scene(tuple(things), pick(rng, GROUNDS), _tones(rng), noise, int(rng.integers(2**31)))
+
+
+def pick(rng, options):
+    """One of the options."""
+    options = list(options)
+    return options[rng.integers(len(options))]
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
 
 
 def draw(scene: Scene, size: int = 224) -> Image.Image:
-    """The scene as a picture of size x size pixels, drawn at twice that and reduced, for smooth edges."""
-    side = 2 * size
-    picture = Image.fromarray(_ground(scene, side))
-    pen, unit = ImageDraw.Draw(picture), side / GRID
+    """The scene as a picture of size x size pixels; shapes are drawn at twice that and reduced, for smooth edges."""
+    rng = np.random.default_rng(scene.seed)
+    ground = Image.fromarray(_ground(scene, size, rng))
+    picture = ground.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
     for thing in scene.things:
-        left, top, width = thing.x * unit, thing.y * unit, thing.side * unit
-        outline = SHAPES[thing.shape]
-        if outline is None:
-            pen.ellipse([left, top, left + width - 1, top + width - 1], fill=COLORS[thing.color])
+        if thing.shape == "ring":  # what is seen through it
+            picture.paste(COLORS[thing.color], (0, 0), silhouette(thing, 2 * size))
         else:
-            corners = outline * (width - 1) + np.array([left, top])
-            pen.polygon([tuple(corner) for corner in corners], fill=COLORS[thing.color])
-    return picture.resize((size, size), Image.Resampling.BOX)
+            _fill(ImageDraw.Draw(picture), thing, 2 * size / GRID, COLORS[thing.color])
+    pixels = np.asarray(picture.reduce(2), np.float32)
+    noise = rng.standard_normal((size, size, 1), np.float32) * np.float32(scene.noise)
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-def caption(scene: Scene) -> str:
-    """The one caption of a scene, things from left to right."""
-    named = [f"a {thing.size} {thing.name}" for thing in scene.things]
-    listed = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
-    return f"{listed} on a {scene.ground} ground"
+def silhouette(thing: Thing, size: int) -> Image.Image:
+    """Where a thing is, on a canvas of size x size: 255 inside, 0 outside (mode L)."""
+    canvas = Image.new("L", (size, size))
+    pen, unit = ImageDraw.Draw(canvas), size / GRID
+    _fill(pen, thing, unit, 255)
+    if thing.shape == "ring":
+        margin = thing.side * unit * (1 - HOLE) / 2
+        left, top, width = thing.x * unit + margin, thing.y * unit + margin, thing.side * unit * HOLE
+        pen.ellipse([left, top, left + width - 1, top + width - 1], fill=0)
+    return canvas
 
 
-def detect(scene: Scene, queries: list[str]) -> str:
-    """Boxes of everything that a query names ("star", "red star"), from left to right; "" if there is nothing."""
-    found = []
-    for thing in scene.things:
-        matches = [query for query in queries if query in (thing.shape, thing.name)]
-        if matches:
-            x1, y1, x2, y2 = thing.box
-            found.append(f"{encode(x1, y1, x2, y2)} {matches[0]}")
-    return " ; ".join(found)
+def visible(scene: Scene, index: int, size: int) -> np.ndarray:
+    """Where a thing is to be seen, what lies over it cut away: bool [size, size]."""
+    seen = np.asarray(silhouette(scene.things[index], size)) > 127
+    for above in scene.things[index + 1 :]:
+        seen &= np.asarray(silhouette(above, size)) <= 127
+    return seen
 
 
-def random_question(rng: np.random.Generator, scene: Scene, task: str | None = None, shares=SHARES) -> tuple[str, str]:
-    """A prefix and its suffix, of a task or of one drawn by the tasks' shares."""
-    task = task or rng.choice(TASKS, p=shares)
-    if task == "caption":
-        return "caption en", caption(scene)
-    if task == "answer":
-        return _random_answer(rng, scene)
-    queries = _random_queries(rng, scene)
-    return f"detect {' ; '.join(queries)}", detect(scene, queries)
-
-
-def _random_answer(rng, scene):
-    shapes = [thing.shape for thing in scene.things]
-    unique = [thing for thing in scene.things if shapes.count(thing.shape) == 1]
-    if unique and rng.random() < 0.6:
-        thing = unique[rng.integers(len(unique))]
-        return f"answer en what color is the {thing.shape}?", thing.color
-    return "answer en how many shapes are there?", str(len(scene.things))
-
-
-def _random_queries(rng, scene):
-    if rng.random() < 0.08:  # something that may well be absent
-        return [f"{_pick(rng, COLORS)} {_pick(rng, SHAPES)}"]
-    order = rng.permutation(len(scene.things))[: 1 if rng.random() < 0.6 else 2]
-    chosen = [scene.things[i] for i in order]
-    queries = [thing.name if rng.random() < 0.6 else thing.shape for thing in chosen]
-    return list(dict.fromkeys(queries))
-
-
-def _pick(rng, options):
-    return list(options)[rng.integers(len(options))]
+def _fill(pen, thing, unit, color):
+    left, top, width = thing.x * unit, thing.y * unit, thing.side * unit
+    outline = SHAPES[thing.shape]
+    if outline is None:
+        pen.ellipse([left, top, left + width - 1, top + width - 1], fill=color)
+    else:
+        corners = outline * (width - 1) + np.array([left, top])
+        pen.polygon([tuple(corner) for corner in corners], fill=color)
 
 
 def _tones(rng):
@@ -171,25 +177,31 @@ def _tones(rng):
     return tuple(int(v) for v in base), tuple(int(v) for v in np.clip(base + shift, 0, 255))
 
 
-def _ground(scene, side):
+@cache
+def _coordinates(side):
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    return y, x
+
+
+def _ground(scene, side, rng):
     """The ground as bytes [side, side, 3]."""
     first, second = (np.array(tone, np.float32) for tone in scene.tones)
-    rng = np.random.default_rng(scene.seed)
-    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    y, x = _coordinates(side)
     if scene.ground == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         mix = 0.5 + 0.7 * ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle))
         first, second = first - 20, second + 20
     elif scene.ground == "striped":
         angle = rng.choice([0, np.pi / 2, np.pi / 4, -np.pi / 4])
-        mix = (np.floor((x * np.cos(angle) + y * np.sin(angle)) * rng.integers(8, 12)) % 2).astype(np.float32)
+        mix = np.floor((x * np.cos(angle) + y * np.sin(angle)) * rng.integers(8, 12)) % 2
     elif scene.ground == "checkered":
         cells = rng.integers(6, 10)
-        mix = ((np.floor(x * cells) + np.floor(y * cells)) % 2).astype(np.float32)
+        mix = (np.floor(x * cells) + np.floor(y * cells)) % 2
     elif scene.ground == "speckled":
-        cells = 64
+        cells = 48
         grid = (rng.random((cells, cells)) < 0.3).astype(np.float32)
         mix = grid[(y * cells).astype(int), (x * cells).astype(int)]
     else:
         mix = np.zeros_like(x)
-    return np.clip(first + (second - first) * mix[..., None], 0, 255).astype(np.uint8)
+    mixed = first + (second - first) * np.asarray(mix, np.float32)[..., None]
+    return np.clip(mixed, 0, 255).astype(np.uint8)

@@ -14,7 +14,7 @@ from numpy_ref.config import SiglipConfig
 from numpy_ref.image import resize_to_hf
 from numpy_ref.tokenizer import LOCATIONS, SEGMENTS
 
-from . import scenes
+from . import questions
 
 VOCAB = 1600
 WORDS = "what where which who is are the a an in of on and it there this picture image segment describe person cat dog"
@@ -36,12 +36,11 @@ def train_tokenizer(seed: int, size: int = VOCAB) -> bytes:
 def _text(seed):
     rng = np.random.default_rng(seed)
     for _ in range(3000):
-        scene = scenes.random_scene(rng)
-        for task in ("caption", "detect", "answer"):
-            prefix, suffix = scenes.random_question(rng, scene, task)
-            yield prefix
-            if task != "detect":  # its suffix is location tokens and words that the prefix has
-                yield suffix
+        for task in questions.TASKS:
+            question = questions.random_question(rng, lambda mask, box: "", task)
+            yield question.prefix
+            if task in ("caption", "answer"):  # the others answer in location tokens and words of the prefix
+                yield question.suffix
     for _ in range(30):
         yield WORDS
 

@@ -1,0 +1,110 @@
+"""Examples to learn from: questions about drawn scenes, or the lines of a JSONL file.
+
+Each is a map from a number to an example, the same for the same seed; there is one for every number.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.image import open_image, preprocess
+
+from . import questions, scenes, segmentation
+
+
+class Scenes:
+    """(pixel values [3, S, S], prompt ids, suffix ids with eos) of random questions about random scenes."""
+
+    def __init__(self, tokenizer, codec: dict, size: int, seed: int, shares=questions.SHARES):
+        self.tokenizer, self.size, self.seed, self.shares = tokenizer, size, seed, shares
+        self.masks = segmentation.spell_with(codec)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, index])
+        question = questions.random_question(rng, self.masks, shares=self.shares)
+        pixels = preprocess(scenes.draw(question.scene, self.size), self.size)[0]
+        suffix = [*self.tokenizer.encode(question.suffix), self.tokenizer.config.eos]
+        return pixels, self.tokenizer.prompt(question.prefix), suffix
+
+
+class Captions:
+    """(pixel values [3, S, S], caption ids [L]) of random scenes, for contrastive learning."""
+
+    def __init__(self, tokenizer, size: int, length: int, seed: int):
+        self.tokenizer, self.size, self.length, self.seed = tokenizer, size, length, seed
+
+    def __getitem__(self, index):
+        scene = scenes.random_scene(np.random.default_rng([self.seed, index]))
+        ids = self.tokenizer.encode(questions.caption(scene))[: self.length]
+        row = np.full(self.length, self.tokenizer.config.pad, np.int64)
+        row[: len(ids)] = ids
+        return preprocess(scenes.draw(scene, self.size), self.size)[0], row
+
+
+class JsonLines:
+    """Lines {"image", "prefix", "suffix"} as Scenes gives them, shuffled anew each time round.
+
+    The format of big_vision and Roboflow; pictures are named from the file's own folder. Raises PaliGemmaError that
+    names the line that is wrong.
+    """
+
+    def __init__(self, file, tokenizer, resize: str, seed: int):
+        self.file, self.tokenizer, self.resize, self.seed = Path(file), tokenizer, resize, seed
+        try:
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PaliGemmaError(f"{file}: cannot read it ({error})") from None
+        self.rows = [self._parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        if not self.rows:
+            raise PaliGemmaError(f"{file}: no examples in it")
+
+    def __getitem__(self, index):
+        turn, place = divmod(index, len(self.rows))
+        order = np.random.default_rng([self.seed, turn]).permutation(len(self.rows))
+        path, prompt, suffix = self.rows[order[place]]
+        pixels = preprocess(open_image(path), self.tokenizer.config.vision.image_size, resize=self.resize)[0]
+        return pixels, prompt, suffix
+
+    def _parse(self, number, line):
+        where = f"{self.file}, line {number}"
+        try:
+            row = json.loads(line)
+            image, prefix, suffix = (row[key] for key in ("image", "prefix", "suffix"))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise PaliGemmaError(f'{where}: not an object with "image", "prefix" and "suffix"') from None
+        if not all(isinstance(value, str) for value in (image, prefix, suffix)) or not image:
+            raise PaliGemmaError(f"{where}: image, prefix and suffix must be text")
+        path = self.file.parent / image
+        if not path.is_file():
+            raise PaliGemmaError(f"{where}: no such picture {path}")
+        prompt, answer = self.tokenizer.prompt(prefix), [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
+        longest = self.tokenizer.config.max_length
+        if len(prompt) + len(answer) > longest:
+            raise PaliGemmaError(f"{where}: {len(prompt) + len(answer)} tokens, the model has room for {longest}")
+        return path, prompt, answer
+
+
+def collate(examples, pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded rows. `weights` is 1 / (loss tokens of the row) where a token is predicted, else 0."""
+    size = max(len(prompt) + len(suffix) for _, prompt, suffix in examples)
+    ids = np.full((len(examples), size), pad, np.int64)
+    weights = np.zeros((len(examples), size), np.float32)
+    for row, weight, (_, prompt, suffix) in zip(ids, weights, examples, strict=True):
+        row[: len(prompt) + len(suffix)] = [*prompt, *suffix]
+        weight[len(prompt) : len(prompt) + len(suffix)] = 1 / len(suffix)
+    return {
+        "pixel_values": torch.from_numpy(np.stack([pixels for pixels, _, _ in examples])),
+        "input_ids": torch.from_numpy(ids),
+        "lengths": torch.tensor([len(prompt) + len(suffix) for _, prompt, suffix in examples]),
+        "prefix_lengths": torch.tensor([len(prompt) for _, prompt, _ in examples]),
+        "weights": torch.from_numpy(weights),
+    }
+
+
+def collate_pairs(examples) -> dict[str, torch.Tensor]:
+    """Pictures and captions, stacked."""
+    pixels, ids = zip(*examples, strict=True)
+    return {"pixel_values": torch.from_numpy(np.stack(pixels)), "ids": torch.from_numpy(np.stack(ids))}

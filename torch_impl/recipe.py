@@ -1,0 +1,129 @@
+"""python -m torch_impl.recipe --output DIR: the model that ships, from nothing, by one command.
+
+Stages, as in the PaliGemma paper but small: a tokenizer and a mask codec for the scenes; contrastive pretraining of
+the vision tower on pictures and captions; then tower and decoder together, by prefix-LM on the suffixes of all tasks.
+Killed and started again it goes on where it was. With `--keep` the state stays, so that a stage can be looked at.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from numpy_ref import checkpoint, cli, segmentation
+from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.tokenizer import SentencePiece, Tokenizer
+
+from . import data, evaluate, pretrain, scenes, tokenizer_training
+from .load import ModuleEngine, to_params
+from .paligemma import PaliGemma
+from .segmentation import save as save_codec
+from .segmentation import train_codec
+from .train import prefix_lm_loss
+from .training import COLUMNS, Settings, fit, state_folder
+
+PROG = "python -m torch_impl.recipe"
+TRAINING = Settings(9000, 48, peak=2e-3, warmup=200, optimizer="muon", decay=0.5)
+EXAMPLE_SEED = 3  # of example.png
+
+
+def small_config(vocab: int = tokenizer_training.VOCAB) -> PaliGemmaConfig:
+    """The shipped model: PaliGemma 1 with every dimension small. `vocab` counts the tokenizer's ids."""
+    return PaliGemmaConfig(
+        vision=SiglipConfig(image_size=96, patch_size=12, width=128, depth=4, mlp=512, heads=4),
+        text=GemmaConfig(
+            vocab=-(-(vocab + 1) // 64) * 64, width=128, depth=4, mlp=512, heads=4, kv_heads=1, head_dim=32,
+            query_scalar=32.0,
+        ),
+        image_token=vocab,
+        max_length=256,
+    )  # fmt: skip
+
+
+def cook(folder: Path, seed: int, pretraining: Settings, training: Settings) -> tuple[PaliGemma, bytes, dict]:
+    """All stages, with their state in `folder`: the model, its tokenizer, and the record of each stage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, tokenizer_model = small_config(), tokenizer_training.train_tokenizer(seed)
+    tokenizer = Tokenizer(SentencePiece(tokenizer_model), config)
+    record = {"mask codec": _codec(folder, seed)}
+    codec = segmentation.load(folder / segmentation.FILES[0])
+
+    towers, curve = pretrain.pretrain(config, tokenizer, pretraining, folder / "siglip")
+    found = pretrain.recall(towers, tokenizer)
+    record["contrastive"] = {"recall_at_1": found, "settings": asdict(pretraining), "curve": _thin(curve)}
+    torch.manual_seed(seed)
+    model = PaliGemma(config)
+    pretrain.initialise(model)
+    model.vision.load_state_dict(towers.vision.state_dict())
+    examples, collate = data.Scenes(tokenizer, codec, config.vision.image_size, seed + 1), data.collate
+    curve = fit(
+        model, prefix_lm_loss, examples, partial(collate, pad=config.pad), training, folder / "prefix-lm", "all tasks"
+    )
+    record["all tasks"] = {"settings": asdict(training), "curve": _thin(curve)}
+    return model.eval(), tokenizer_model, record
+
+
+def _codec(folder, seed) -> dict:
+    """Train the mask codec into `folder` unless it is there; how that went."""
+    told, started = folder / "codec.json", time.perf_counter()
+    if not told.exists():
+        codec, curve = train_codec(seed)
+        (folder / segmentation.FILES[0]).unlink(missing_ok=True)
+        save_codec(folder / segmentation.FILES[0], codec)
+        told.write_text(json.dumps({"seconds": round(time.perf_counter() - started), "curve": curve}))
+    return json.loads(told.read_text())
+
+
+def _thin(curve, rows=40) -> dict:
+    """A curve as training.json keeps it: about so many rows, the last among them."""
+    step = max(1, len(curve) // rows)
+    return {"columns": COLUMNS, "rows": curve[::-1][::step][::-1]}
+
+
+def example_picture():
+    """The picture that ships beside the model, and that README's first command asks about."""
+    import numpy as np
+
+    return scenes.draw(scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)), 224)
+
+
+def main(argv=None):
+    options = argparse.ArgumentParser(prog=PROG, description="Train the model that ships, from nothing.")
+    options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--scenes", type=int, default=500, help="held-out scenes a task for the record (500)")
+    options.add_argument("--keep", action="store_true", help="leave the state of training where it is")
+    arguments = options.parse_args(argv)
+    if arguments.output.exists():
+        raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
+    folder = state_folder(arguments.output)
+    model, tokenizer_model, stages = cook(folder, arguments.seed, pretrain.SETTINGS, TRAINING)
+    codec_file = folder / segmentation.FILES[0]
+    codec = segmentation.load(codec_file)
+    tokenizer = Tokenizer(SentencePiece(tokenizer_model), model.config)
+    held_out = evaluate.measure(ModuleEngine(model), tokenizer, codec, 0, arguments.scenes)
+    record = {"command": f"{PROG} --seed {arguments.seed}", "stages": stages,
+              "held_out": {"seed": 0, "scenes": arguments.scenes, **held_out}}  # fmt: skip
+    files = {
+        "tokenizer.model": tokenizer_model,
+        **tokenizer_training.foreign_files(tokenizer_model, model.config.vision),
+        codec_file.name: codec_file.read_bytes(),
+        "training.json": (json.dumps(record, indent=1) + "\n").encode(),
+        "example.png": evaluate.png(example_picture()),
+    }
+    checkpoint.save(arguments.output, model.config, to_params(model), files)
+    if not arguments.keep:
+        shutil.rmtree(folder)
+    print(json.dumps(held_out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(PROG, main))

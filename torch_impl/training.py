@@ -1,0 +1,208 @@
+"""The training loop, for any loss: resumable, and the same whether it was interrupted or not.
+
+Example i is a pure function of the seed and i, so the data need no state. The rest (weights, optimizer, step, curve)
+goes into one safetensors file every so often, replaced whole; after a kill the run goes on from there.
+"""
+
+import csv
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from numpy_ref.errors import PaliGemmaError
+
+STATE, LOG = "state.safetensors", "log.csv"
+COLUMNS = ["step", "seconds", "loss", "rate"]
+LOG_EVERY = 50  # steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. `batch_size` examples are seen at once, `accumulate` times before each step."""
+
+    steps: int
+    batch_size: int
+    peak: float = 1e-3  # learning rate
+    seed: int = 0
+    accumulate: int = 1
+    warmup: int = 300
+    decay: float = 1.0  # of the steps, that the rate falls to nothing in; 1 is a straight line, 0.2 holds it first
+    weight_decay: float = 0.05
+    optimizer: str = "adamw"
+    bfloat16: bool = True
+    freeze: tuple[str, ...] = ()
+
+
+def state_folder(output: Path) -> Path:
+    """Where a run that is to become `output` keeps its state."""
+    return output.with_name(f"{output.name}.training")
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up, a plateau, then a straight line down to nothing over the last share `decay` of the steps."""
+    warmup = min(settings.warmup, settings.steps // 10 + 1)
+    if step < warmup:
+        return settings.peak * (step + 1) / warmup
+    falling = max(1, round((settings.steps - warmup) * settings.decay))
+    return settings.peak * min(1.0, (settings.steps - step) / falling)
+
+
+def optimizers_for(model, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon (Jordan 2024) for the kernels of the blocks and AdamW for the rest.
+
+    Kernels decay; norms, biases and embedding tables do not.
+    """
+    hidden, decayed, kept = [], [], []
+    for name, parameter in model.named_parameters():
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in settings.freeze):
+            parameter.requires_grad_(False)
+        elif not name.endswith("kernel"):
+            kept.append(parameter)
+        elif settings.optimizer == "muon" and ".blocks." in f".{name}":
+            hidden.append(parameter)
+        else:
+            decayed.append(parameter)
+    if not [*hidden, *decayed, *kept]:
+        raise PaliGemmaError(f"nothing is left to train: {', '.join(settings.freeze)} are frozen")
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizers = []
+    if groups := [group for group in groups if group["params"]]:
+        optimizers.append(torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.98)))
+    if hidden:  # its steps are scaled to the size of AdamW's, so that one rate serves both
+        muon = torch.optim.Muon(
+            hidden, lr=settings.peak, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    return optimizers
+
+
+def fit(
+    model, loss, examples, collate, settings: Settings, folder: Path, label="training", save_every=60.0, about=None
+) -> list:
+    """Train `model` in place by `loss(model, batch)`; the curve as (step, seconds, loss, rate) rows.
+
+    `examples[i]` is the i-th example of an endless stream, `collate` makes a batch of several. Progress is kept in
+    `folder` (state.safetensors, log.csv) every `save_every` seconds, and taken up again from there; `about` says what
+    else makes a run this one (its data, where it began), and must be the same then.
+    """
+    torch.use_deterministic_algorithms(True)
+    model.train()
+    optimizers = optimizers_for(model, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, curve, recent = _resume(folder / STATE, model, optimizers, asdict(settings) | (about or {}))
+    _write_log(folder / LOG, curve)
+    before = curve[-1][1] if curve else 0.0
+    seen = settings.accumulate * settings.batch_size  # examples a step
+    batches = DataLoader(
+        examples, settings.batch_size, num_workers=1, prefetch_factor=8, collate_fn=collate,
+        sampler=range(begin * seen, settings.steps * seen),
+    )  # fmt: skip
+    batches, started = iter(batches), time.perf_counter()
+    saved = started
+    with tqdm(total=settings.steps, initial=begin, desc=label, disable=None) as bar:
+        for step in range(begin, settings.steps):
+            rate = learning_rate(step, settings)
+            recent.append(_step(model, loss, batches, optimizers, settings, rate))
+            last = step + 1 == settings.steps
+            bar.update()
+            bar.set_postfix(loss=f"{recent[-1]:.3f}", rate=f"{rate:.1e}")
+            if (step + 1) % LOG_EVERY == 0 or last:
+                seconds = before + time.perf_counter() - started
+                curve.append((step + 1, round(seconds, 1), round(float(np.mean(recent)), 4), float(f"{rate:.3g}")))
+                recent = []
+                _write_log(folder / LOG, curve[-1:], append=True)
+            if time.perf_counter() - saved > save_every or last:
+                progress = {
+                    "step": step + 1,
+                    "curve": curve,
+                    "recent": recent,
+                    "settings": asdict(settings) | (about or {}),
+                }
+                _save(folder / STATE, model, optimizers, progress)
+                saved = time.perf_counter()
+    return curve
+
+
+def _step(model, loss, batches, optimizers, settings, rate) -> float:
+    """One step of the optimizers; the mean loss of its batches."""
+    total = 0.0
+    for _ in range(settings.accumulate):
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
+            value = loss(model, next(batches)) / settings.accumulate
+        if not torch.isfinite(value):
+            raise PaliGemmaError("the loss is not a number any more; lower --learning-rate")
+        value.backward()
+        total += value.item()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+# --- state -------------------------------------------------------------------------------------------------
+
+
+def _save(file, model, optimizers, progress) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{key}": tensor for key, tensor in entry.items()}
+    temporary = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"progress": json.dumps(progress)},
+        )
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise PaliGemmaError(f"{file}: cannot keep the state of training ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
+    """Take up what a state file says: step, curve, and losses since its last row. Without one: the beginning."""
+    for left_over in file.parent.glob("*.part"):
+        left_over.unlink()
+    if not file.exists():
+        return 0, [], []
+    try:
+        with safe_open(file, framework="pt") as stored:
+            progress = json.loads(stored.metadata()["progress"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise PaliGemmaError(f"{file}: not a state of training ({error}); remove it to begin again") from None
+    wanted = json.loads(json.dumps(settings))
+    odd = [f"{key} {progress['settings'].get(key)}" for key in wanted if progress["settings"].get(key) != wanted[key]]
+    if odd:
+        raise PaliGemmaError(f"{file}: this run was begun with {', '.join(odd)}; go on with that, or remove it")
+    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            kind, *rest = name.split(".")
+            if kind == "optimizer" and rest[0] == str(i):
+                state.setdefault(int(rest[1]), {})[rest[2]] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return progress["step"], [tuple(row) for row in progress["curve"]], progress.get("recent", [])
+
+
+def _write_log(file, rows, append=False) -> None:
+    with file.open("a" if append else "w", newline="") as stream:
+        writer = csv.writer(stream)
+        if not append:
+            writer.writerow(COLUMNS)
+        writer.writerows(rows)
