@@ -52,7 +52,8 @@ def plan(checkpoint, precision="float32", max_length=None) -> dict:
     _check_length(config, max_length)
     placed = weights.plan(config, dtype)
     files = {weights.FILE: weights.size(placed)}
-    files |= {f"{name}.onnx": len(contents) for name, (_, contents) in _graphs(checkpoint, placed, dtype).items()}
+    models = _graphs(checkpoint, _tokenizer(checkpoint), placed, dtype)
+    files |= {f"{name}.onnx": len(contents) for name, (_, contents) in models.items()}
     files |= {name: (checkpoint.folder / name).stat().st_size for name in _tokenizer_files(checkpoint)}
     return {"files": files, "memory": weights.memory(placed)}
 
@@ -72,7 +73,7 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(placed)) as bar:
             digest = weights.write(folder / weights.FILE, placed, arrays, bar.update)
-        models = _graphs(checkpoint, placed, dtype)
+        models = _graphs(checkpoint, tokenizer, placed, dtype)
         for name, (_, contents) in models.items():
             (folder / f"{name}.onnx").write_bytes(contents)
         for name in _tokenizer_files(checkpoint):
@@ -161,12 +162,14 @@ def sha256(file) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _graphs(checkpoint, placed, dtype) -> dict:
+def _graphs(checkpoint, tokenizer, placed, dtype) -> dict:
     """The models and their bytes: name -> (model, contents)."""
     config, codec = checkpoint.config, segmentation.find(checkpoint.folder)
     models = {
         "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
         "decode": graphs.decode_model(config, weights.initializer(placed), dtype),
+        "preprocess": graphs.preprocess_model(config, checkpoint.resize),
+        "sample": graphs.sample_model(known_ids(config, tokenizer.size if tokenizer else None)),
     }
     if codec:
         models["masks"] = graphs.masks_model(segmentation.load(codec))

@@ -13,7 +13,7 @@ from numpy_ref.checkpoint import flatten, parameters, unflatten
 from numpy_ref.layers import identity
 from numpy_ref.segmentation import CELLS, SIDE
 
-from . import paligemma, segmentation
+from . import image, paligemma, sampling, segmentation
 
 OPSET = 24  # TensorScatter, the in-place cache write
 IR_VERSION = 11  # what onnxruntime 1.30 and later read
@@ -58,6 +58,29 @@ def masks_model(params) -> ir.Model:
     masks = segmentation.decode(builder.op, p, codes)
     masks.dtype, masks.shape = DataType.FLOAT, ir.Shape(["B", SIDE, SIDE])
     builder.add_output(masks, "masks")
+    return _model(builder)
+
+
+def preprocess_model(config, resize) -> ir.Model:
+    """preprocess.onnx: image uint8 [H, W, 3] -> pixel_values float32 [1, 3, S, S]."""
+    builder = _builder("preprocess")
+    picture, size = builder.input("image", DataType.UINT8, ["H", "W", 3]), config.vision.image_size
+    pixel_values = image.preprocess(builder.op, picture, size, resize)
+    pixel_values.dtype, pixel_values.shape = DataType.FLOAT, ir.Shape([1, 3, size, size])
+    builder.add_output(pixel_values, "pixel_values")
+    return _model(builder)
+
+
+def sample_model(known) -> ir.Model:
+    """sample.onnx: logits, temperature, top_k, top_p, uniform -> token. `known` [V] says what may be drawn."""
+    builder = _builder("sample")
+    logits = builder.input("logits", DataType.FLOAT, ["B", len(known)])
+    temperature, top_p = (builder.input(name, DataType.FLOAT, []) for name in ("temperature", "top_p"))
+    top_k, uniform = builder.input("top_k", DataType.INT64, []), builder.input("uniform", DataType.FLOAT, ["B"])
+    drawable = builder.initializer(ir.tensor(known, name="known"), "known")
+    token = sampling.sample(builder.op, logits, drawable, temperature, top_k, top_p, uniform)
+    token.dtype, token.shape = DataType.INT64, ir.Shape(["B"])
+    builder.add_output(token, "token")
     return _model(builder)
 
 

@@ -24,33 +24,29 @@ class Sampling:
 def sample(logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
     """Draw a token a row: logits [B, V], known [V] bool, uniform [B] in [0, 1) -> int64 [B].
 
-    Rows of the vocabulary that are not known are never drawn. Among equal logits the smaller id comes first.
+    Rows of the vocabulary that are not known are never drawn. Among equal logits the smaller id comes first. First
+    top-k cuts, and what it leaves is a distribution of its own; then top-p cuts that.
     """
     logits = np.where(known, logits.astype(np.float32), np.float32(-np.inf))
     if temperature == 0:
         return logits.argmax(-1).astype(np.int64)
-    order = np.argsort(-logits, axis=-1, kind="stable")
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, : top_k or None]
     ranked = np.take_along_axis(logits, order, -1) / np.float32(temperature)
-    weights = keep_top(softmax(ranked), top_k, top_p)
+    weights = keep_top_p(softmax(ranked), top_p)
     return np.take_along_axis(order, invert_cdf(weights, uniform)[:, None], -1)[:, 0]
 
 
-def keep_top(weights, top_k=0, top_p=1.0):
-    """Zero what is cut off: weights [B, V], falling -> [B, V].
+def keep_top_p(weights, top_p):
+    """Zero what top-p cuts off (Holtzman et al. 2020): weights [B, K], falling, of sum one -> [B, K].
 
-    top-k keeps the first k. top-p (Holtzman et al. 2020) keeps the shortest head whose sum reaches p, of what
-    top-k left; the first always stays.
+    The shortest head whose sum reaches p stays, and the first in any case.
     """
-    rank = np.arange(weights.shape[-1])
-    if top_k > 0:
-        weights = np.where(rank < top_k, weights, 0)
-        weights = weights / weights.sum(-1, keepdims=True)
     # Shifted, not subtracted: 0.4 + 0.3 - 0.3 is less than 0.4.
     before = np.cumsum(np.pad(weights[:, :-1], ((0, 0), (1, 0))), -1)
-    return np.where((before < top_p) | (rank == 0), weights, 0)
+    return np.where((before < top_p) | (np.arange(weights.shape[-1]) == 0), weights, 0)
 
 
 def invert_cdf(weights, uniform):
-    """The first rank whose cumulated weight exceeds uniform * total: weights [B, V], uniform [B] -> [B]."""
+    """The first rank whose cumulated weight exceeds uniform * total: weights [B, K], uniform [B] -> [B]."""
     cumulated = np.cumsum(weights, -1)
     return (cumulated > uniform[:, None].astype(weights.dtype) * cumulated[:, -1:]).argmax(-1)

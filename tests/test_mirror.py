@@ -12,12 +12,14 @@ import pytest
 import export.gemma
 import export.layers
 import export.paligemma
+import export.sampling
 import export.segmentation
 import export.siglip
 import numpy_ref.contrastive
 import numpy_ref.gemma
 import numpy_ref.layers
 import numpy_ref.paligemma
+import numpy_ref.sampling
 import numpy_ref.segmentation
 import numpy_ref.siglip
 import torch_impl.contrastive
@@ -78,6 +80,7 @@ EXPORTED = [
     for file, name in CASES
     if (file != "contrastive" and name not in NOT_EXPORTED) or (file, name) == ("siglip", "encoder")
 ]
+EXPORTED += [("sampling", name) for name in ("sample", "keep_top_p", "invert_cdf")]
 
 
 @pytest.mark.parametrize(("file", "name"), CASES)

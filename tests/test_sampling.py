@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numpy_ref.sampling import invert_cdf, keep_top, sample
+from numpy_ref.sampling import invert_cdf, keep_top_p, sample
 
 KNOWN = np.array([True] * 6 + [False])
 
@@ -15,24 +15,32 @@ def test_greedy_takes_the_likeliest_known():
     assert sample(logits, KNOWN).tolist() == [1, 0]  # the first of equals; never the unknown last
 
 
+WEIGHTS = np.array([0.4, 0.3, 0.2, 0.1])
+LOGITS = np.array([*np.log(WEIGHTS), -9, -9, 99], np.float32)
+
+
+def drawn(uniform, **cuts):
+    """The tokens that these uniform numbers draw."""
+    count = len(uniform)
+    return sample(np.tile(LOGITS, (count, 1)), KNOWN, 1.0, uniform=np.array(uniform, np.float32), **cuts).tolist()
+
+
 def test_top_k_by_hand():
-    weights = np.array([[0.4, 0.3, 0.2, 0.1]])
-    assert keep_top(weights, top_k=2) == pytest.approx(np.array([[4 / 7, 3 / 7, 0, 0]]))
+    """Two stay, and share 4 to 3."""
+    assert drawn([0, 0.57, 0.572, 0.9999], top_k=2) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.0, 1), (0.3, 1), (0.4, 1), (0.41, 2), (0.7, 2), (0.71, 3), (0.95, 4), (1.0, 4)]
 )
 def test_top_p_keeps_the_shortest_head_that_reaches_it(top_p, kept):
-    weights = np.array([[0.4, 0.3, 0.2, 0.1]])
-    assert (keep_top(weights, top_p=top_p) > 0).sum() == kept
+    assert (keep_top_p(WEIGHTS[None], top_p) > 0).sum() == kept
 
 
 def test_top_k_comes_before_top_p():
-    weights = np.array([[0.4, 0.3, 0.2, 0.1]])
     # Of the two that stay, the first has 4/7 = 0.571.
-    assert (keep_top(weights, top_k=2, top_p=0.57) > 0).sum() == 1
-    assert (keep_top(weights, top_k=2, top_p=0.58) > 0).sum() == 2
+    assert drawn([0.9999], top_k=2, top_p=0.57) == [0]
+    assert drawn([0.9999], top_k=2, top_p=0.58) == [1]
 
 
 def test_inverting_the_cdf():

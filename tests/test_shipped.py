@@ -78,18 +78,6 @@ def test_transformers_gives_the_same_tokens(tokenizer, asked, reference):
         assert (row[: row.index(eos)] if eos in row else row) == expected
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_processor_of_transformers_makes_the_same_inputs(tokenizer, asked):
-    """Prompt ids and pixel values by AutoProcessor, from the files that ship."""
-    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
-    processor = transformers.AutoProcessor.from_pretrained(SHIPPED)
-    for question in asked[::10]:
-        picture = evaluate.picture(question)
-        inputs = processor(text=question.prefix, images=picture, return_tensors="np")
-        assert inputs["input_ids"][0].tolist() == tokenizer.prompt(question.prefix)
-        assert np.abs(inputs["pixel_values"] - preprocess(picture, 96)).max() <= 2 / 255 + 1e-6
-
-
 def test_it_answers_as_well_as_recorded(shipped, tokenizer, codec):
     """Accuracy on 50 other scenes a task and split, no more than four standard errors below training.json's."""
     measured = evaluate.measure(TorchEngine(shipped), tokenizer, codec, seed=11, count=COUNT)

@@ -1,0 +1,39 @@
+"""From logits to the next token as a graph: twin of `numpy_ref/sampling.py`.
+
+Given the same uniform number it draws the same token, in any language.
+"""
+
+import math
+
+from onnx_ir import DataType
+
+from .layers import softmax
+
+
+def sample(op, logits, known, temperature, top_k, top_p, uniform):
+    """Draw a token a row: logits [B, V], known [V] bool, numbers as scalars, uniform [B] in [0, 1) -> int64 [B]."""
+    logits = op.Where(known, logits, -math.inf)
+    vocab = op.Shape(logits, start=1, end=2)
+    greedy = op.Equal(temperature, 0.0)
+    # Greedy is the likeliest alone; top_k 0, and any beyond the vocabulary, keeps all.
+    count = op.Where(op.Equal(top_k, 0), vocab, op.Min(op.Unsqueeze(top_k, [0]), vocab))
+    count = op.Where(greedy, [1], count)
+    ranked, order = op.TopK(logits, count, axis=-1, _outputs=2)  # among equals the smaller id comes first
+    weights = keep_top_p(op, softmax(op, op.Div(ranked, op.Where(greedy, 1.0, temperature))), top_p)
+    rank = op.Unsqueeze(invert_cdf(op, weights, uniform), [1])
+    return op.Squeeze(op.GatherElements(order, rank, axis=1), [1])
+
+
+def keep_top_p(op, weights, top_p):
+    """Zero what top-p cuts off: weights [B, K], falling, of sum one -> [B, K]."""
+    before = op.CumSum(weights, 1, exclusive=1)
+    first = op.Equal(before, 0.0)  # nothing before it; the likeliest weighs more than nothing
+    return op.Where(op.Or(op.Less(before, top_p), first), weights, 0.0)
+
+
+def invert_cdf(op, weights, uniform):
+    """The first rank whose cumulated weight exceeds uniform * total: weights [B, K], uniform [B] -> [B]."""
+    cumulated = op.CumSum(weights, 1)
+    total = op.ReduceSum(weights, [1])
+    beyond = op.Greater(cumulated, op.Mul(op.Unsqueeze(uniform, [1]), total))
+    return op.ArgMax(op.Cast(beyond, to=DataType.INT32), axis=1, keepdims=0)
