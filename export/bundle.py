@@ -25,7 +25,6 @@ FORMAT = "paligemma-onnx"
 VERSION = 1
 DESCRIPTION = "bundle.json"
 PRECISIONS = {"float32": DataType.FLOAT, "float16": DataType.FLOAT16, "bfloat16": DataType.BFLOAT16}
-SPARE = 16 * 2**20  # bytes on top of the weights: graphs, tokenizer, description
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -46,16 +45,59 @@ class Bundle:
         return self.description["files"][weights.FILE]["bytes"]
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle will hold, known before a byte of it is written."""
+
+    placed: dict[str, weights.Stored]
+    graphs: dict[str, bytes]  # by file name
+    copies: dict[str, Path]  # file name -> where it lies now
+    description: dict
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of each file but the description."""
+        return {name: entry["bytes"] for name, entry in self.description["files"].items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file; of the description as it is before `--verify` adds its table."""
+        return {**self.files, DESCRIPTION: len(_as_json(self.description))}
+
+
 def plan(checkpoint, precision="float32", max_length=None) -> dict:
     """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint."""
+    contents = prepare(checkpoint, precision, max_length)
+    return {"files": contents.sizes, "memory": weights.memory(contents.placed)}
+
+
+def prepare(checkpoint, precision="float32", max_length=None) -> Contents:
+    """Everything about the bundle of a checkpoint but the bytes of its weights."""
     config, dtype = checkpoint.config, PRECISIONS[precision]
-    _check_length(config, max_length)
+    max_length = _check_length(config, max_length)
+    copies = {name: checkpoint.folder / name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()}
+    tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
     placed = weights.plan(config, dtype)
-    files = {weights.FILE: weights.size(placed)}
-    models = _graphs(checkpoint, _tokenizer(checkpoint), placed, dtype)
-    files |= {f"{name}.onnx": len(contents) for name, (_, contents) in models.items()}
-    files |= {name: (checkpoint.folder / name).stat().st_size for name in _tokenizer_files(checkpoint)}
-    return {"files": files, "memory": weights.memory(placed)}
+    models = _models(checkpoint, tokenizer, placed, dtype)
+    serialized = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
+    sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in serialized.items()}}
+    sizes |= {name: source.stat().st_size for name, source in copies.items()}
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "producer": f"paligemma-onnx {__version__}",
+        "precision": precision,
+        "max_length": max_length,
+        "config": to_hf(config),
+        "tokens": _tokens(config, tokenizer),
+        "prompt": "<image> * image_tokens, bos, tokens of the prefix, newline",
+        "image": {"size": config.vision.image_size, "resize": checkpoint.resize, "mean": 0.5, "std": 0.5},
+        "opset": graphs.OPSET,
+        "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, model in models.items()},
+        "files": {name: {"bytes": sizes[name], "sha256": "0" * 64} for name in sorted(sizes)},
+        "parity": None,
+    }
+    return Contents(placed, serialized, copies, description)
 
 
 def write(checkpoint, output, precision="float32", max_length=None, verify=None) -> None:
@@ -64,44 +106,25 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
     `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
-    config, dtype = checkpoint.config, PRECISIONS[precision]
-    max_length = _check_length(config, max_length)
-    tokenizer = _tokenizer(checkpoint)
-    placed = weights.plan(config, dtype)
+    output = storage.absent(output, "folder")
+    contents = prepare(checkpoint, precision, max_length)
+    _check_space(output, sum(contents.sizes.values()))
     with storage.new_directory(output) as folder:
-        _check_space(folder, output, weights.size(placed))
         arrays = checkpoints.flatten(checkpoint.params)
-        with _progress("weights", weights.size(placed)) as bar:
-            digest = weights.write(folder / weights.FILE, placed, arrays, bar.update)
-        models = _graphs(checkpoint, tokenizer, placed, dtype)
-        for name, (_, contents) in models.items():
-            (folder / f"{name}.onnx").write_bytes(contents)
-        for name in _tokenizer_files(checkpoint):
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "producer": f"paligemma-onnx {__version__}",
-            "precision": precision,
-            "max_length": max_length,
-            "config": to_hf(config),
-            "tokens": _tokens(config, tokenizer),
-            "prompt": "<image> * image_tokens, bos, tokens of the prefix, newline",
-            "image": {"size": config.vision.image_size, "resize": checkpoint.resize, "mean": 0.5, "std": 0.5},
-            "opset": graphs.OPSET,
-            "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, (model, _) in models.items()},
-            "files": {
-                file.name: {
-                    "bytes": file.stat().st_size,
-                    "sha256": digest if file.name == weights.FILE else sha256(file),
-                }
-                for file in sorted(folder.iterdir())
-            },
-            "parity": None,
-        }
+        with _progress("weights", weights.size(contents.placed)) as bar:
+            digests = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
+        for name, graph in contents.graphs.items():
+            (folder / name).write_bytes(graph)
+        for name, source in contents.copies.items():
+            shutil.copyfile(source, folder / name)
+        description = contents.description
+        for name, entry in description["files"].items():
+            entry["sha256"] = digests.get(name) or sha256(folder / name)
         if verify:
-            description["parity"] = verify(Bundle(folder, config, description), checkpoint)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+            description["parity"] = verify(Bundle(folder, checkpoint.config, description), checkpoint)
+        (folder / DESCRIPTION).write_bytes(_as_json(description))
+    if not contents.copies:
+        print(f"export-onnx: warning: {checkpoint.path} has no tokenizer; the bundle knows only ids", file=sys.stderr)
 
 
 def load(path) -> Bundle:
@@ -133,19 +156,23 @@ def load(path) -> Bundle:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} is damaged ({error!r}); export the bundle again") from None
     if not known_settings:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} names a precision or preprocessing that this program lacks")
-    if missing := graphs_listed - files.keys():
+    if missing := {weights.FILE, *graphs_listed} - files.keys():
         raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
     _check_files(path, files)
     return Bundle(path, config, description)
 
 
 def shipped() -> Path:
-    """The bundle of the model that ships, exported into the user's cache on first use."""
-    source = checkpoints.SHIPPED
-    names = ("config.json", "model.safetensors", "tokenizer.model", *segmentation.FILES[:1])
-    parts = [*(source / name for name in names), *sorted(Path(__file__).parent.glob("*.py"))]
+    """The bundle of the model that ships, exported into the user's cache on first use, and again if it is damaged."""
+    source, code = checkpoints.SHIPPED, [Path(__file__).parent, Path(checkpoints.__file__).parent]
+    parts = [*sorted(source.iterdir()), *(file for folder in code for file in sorted(folder.glob("*.py")))]
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
     path = Path(platformdirs.user_cache_dir("paligemma-onnx", appauthor=False)) / f"shipped-{digest}"
+    if path.exists():
+        try:
+            load(path)
+        except PaliGemmaError:
+            shutil.rmtree(path, ignore_errors=True)
     if not path.exists():
         print(f"exporting the shipped model to {path}", file=sys.stderr)
         try:
@@ -162,8 +189,8 @@ def sha256(file) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _graphs(checkpoint, tokenizer, placed, dtype) -> dict:
-    """The models and their bytes: name -> (model, contents)."""
+def _models(checkpoint, tokenizer, placed, dtype) -> dict:
+    """The graphs of a bundle by name."""
     config, codec = checkpoint.config, segmentation.find(checkpoint.folder)
     models = {
         "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
@@ -173,22 +200,26 @@ def _graphs(checkpoint, tokenizer, placed, dtype) -> dict:
     }
     if codec:
         models["masks"] = graphs.masks_model(segmentation.load(codec))
-    return {name: (model, graphs.serialize(model)) for name, model in models.items()}
+    return models
+
+
+def _as_json(description) -> bytes:
+    return (json.dumps(description, indent=1) + "\n").encode()
 
 
 def _progress(label, total):
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None, delay=1)
 
 
-def _check_space(folder, output, size) -> None:
-    free = shutil.disk_usage(folder).free
-    needed = size + SPARE
+def _check_space(output, needed) -> None:
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
-        raise PaliGemmaError(f"{output}: the disk has {free / 1e9:.1f} GB free, the bundle needs {needed / 1e9:.1f} GB")
+        raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the bundle needs {_amount(needed)}")
 
 
-def _tokenizer_files(checkpoint) -> list[str]:
-    return [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
+def _amount(size) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _check_files(path, files) -> None:
@@ -212,14 +243,6 @@ def _check_length(config, max_length) -> int:
             f"to {config.max_length} positions"
         )
     return max_length
-
-
-def _tokenizer(checkpoint):
-    """The checkpoint's tokenizer, or None with a warning: graphs can be used without one."""
-    if not _tokenizer_files(checkpoint):
-        print(f"export-onnx: warning: {checkpoint.path} has no tokenizer; the bundle knows only ids", file=sys.stderr)
-        return None
-    return Tokenizer.load(checkpoint.folder, checkpoint.config)
 
 
 def _tokens(config, tokenizer) -> dict:

@@ -17,7 +17,7 @@ def export_onnx(argv=None):
     )
     options.add_argument(
         "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",
-        help="a Hugging Face PaliGemma directory; left out: the model that ships",
+        help="a Hugging Face PaliGemma directory or a big_vision .npz; left out: the model that ships",
     )  # fmt: skip
     options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument("--precision", choices=bundles.PRECISIONS, default="float32", help="of the weights (float32)")
@@ -36,7 +36,9 @@ def export_onnx(argv=None):
         return _print_plan(bundles.plan(checkpoint, arguments.precision, arguments.max_length))
     verify = None
     if arguments.verify:
-        from .verify import verify
+        from .verify import check, verify
+
+        check(checkpoint, arguments.precision)  # before gigabytes are written
     bundles.write(checkpoint, arguments.output, arguments.precision, arguments.max_length, verify)
     print(f"wrote {arguments.output}")
     return 0
@@ -53,7 +55,6 @@ def _print_plan(plan):
 def run_onnx(argv=None):
     """run-onnx [BUNDLE] IMAGE PROMPT: answer with a bundle."""
     options = cli.parser("run-onnx", "BUNDLE", "Answer a prompt about a picture with an ONNX bundle.")
-    options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
     options.add_argument("--threads", type=int, default=0, metavar="N", help="threads on the CPU, 0 for all (0)")
     arguments = cli.parse(options, argv)
 

@@ -1,6 +1,7 @@
 """Leaf functions that add nodes to a graph, each the twin of its namesake in `numpy_ref/layers.py`.
 
-Only standard operators whose kernels exist in float64 too, so that ONNX Runtime itself can be refereed in it.
+Only standard operators whose kernels exist in float64 too (convolutions aside, which the model does not use), so that
+ONNX Runtime itself can be refereed in it.
 """
 
 import math

@@ -34,6 +34,6 @@ def keep_top_p(op, weights, top_p):
 def invert_cdf(op, weights, uniform):
     """The first rank whose cumulated weight exceeds uniform * total: weights [B, K], uniform [B] -> [B]."""
     cumulated = op.CumSum(weights, 1)
-    total = op.ReduceSum(weights, [1])
+    total = op.Slice(cumulated, [-1], [2**31 - 1], [1])
     beyond = op.Greater(cumulated, op.Mul(op.Unsqueeze(uniform, [1]), total))
     return op.ArgMax(op.Cast(beyond, to=DataType.INT32), axis=1, keepdims=0)

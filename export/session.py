@@ -5,6 +5,8 @@ as past and as present, so the runtime updates it in place. The same code drives
 """
 
 import ctypes
+import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import onnxruntime
@@ -31,7 +33,7 @@ def load(path=None, provider: str = "auto", threads: int = 0):
 
 
 class Session:
-    """The two graphs of a bundle as an engine of `numpy_ref.generate`."""
+    """A bundle's graphs as an engine of `numpy_ref.generate`."""
 
     name = "onnx"
 
@@ -90,7 +92,8 @@ class Session:
         file = self.bundle.path / self.bundle.description["graphs"][name]["file"]
         providers = [CUDA, CPU] if self.provider == CUDA else [CPU]
         try:
-            return onnxruntime.InferenceSession(file, options, providers=providers)
+            with redirect_stdout(sys.stderr):
+                return onnxruntime.InferenceSession(file, options, providers=providers)
         except Exception as error:  # the runtime's exceptions have no common class
             raise PaliGemmaError(f"{file}: ONNX Runtime cannot load it ({error})") from None
 
@@ -137,7 +140,8 @@ def choose_provider(wanted: str) -> str:
     elif not _cuda_devices():
         missing = "no NVIDIA device answers"
     else:
-        onnxruntime.preload_dlls()
+        with redirect_stdout(sys.stderr):  # it prints what it misses, and our output may have to be JSON alone
+            onnxruntime.preload_dlls()
         return CUDA
     if wanted == "cuda":
         raise PaliGemmaError(f"--provider cuda: {missing}; {_INSTALL}")

@@ -18,7 +18,7 @@ import onnxruntime
 from tqdm import tqdm
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref import layers, paligemma
+from numpy_ref import layers, paligemma, segmentation
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
 from numpy_ref.tokenizer import known_ids
@@ -79,12 +79,17 @@ def verify(bundle, checkpoint) -> list[dict]:
     return [{**asdict(row), "budget": budget} for row in compared]
 
 
+def check(checkpoint, precision) -> None:
+    """Raise PaliGemmaError if this machine cannot verify a bundle of this precision."""
+    if precision == "bfloat16" and choose_provider("auto") != CUDA and _size(checkpoint) > SMALL:
+        raise PaliGemmaError("--verify of a bfloat16 bundle of this size needs a CUDA device; the CPU has no kernels")
+
+
 def rows(bundle, checkpoint) -> list[Row]:
     """Both views of a bundle: its parts, and, where this machine has the kernels, end to end."""
     precision = bundle.description["precision"]
     provider = choose_provider("auto") if precision != "float32" else CPU
-    if precision == "bfloat16" and provider != CUDA and _size(checkpoint) > SMALL:
-        raise PaliGemmaError("--verify of a bfloat16 bundle of this size needs a CUDA device; the CPU has no kernels")
+    check(checkpoint, precision)
     rounded = _rounded(checkpoint, precision)
     compared = list(compare_parts(rounded, bundle, provider))
     if precision != "bfloat16" or provider == CUDA:
@@ -180,6 +185,10 @@ def compare_stages(checkpoint, bundle, provider=CPU) -> list[Row]:
         lengths = lengths + 1
         rows.append(_row("end to end", f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
     rows.append(_row("end to end", f"decode {STEPS} cache", *_caches(cache, buffers, lengths)))
+    if session.masks:
+        codes = np.random.default_rng(0).integers(0, segmentation.CODES, (4, segmentation.CELLS**2))
+        expected = segmentation.decoder_of(checkpoint)(codes)
+        rows.append(_row("end to end", "masks", {"masks": expected}, {"masks": session.masks(codes)}))
     return rows
 
 
@@ -236,7 +245,7 @@ def _rounded(checkpoint, precision):
     if precision == "float32":
         return checkpoint
     dtype = PRECISIONS[precision].numpy()
-    flat = {path: array.astype(dtype) for path, array in checkpoints.flatten(checkpoint.params).items()}
+    flat = {path: array.astype(dtype, copy=False) for path, array in checkpoints.flatten(checkpoint.params).items()}
     return replace(checkpoint, params=checkpoints.unflatten(flat))
 
 

@@ -17,7 +17,9 @@ def load(path):
 
 def main(argv=None):
     options = cli.parser(PROG, "CHECKPOINT", "Answer a prompt about a picture with the NumPy reference.")
-    return cli.answer(cli.parse(options, argv), load)
+    arguments = cli.parse(options, argv)
+    cli.on_the_cpu(arguments, PROG)
+    return cli.answer(arguments, load)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Checkpoints on disk <-> the nested dict of arrays that the model runs on.
 
 Two families are read and written: Hugging Face directories, and big_vision `.npz` files (names in layouts.py,
-bytes in storage.py). Loading maps the files and takes views, so nothing is read before it is used. Both directions
-are strict: every missing, unexpected or misshapen tensor is named.
+bytes in storage.py). Loading maps the files and takes views, so nothing is read before it is used (but for the
+attention kernels of a npz, whose axes have to be reordered). Both directions are strict: every missing, unexpected or
+misshapen tensor is named.
 
     python -m numpy_ref.checkpoint convert SRC DST      a DST that ends in .npz is written as big_vision's
 """
@@ -25,6 +26,7 @@ from .layouts import (
     config_of_npz,
     npz_shapes,
     parameters,
+    pooling_head,
     saved_name,
     split_fused,
 )
@@ -115,6 +117,9 @@ def _load_directory(path) -> Checkpoint:
         stored[canonical(name)] = array
     _drop_tied_head(path, config, stored)
     wanted = {parameter.hf.name: parameter.hf.shape for parameter in parameters(config)}
+    unused = pooling_head(config.vision)
+    if unused.keys() & stored.keys():  # checked like the rest, and then left where it lies
+        wanted |= unused
     _compare(path, wanted, stored, "config.json asks for", saved_name)
     dtype = _common_dtype(path, stored, saved_name)
     flat = {p.path: p.hf.layout.read(stored[p.hf.name], p.shape) for p in parameters(config)}
@@ -214,6 +219,8 @@ def save(path, config: PaliGemmaConfig, params: dict, files: dict[str, bytes] | 
     Raises PaliGemmaError if the folder exists or the tensors are not those of the config.
     """
     flat = _checked(config, params)
+    if from_hf(to_hf(config)) != config:
+        raise PaliGemmaError(f"{path}: config.json has no words for this config: {config}")
     tensors = {saved_name(p.hf.name): p.hf.layout.write(flat[p.path], p.hf.shape) for p in parameters(config)}
     with new_directory(path) as folder:
         write_safetensors(folder, tensors, *filter(None, [progress]))
@@ -302,7 +309,7 @@ def convert(source, target, tokenizer=None) -> list[str]:
     to_npz = target.suffix == ".npz"
     if to_npz and tokenizer:
         raise PaliGemmaError(f"{target}: a .npz has no room for a tokenizer; keep {tokenizer} beside it")
-    files = {} if to_npz else _companions(checkpoint, tokenizer)
+    files = {} if to_npz else companions(checkpoint, tokenizer)
     total = sum(array.nbytes for array in flatten(checkpoint.params).values())
     with tqdm(total=total, desc=target.name, unit="B", unit_scale=True, leave=False, disable=None, delay=1) as bar:
         if to_npz:
@@ -312,7 +319,7 @@ def convert(source, target, tokenizer=None) -> list[str]:
         return []
 
 
-def _companions(checkpoint, tokenizer) -> dict[str, bytes]:
+def companions(checkpoint, tokenizer=None) -> dict[str, bytes]:
     """The files that go beside the weights of a directory, by name."""
     from .image import resize_to_hf
     from .tokenizer import Json, SentencePiece, Tokenizer

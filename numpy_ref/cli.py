@@ -47,22 +47,29 @@ def parser(prog, model, description) -> argparse.ArgumentParser:
         help=f"[{model}] IMAGE PROMPT; without {model} the model that ships is used; "
         "a PROMPT of @FILE is read from that file",
     )
-    options.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help="longest answer (64)")
-    options.add_argument("--temperature", type=_real(0, math.inf), default=0.0, metavar="T", help="0 is greedy (0)")
-    options.add_argument("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="keep the head that sums to P (1)")
-    options.add_argument("--top-k", type=_whole(0), default=0, metavar="K", help="keep the K likeliest, 0 for all (0)")
-    options.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="of the draws (0)")
+    options.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="longest answer (64)")
+    options.add_argument("--temperature", type=real(0, math.inf), default=0.0, metavar="T", help="0 is greedy (0)")
+    options.add_argument("--top-p", type=real(0, 1), default=1.0, metavar="P", help="keep the head that sums to P (1)")
+    options.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="keep the K likeliest, 0 for all (0)")
+    options.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the draws (0)")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the picture")
     options.add_argument(
         "--boxes", choices=detection.CONVENTIONS, default="big_vision", help="what a location token counts (big_vision)"
     )
+    options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
     return options
+
+
+def on_the_cpu(arguments, prog) -> None:
+    """Refuse `--provider cuda` where there is only the CPU."""
+    if arguments.provider == "cuda":
+        raise PaliGemmaError(f"--provider cuda: {prog} runs on the CPU; run-onnx can use a GPU")
 
 
 def parse(options: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """Parse, and split the positional arguments into `model` (None if left out), `image` and `prompt`."""
-    arguments = options.parse_args(argv)
+    arguments = options.parse_intermixed_args(argv)
     if len(arguments.inputs) not in (2, 3):
         options.error(f"expected IMAGE PROMPT, optionally a model before them; got {len(arguments.inputs)} arguments")
     *model, image, prompt = arguments.inputs
@@ -169,7 +176,7 @@ def write_drawing(path: Path, drawing) -> None:
         raise PaliGemmaError(f"{path}: cannot write the drawing ({error})") from None
 
 
-def _whole(least):
+def whole(least):
     def parse(text):
         value = int(text)
         if value < least:
@@ -180,7 +187,7 @@ def _whole(least):
     return parse
 
 
-def _real(least, most):
+def real(least, most):
     def parse(text):
         value = float(text)
         if not (least <= value <= most and math.isfinite(value)):

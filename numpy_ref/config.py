@@ -127,7 +127,7 @@ _TEXT_DEFAULTS = {
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
     },
 }  # fmt: skip
-# "gelu" in a Gemma config is a legacy spelling of the tanh form (transformers #29402).
+# "gelu" in a Gemma 1 config is a legacy spelling of the tanh form (transformers #29402).
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 #: Conversions to Hugging Face put at most this many rows behind the vocabulary: the image token, then noise.
 PADDING = 64
@@ -152,7 +152,7 @@ def from_hf(hf: Mapping) -> PaliGemmaConfig:
     config = PaliGemmaConfig(
         vision=_vision_from_hf(vision),
         text=_text_from_hf(text, kind, tied),
-        image_token=_integer(hf, "image_token_index", hf.get("image_token_id", 256000)),
+        image_token=_image_token(hf),
         pad=_token_id(hf, text, "pad_token_id", 0),
         eos=_token_id(hf, text, "eos_token_id", 1),
         bos=_token_id(hf, text, "bos_token_id", 2),
@@ -178,10 +178,12 @@ def _vision_from_hf(vision: Mapping) -> SiglipConfig:
 
 
 def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
-    activation = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
+    # The field that transformers reads, for either kind.
+    key = "hidden_act" if kind == "gemma" else "hidden_activation"
+    activation = text.get(key) or "gelu_pytorch_tanh"
     _require(
-        activation in _GELU_TANH or activation == "gelu",
-        f"text_config activation is {activation!r}; only gelu_pytorch_tanh is known",
+        activation in _GELU_TANH or (activation == "gelu" and kind == "gemma"),
+        f"text_config.{key} is {activation!r}; only gelu_pytorch_tanh is known",
     )
     _require(not text.get("attention_bias"), "text_config.attention_bias is true; Gemma has no attention bias")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -322,10 +324,22 @@ def _integer(section: Mapping, key: str, default: object = None, most: int = 2**
     return value
 
 
+def _image_token(hf: Mapping) -> int:
+    names = ("image_token_index", "image_token_id")  # the second is transformers' newer spelling
+    value = next((hf[name] for name in names if hf.get(name) is not None), 256000)
+    is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    _require(is_id, f"image_token_index must be a token id, not {value!r}")
+    return value
+
+
 def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
     value = hf.get(key) if hf.get(key) is not None else text.get(key)
-    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, list):
+        _require(len(value) == 1, f"{key} is {value!r}; one such token is known, not several")
+        value = value[0]
     value = default if value is None else value
+    if key == "pad_token_id" and value == -1:  # "none": what fills the places that nobody reads does not matter
+        value = default
     is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
     _require(is_id, f"{key} must be a token id, not {value!r}")
     return value

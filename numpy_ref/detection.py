@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 CONVENTIONS = {"big_vision": 1023, "huggingface": 1024}
 
 _OBJECT = re.compile(
-    r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>\s*((?:<seg\d{3}>){16})?\s*([^;<>]*?)\s*(?=;|<|$)"
+    r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>\s*((?:<seg(?:0\d\d|1[01]\d|12[0-7])>){16})?\s*([^;<>]*?)\s*(?=;|<|$)"
 )
 
 
@@ -46,7 +46,14 @@ def parse(text: str, width: int, height: int, convention: str = "big_vision") ->
             continue
         codes = tuple(int(code) for code in re.findall(r"<seg(\d{3})>", match.group(5) or ""))
         boxes.append(
-            Box(match.group(6), x1 * width / steps, y1 * height / steps, x2 * width / steps, y2 * height / steps, codes)
+            Box(
+                " ".join(match.group(6).split()),
+                x1 * width / steps,
+                y1 * height / steps,
+                x2 * width / steps,
+                y2 * height / steps,
+                codes,
+            )
         )
     return boxes
 

@@ -72,11 +72,15 @@ def choose_capacity(config, lengths, max_new_tokens, limit=None):
 def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, capacity=None, timings=None):
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens.
 
-    A row that has ended (its eos was yielded) yields pad from then on.
+    A row that has ended (its eos was yielded) yields pad from then on. Raises PaliGemmaError if `capacity`, or the
+    engine, has too few positions.
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
-    capacity = capacity or choose_capacity(config, lengths, max_new_tokens)
+    needed = choose_capacity(config, lengths, max_new_tokens, getattr(engine, "max_length", None))
+    if capacity is not None and capacity < needed:
+        raise PaliGemmaError(f"a capacity of {capacity} is too small; prompt and answer need {needed}")
+    capacity = capacity or needed
     random = np.random.default_rng(sampling.seed)
     alive = np.ones(len(prompts), bool)
 

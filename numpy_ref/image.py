@@ -20,16 +20,25 @@ def open_image(path):
         raise PaliGemmaError(f"{path}: no such picture")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except UnidentifiedImageError:
         raise PaliGemmaError(f"{path}: not a picture that Pillow can read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PaliGemmaError(f"{path}: the picture is broken ({error})") from None
 
 
+def to_rgb(image):
+    """Any Pillow image as RGB. Sixteen bits are scaled to eight, where Pillow itself would cut them off to white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
 def preprocess(image, size: int, dtype=np.float32, resize: str = "bicubic") -> np.ndarray:
     """A Pillow image -> pixel values [1, 3, S, S] in [-1, 1]; `resize` is one of RESIZES."""
-    return scale(RESIZES[resize](image.convert("RGB"), size), dtype)
+    return scale(RESIZES[resize](to_rgb(image), size), dtype)
 
 
 def resize_bicubic(image, size: int) -> np.ndarray:

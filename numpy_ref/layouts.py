@@ -166,6 +166,19 @@ def _layer_norm(path, width, hf_name, bv_name, layer=None):
     yield _same(f"{path}.bias", (width,), f"{hf_name}.bias", f"{bv_name}/bias", layer)
 
 
+def pooling_head(vision: SiglipConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of SigLIP's pooling head in a Hugging Face directory, under the table's spelling.
+
+    transformers makes and saves one wherever `vision_use_head` is not false, although PaliGemma never calls it.
+    """
+    width, mlp, head = vision.width, vision.mlp, "vision_tower.head"
+    shapes = {"attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,)}
+    for name, rows, columns in [("attention.out_proj", width, width), ("mlp.fc1", mlp, width), ("mlp.fc2", width, mlp)]:
+        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    shapes |= {"probe": (1, 1, width), "layernorm.weight": (width,), "layernorm.bias": (width,)}
+    return {f"{head}.{name}": shape for name, shape in shapes.items()}
+
+
 # Where every head has a key of its own, big_vision keeps the three projections in one array [L, 3, N, D, H].
 QUERY, KEY_VALUE, FUSED = (f"llm/layers/attn/{name}_einsum/w" for name in ("q", "kv", "qkv"))
 

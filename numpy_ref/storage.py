@@ -11,7 +11,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,8 @@ def map_safetensors_file(file: Path) -> dict[str, np.ndarray]:
         with safe_open(file, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise PaliGemmaError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
+        reason = _odd_entry(file) or error
+        raise PaliGemmaError(f"{file}: not a whole safetensors file ({reason}); download or copy it again") from None
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_size))
@@ -104,6 +105,29 @@ def map_safetensors_file(file: Path) -> dict[str, np.ndarray]:
             raise PaliGemmaError(f"{file}: tensor {name} has dtype {entry['dtype']}, not F32, F16, BF16 or F64")
         tensors[name] = body[begin:end].view(dtype).reshape(entry["shape"]).view(np.ndarray)
     return tensors
+
+
+def _odd_entry(file) -> str | None:
+    """The first tensor of a header whose dtype, shape and place do not fit each other or the file; None if all do."""
+    sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+    try:
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(header_size, file.stat().st_size)))
+        body = file.stat().st_size - 8 - header_size
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if dtype not in sizes:
+                return f"tensor {name} has dtype {dtype}, not {', '.join(sizes)}"
+            if math.prod(shape) * sizes[dtype] != end - begin:
+                return f"tensor {name} is said to be {dtype} {shape}, but {end - begin} bytes are given to it"
+            if end > body:
+                return f"tensor {name} ends at byte {end} of {body}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # not even a header: the library's own words will do
+    return None
 
 
 def write_safetensors(folder: Path, tensors: dict[str, np.ndarray], progress=lambda size: None) -> None:
@@ -221,8 +245,8 @@ def _npz_member(whole, archive, member):
         if version not in read_header:
             raise ValueError(f"{member.filename} has npy version {version}")
         shape, fortran, dtype = read_header[version](stream)
-        if dtype.hasobject or fortran:
-            raise ValueError(f"{member.filename} is not a plain row-major array")
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} holds objects, not numbers")
         begin, size = stream.tell(), math.prod(shape) * dtype.itemsize
         if begin + size != member.file_size:
             raise ValueError(f"{member.filename} holds {member.file_size - begin} bytes, its header says {size}")
@@ -232,7 +256,9 @@ def _npz_member(whole, archive, member):
         else:
             array = _inflate(stream)
     dtype = bfloat16() if dtype == np.dtype("V2") else dtype
-    return array.view(dtype).reshape(shape).view(np.ndarray)
+    array = array.view(dtype)
+    array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)  # a transposed array is saved as it lies
+    return array.view(np.ndarray)
 
 
 def _data_offset(whole, member):
@@ -291,46 +317,49 @@ def new_directory(path):
 
     Raises PaliGemmaError if `path` exists or cannot be made.
     """
-    path = _absent(path, "folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = absent(path, "folder")
+    with _parents(path):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise PaliGemmaError(f"{path}: cannot write there ({error.strerror})") from None
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        os.rename(temporary, path)
-    except OSError as error:
-        raise PaliGemmaError(f"{path}: cannot write there ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path):
     """As `new_directory`, for one file."""
-    path = _absent(path, "file")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=_parent(path)) as folder:
+    path = absent(path, "file")
+    with _parents(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        try:
-            yield temporary
-            os.rename(temporary, path)
-        except OSError as error:
-            raise PaliGemmaError(f"{path}: cannot write there ({error.strerror or error})") from None
+        yield temporary
+        os.rename(temporary, path)
 
 
-def _absent(path, kind) -> Path:
+def absent(path, kind) -> Path:
+    """The path, if nothing is there yet; PaliGemmaError if there is."""
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise PaliGemmaError(f"{path}: output {kind} exists already; remove it or name another")
     return path
 
 
-def _parent(path) -> Path:
+@contextmanager
+def _parents(path):
+    """Make the folders above `path`, and take away again those that were made if what follows fails."""
+    made = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path.parent
-    except OSError as error:
-        raise PaliGemmaError(f"{path}: cannot write there ({error.strerror})") from None
+        for parent in reversed(path.parents):
+            if not parent.exists():
+                parent.mkdir(exist_ok=True)
+                made.append(parent)
+        yield
+    except BaseException as error:
+        for parent in reversed(made):
+            with suppress(OSError):  # somebody else's file is in it by now
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise PaliGemmaError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise

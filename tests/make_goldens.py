@@ -16,8 +16,11 @@ PREFIXES = ([2, 31, 37, 41, 108], [2, 43, 108])
 NEW_TOKENS = 9
 
 
-def build(kind: str, vocab: int = 211, seed: int = 0, image_size: int = 21, text=None, **changes):
-    """A transformers PaliGemma with random weights; kind is "gemma" or "gemma2"."""
+def build(kind: str, vocab: int = 211, seed: int = 0, image_size: int = 21, text=None, pooling=False, **changes):
+    """A transformers PaliGemma with random weights; kind is "gemma" or "gemma2".
+
+    `pooling` leaves SigLIP's unused pooling head in, as transformers does unless it is told not to.
+    """
     from transformers import (
         Gemma2Config,
         GemmaConfig,
@@ -28,7 +31,7 @@ def build(kind: str, vocab: int = 211, seed: int = 0, image_size: int = 21, text
 
     vision = SiglipVisionConfig(
         hidden_size=15, intermediate_size=19, num_hidden_layers=2, num_attention_heads=3, image_size=image_size,
-        patch_size=7, layer_norm_eps=1e-2, vision_use_head=False,
+        patch_size=7, layer_norm_eps=1e-2, vision_use_head=pooling,
     )  # fmt: skip
     common = {
         "vocab_size": vocab, "hidden_size": 42, "intermediate_size": 29, "num_hidden_layers": 3,

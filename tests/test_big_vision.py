@@ -115,6 +115,16 @@ def test_loads(tmp_path, name, dtype, prefix, compressed):
         assert np.array_equal(actual[path], array), path
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_transposed_arrays(tmp_path, compressed):
+    """NumPy saves the transpose of an array as it lies, in Fortran's order."""
+    _, params, arrays = model("paligemma2")
+    turned = {name: np.asfortranarray(array) for name, array in arrays.items()}
+    loaded = load(write(tmp_path / "model.npz", turned, compressed=compressed))
+    expected, actual = flatten(params), flatten(loaded.params)
+    assert all(np.array_equal(actual[path], array) for path, array in expected.items())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_logits(tmp_path, name):
     config, params, arrays = model(name)
@@ -267,7 +277,7 @@ def test_a_name_with_and_without_its_prefix(tmp_path):
 @pytest.mark.parametrize(
     ("descr", "shape"),
     [("'O'", "(1,)"), ("'V0'", "(1,)"), ("'<f4'", "(True,)"), ("'<f4'", "(-1,)"), ("'<f4'", "(1.5,)"), ("'<f4'", f"({2**70},)"),
-     ("'zz'", "(1,)"), ("[('a', '<f4')]", "(1,)"), ("'>f4'", "(1,)"), ("'<f4'", "(0,)"), ("'<f4'", "(1,), 'fortran_order': True"),
+     ("'zz'", "(1,)"), ("[('a', '<f4')]", "(1,)"), ("'>f4'", "(1,)"), ("'<f4'", "(0,)"),
      ("(" * 9000, "(1,)"), ("(", "(1,)")],
 )  # fmt: skip
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -325,7 +335,7 @@ def test_nothing_is_unpickled(tmp_path):
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with zipfile.ZipFile(tmp_path / "model.npz", "w") as archive:
         archive.writestr("img/embedding/kernel.npy", buffer.getvalue())
-    with pytest.raises(PaliGemmaError, match="not a plain"):
+    with pytest.raises(PaliGemmaError, match="holds objects"):
         load(tmp_path / "model.npz")
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from numpy_ref import checkpoint, storage
-from numpy_ref.checkpoint import flatten, load, parameters, save, saved_name, unflatten
+from numpy_ref.checkpoint import flatten, load, load_config, parameters, save, saved_name, unflatten
 from numpy_ref.config import VARIANTS, from_hf, to_hf
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.layouts import pooling_head
 
 from . import make_goldens
 from .make_goldens import GOLDEN
@@ -109,12 +111,48 @@ def test_the_decoder_width_is_the_text_configs():
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act"),
         ({"vision_config": {"num_channels": 1}}, "num_channels"),
         ({"image_token_index": "x"}, "image_token_index"),
+        ({"eos_token_id": [1, 107]}, r"eos_token_id is \[1, 107\]; one such token"),
+        ({"text_config": {"model_type": "gemma2", "hidden_activation": "gelu"}}, "hidden_activation is 'gelu'"),
     ],
 )  # fmt: skip
 def test_configs_that_are_refused(folder, change, word):
     hf = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(hf | change))
     with pytest.raises(PaliGemmaError, match=word):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"image_token_index": None, "image_token_id": 7}, "image_token", 7),
+        ({"image_token_index": 0}, "image_token", 0),
+        ({"eos_token_id": [3]}, "eos", 3),
+        ({"pad_token_id": -1}, "pad", 0),
+    ],
+)
+def test_ids_as_transformers_takes_them(folder, change, field, value):
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | change))
+    assert getattr(load_config(folder), field) == value
+
+
+def test_a_pooling_head_is_checked_and_left_alone(folder):
+    """transformers saves SigLIP's head where vision_use_head is not false; every tensor of it must still be right."""
+    params = load(folder).params
+    tensors = load_file(folder / "model.safetensors")
+    head = pooling_head(load_config(folder).vision)
+    ours = {name.replace("vision_tower.", "vision_tower.vision_model."): shape for name, shape in head.items()}
+    some = next(iter(tensors.values())).dtype
+    save_file(tensors | {name: np.ones(shape, some) for name, shape in ours.items()}, folder / "model.safetensors")
+    assert same(load(folder).params, params)
+    name = "vision_tower.vision_model.head.probe"
+    wrong = {n: np.ones(shape if n != name else (1, 2, 3), some) for n, shape in ours.items()}
+    save_file(tensors | wrong, folder / "model.safetensors")
+    with pytest.raises(PaliGemmaError, match=r"head\.probe has shape \[1, 2, 3\], config\.json asks for \[1, 1, 15\]"):
+        load(folder)
+    save_file(tensors | {name: np.ones((1, 1, 15), some)}, folder / "model.safetensors")
+    with pytest.raises(PaliGemmaError, match=r"missing vision_tower\.vision_model\.head\.attention\.in_proj_bias"):
         load(folder)
 
 
@@ -386,6 +424,26 @@ def test_headers_that_are_refused(folder, header, size, word):
         load(folder)
 
 
+@pytest.mark.parametrize("mutation", ["dtype", "other dtype", "shape", "end"])
+def test_a_header_that_was_edited_names_the_tensor(folder, mutation):
+    """The bytes stay as they are; only what the header says of one tensor changes."""
+    file, name = folder / "model.safetensors", "language_model.model.norm.weight"
+    contents = file.read_bytes()
+    size = int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8 : 8 + size])
+    entry = header[name]
+    if mutation == "end":
+        entry["data_offsets"][1] += 4 * 10**6
+        entry["shape"] = [entry["shape"][0] + 10**6]
+    elif mutation == "shape":
+        entry["shape"] = [entry["shape"][0] + 1]
+    else:
+        entry["dtype"] = {"dtype": "F16", "other dtype": "F8_E4M3"}[mutation]
+    write_header(folder, json.dumps(header).encode(), contents[8 + size :])
+    with pytest.raises(PaliGemmaError, match=f"model.safetensors: .*{name}"):
+        load(folder)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5999), st.sampled_from(b'0123456789[]{},":-FBIU\0\xff')), min_size=1, max_size=4)
 )
@@ -408,6 +466,31 @@ def test_json_that_is_none(folder):
         (folder / "config.json").write_bytes(contents)
         with pytest.raises(PaliGemmaError, match=r"config\.json"):
             load(folder)
+
+
+def test_saving_refuses_what_config_json_cannot_say(tmp_path):
+    """A softcap belongs to Gemma 2; a Gemma 1 directory would lose it without a word."""
+    config = CONFIGS["paligemma1"]
+    config = replace(config, text=replace(config.text, final_softcap=30.0))
+    with pytest.raises(PaliGemmaError, match=r"config\.json has no words"):
+        save(tmp_path / "out", config, random_params(config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_were_made_are_taken_away_again(tmp_path):
+    """Only those: what was there before stays."""
+    (tmp_path / "old").mkdir()
+    for make in (storage.new_directory, storage.new_file):
+        for error, expected in [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "no space"), PaliGemmaError)]:
+            with pytest.raises(expected):
+                _begin(make, tmp_path / "old" / "new" / "newer" / "out", error)
+            assert not list((tmp_path / "old").iterdir())
+
+
+def _begin(make, path, error):
+    with make(path) as output:
+        (output / "half" if output.is_dir() else output).write_text("half")
+        raise error
 
 
 def test_saving_refuses_other_tensors(tmp_path):

@@ -65,6 +65,28 @@ def test_plain_output_is_the_text():
     assert streamed.stdout == answer("run-onnx", EXAMPLE, "caption en")["text"] + "\n"
 
 
+@pytest.mark.parametrize("command", ENGINES)
+def test_options_between_the_arguments(command):
+    plain = answer(command, EXAMPLE, "caption en", "--provider", "cpu", "--top-k", "3")
+    assert answer(command, "--top-k", "3", EXAMPLE, "--provider", "cpu", "caption en")["tokens"] == plain["tokens"]
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = answer("run-onnx", EXAMPLE, "caption en")
+    (graph,) = tmp_path.rglob("decode.onnx")
+    graph.write_bytes(b"damaged")
+    assert answer("run-onnx", EXAMPLE, "caption en")["tokens"] == first["tokens"]
+    assert graph.read_bytes() != b"damaged"
+
+
+def test_one_line_for_an_existing_output_without_a_tokenizer(tmp_path):
+    """No warning goes before the error."""
+    bare = shutil.copytree(SHIPPED, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "out").mkdir()
+    refused(call("export-onnx", bare, "--output", tmp_path / "out"), "out", "exists")
+
+
 def test_prompt_from_a_file(tmp_path):
     (tmp_path / "prompt.txt").write_text("caption en\n")
     from_file = answer("run-onnx", EXAMPLE, f"@{tmp_path / 'prompt.txt'}")

@@ -68,3 +68,24 @@ def test_drawing_marks_the_box():
     zoom = drawn.width // 64
     assert (pixels[24 * zoom, 16 * zoom] != 255).any()  # the left edge
     assert (pixels[24 * zoom, 32 * zoom] == 255).all()  # the middle is left as it was
+
+
+def test_mask_tokens_that_do_not_exist():
+    """Spelled from letters, `<seg900>` can come out of a model; a box with such codes is a box without a mask."""
+    text = f"<loc0001><loc0002><loc0300><loc0400>{'<seg900>' * 16} cat"
+    assert [box.codes for box in detection.parse(text, 10, 10)] == [()]
+
+
+def test_a_label_is_one_line():
+    (box,) = detection.parse("<loc0001><loc0002><loc0300><loc0400> black\n  cat", 10, 10)
+    assert box.label == "black cat"
+    detection.draw(Image.new("RGB", (40, 30)), [box])
+
+
+def test_masks_are_drawn_over_the_picture():
+    mask = np.zeros((30, 40), bool)
+    mask[10:20, 5:25] = True
+    boxes = [Box("cat", 5, 10, 25, 20), Box("dog", 30, 2, 38, 9)]
+    drawn = np.asarray(detection.draw(Image.new("RGB", (40, 30), "gray"), boxes, masks=[mask, None]))
+    assert (drawn[15 * 12, 15 * 12] != 128).any()
+    assert (drawn[25 * 12, 35 * 12] == 128).all()

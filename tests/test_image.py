@@ -78,6 +78,15 @@ def test_other_modes_become_rgb(tmp_path, mode):
     assert open_image(tmp_path / "image.tiff").mode == "RGB"
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, mode):
+    """Pillow's own conversion would make nearly all of it white."""
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16)
+    Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.int32)).save(tmp_path / "deep.png")
+    expected = np.arange(256).reshape(16, 16)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png"))[..., 1], expected)
+
+
 def test_settings_round_trip():
     vision = checkpoint.load_config(GOLDEN / "paligemma1").vision
     for name in RESIZES:

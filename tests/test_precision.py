@@ -73,7 +73,6 @@ def test_the_plan_is_what_is_written(tmp_path, precision, capsys):
     planned = dict(re.findall(r"(\S+\.\S+) +([\d,]+) bytes", capsys.readouterr().out))
     assert export_onnx([str(GOLDEN / "paligemma1"), "--output", str(tmp_path / "out"), "--precision", precision]) == 0
     written = {file.name: f"{file.stat().st_size:,}" for file in (tmp_path / "out").iterdir()}
-    assert written.pop("bundle.json")
     assert planned == written
 
 
@@ -83,9 +82,29 @@ def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(bundle.shutil, "disk_usage", lambda path: usage(10, 5, 5))
     monkeypatch.setattr(bundle.weights, "write", lambda *arguments: pytest.fail("wrote"))
-    with pytest.raises(PaliGemmaError, match=r"0\.0 GB free, the bundle needs 0\.0 GB"):
-        bundle.write(checkpoint.load(GOLDEN / "paligemma1"), tmp_path / "out")
+    with pytest.raises(PaliGemmaError, match=r"the disk has 0\.0 MB free, the bundle needs 0\.\d MB"):
+        bundle.write(checkpoint.load(GOLDEN / "paligemma1"), tmp_path / "new" / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_verified_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "SMALL", 1000)
+    monkeypatch.setattr(verify, "choose_provider", lambda wanted: "CPUExecutionProvider")
+    monkeypatch.setattr(bundle.weights, "write", lambda *arguments: pytest.fail("wrote"))
+    arguments = [str(GOLDEN / "paligemma1"), "--output", str(tmp_path / "out"), "--precision", "bfloat16", "--verify"]
+    with pytest.raises(PaliGemmaError, match="needs a CUDA device"):
+        export_onnx(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_without_a_checksum_are_refused(tmp_path):
+    bundle.write(checkpoint.load(GOLDEN / "paligemma1"), tmp_path / "out")
+    file = tmp_path / "out" / "bundle.json"
+    description = json.loads(file.read_text())
+    del description["files"]["weights.bin"]
+    file.write_text(json.dumps(description))
+    with pytest.raises(PaliGemmaError, match=r"lists no checksum for weights\.bin"):
+        bundle.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["weight", "graph"])

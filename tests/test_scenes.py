@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -136,13 +137,15 @@ def test_f1_by_hand():
 def test_mask_iou_of_right_and_wrong_answers():
     from numpy_ref import segmentation
     from numpy_ref.checkpoint import SHIPPED
-    from torch_impl.segmentation import spell_with
+    from torch_impl.segmentation import Speller
 
     codec = segmentation.load(segmentation.find(SHIPPED))
+    masks = partial(segmentation.decode, codec)
     rng = np.random.default_rng(8)
-    asked = [questions.random_question(rng, spell_with(codec), "segment") for _ in range(20)]
-    right = [evaluate.mask_iou(question.suffix, question, codec) for question in asked]
+    asked = [questions.random_question(rng, Speller(codec), "segment") for _ in range(20)]
+    right = [evaluate.mask_iou(question.suffix, question, masks) for question in asked]
     assert np.mean(right) > 0.95  # what the codec itself can do
-    shifted = [evaluate.mask_iou(b.suffix, a, codec) for a, b in itertools.pairwise(asked)]
+    shifted = [evaluate.mask_iou(b.suffix, a, masks) for a, b in itertools.pairwise(asked)]
     assert np.mean(shifted) < 0.3
-    assert evaluate.mask_iou("", asked[0], codec) == 0
+    assert evaluate.mask_iou("", asked[0], masks) == 0
+    assert evaluate.mask_iou(asked[0].suffix, asked[0], None) == 0

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -15,7 +15,7 @@ from numpy_ref.errors import PaliGemmaError
 from numpy_ref.storage import write_npz
 from torch_impl import scenes
 from torch_impl.load import to_tensor
-from torch_impl.segmentation import Codec, CodecConfig, random_masks, save, spell_with
+from torch_impl.segmentation import Codec, CodecConfig, Speller, random_masks, save
 
 from .cases import random_like
 
@@ -159,6 +159,7 @@ def test_boxes_over_the_edge(box):
     assert rows.min() == max(0, y1)
 
 
+@settings(deadline=None)
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=7)))
 def test_run_lengths_come_back(mask):
     counts = segmentation.run_lengths(mask)
@@ -167,6 +168,7 @@ def test_run_lengths_come_back(mask):
     assert all(counts[1:])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 127), min_size=16, max_size=16))
 def test_spelling(codes):
     from numpy_ref.detection import parse
@@ -176,7 +178,7 @@ def test_spelling(codes):
 
 
 def test_masks_are_spelled_once(shipped):
-    masks = spell_with(shipped)
+    masks = Speller(shipped)
     scene = scenes.random_scene(np.random.default_rng(5))
     seen, box = scenes.visible(scene, 0, 256), scene.things[0].box
     assert masks(seen, box) == masks(seen, box)

@@ -35,10 +35,10 @@ def tokenizer(shipped):
 
 
 @pytest.fixture(scope="module")
-def asked(codec):
+def asked():
     """50 held-out pictures with a prompt each, of every task."""
     tasks = {"caption": 15, "detect": 15, "answer": 10, "segment": 10}
-    return [question for task, count in tasks.items() for question in evaluate.held_out(7, count, task, codec)]
+    return [question for task, count in tasks.items() for question in evaluate.held_out(7, count, task)]
 
 
 def ask(engine, tokenizer, asked) -> list[list[int]]:
@@ -78,14 +78,15 @@ def test_transformers_gives_the_same_tokens(tokenizer, asked, reference):
         assert (row[: row.index(eos)] if eos in row else row) == expected
 
 
-def test_it_answers_as_well_as_recorded(shipped, tokenizer, codec):
+def test_it_answers_as_well_as_recorded(shipped, tokenizer):
     """Accuracy on 50 other scenes a task and split, no more than four standard errors below training.json's."""
-    measured = evaluate.measure(TorchEngine(shipped), tokenizer, codec, seed=11, count=COUNT)
+    measured = evaluate.measure(TorchEngine(shipped), tokenizer, seed=11, count=COUNT)
     recorded = json.loads((SHIPPED / "training.json").read_text())["held_out"]
     assert measured.keys() < recorded.keys()
     for split, wanted in ((measured, recorded), (measured["compositional"], recorded["compositional"])):
         for task in evaluate.SCORES.values():
-            assert split[task] >= wanted[task] - 4 * np.sqrt(0.25 / COUNT), task
+            share = min(wanted[task], 1 - 1 / COUNT)  # a perfect record still leaves room for one miss
+            assert split[task] >= share - 4 * np.sqrt(share * (1 - share) / COUNT), task
             assert split[task] > 0.5, task
 
 

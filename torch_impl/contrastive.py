@@ -24,13 +24,13 @@ def similarity(image, text, log_temperature):
 def siglip_loss(image, text, log_temperature, bias):
     """The sigmoid loss: image and text [B, D] -> one number."""
     scores = similarity(image, text, log_temperature) + bias
-    signs = 2 * torch.eye(len(image), dtype=scores.dtype) - 1
+    signs = 2 * torch.eye(len(image), dtype=scores.dtype, device=scores.device) - 1
     return nn.functional.softplus(-signs * scores).sum(-1).mean()
 
 
 def clip_loss(image, text, log_temperature):
     """The softmax loss: image and text [B, D] -> one number."""
-    scores, target = similarity(image, text, log_temperature), torch.arange(len(image))
+    scores, target = similarity(image, text, log_temperature), torch.arange(len(image), device=image.device)
     return (nn.functional.cross_entropy(scores, target) + nn.functional.cross_entropy(scores.T, target)) / 2
 
 

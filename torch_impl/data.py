@@ -14,13 +14,15 @@ from numpy_ref.image import open_image, preprocess
 
 from . import questions, scenes, segmentation
 
+HELD_OUT_SEED = 1_000_003  # of what is measured; training numbers its examples from zero by [seed, number]
+
 
 class Scenes:
     """(pixel values [3, S, S], prompt ids, suffix ids with eos) of random questions about random scenes."""
 
     def __init__(self, tokenizer, codec: dict, size: int, seed: int, shares=questions.SHARES):
         self.tokenizer, self.size, self.seed, self.shares = tokenizer, size, seed, shares
-        self.masks = segmentation.spell_with(codec)
+        self.masks = segmentation.Speller(codec)
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
@@ -47,14 +49,15 @@ class Captions:
 class JsonLines:
     """Lines {"image", "prefix", "suffix"} as Scenes gives them, shuffled anew each time round.
 
-    The format of big_vision and Roboflow; pictures are named from the file's own folder. Raises PaliGemmaError that
-    names the line that is wrong.
+    The format of big_vision and Roboflow; pictures are named from the file's own folder, or by a whole path. Raises
+    PaliGemmaError that names the line that is wrong.
     """
 
     def __init__(self, file, tokenizer, resize: str, seed: int):
         self.file, self.tokenizer, self.resize, self.seed = Path(file), tokenizer, resize, seed
+        self.turn, self.order = -1, None  # the order of the turn that was asked for last
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
+            lines = self.file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut inside strings
         except (OSError, UnicodeDecodeError) as error:
             raise PaliGemmaError(f"{file}: cannot read it ({error})") from None
         self.rows = [self._parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -63,10 +66,14 @@ class JsonLines:
 
     def __getitem__(self, index):
         turn, place = divmod(index, len(self.rows))
-        order = np.random.default_rng([self.seed, turn]).permutation(len(self.rows))
-        path, prompt, suffix = self.rows[order[place]]
-        pixels = preprocess(open_image(path), self.tokenizer.config.vision.image_size, resize=self.resize)[0]
-        return pixels, prompt, suffix
+        if turn != self.turn:
+            self.turn, self.order = turn, np.random.default_rng([self.seed, turn]).permutation(len(self.rows))
+        where, path, prompt, suffix = self.rows[self.order[place]]
+        try:
+            picture = open_image(path)
+        except PaliGemmaError as error:
+            raise PaliGemmaError(f"{where}: {error}") from None
+        return preprocess(picture, self.tokenizer.config.vision.image_size, resize=self.resize)[0], prompt, suffix
 
     def _parse(self, number, line):
         where = f"{self.file}, line {number}"
@@ -78,13 +85,20 @@ class JsonLines:
         if not all(isinstance(value, str) for value in (image, prefix, suffix)) or not image:
             raise PaliGemmaError(f"{where}: image, prefix and suffix must be text")
         path = self.file.parent / image
-        if not path.is_file():
-            raise PaliGemmaError(f"{where}: no such picture {path}")
-        prompt, answer = self.tokenizer.prompt(prefix), [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
+        try:
+            found = path.is_file()
+        except OSError:  # a name that no file can have, such as a picture's data itself
+            found = False
+        if not found:
+            raise PaliGemmaError(f"{where}: no such picture {str(path)[:200]}")
+        try:
+            prompt, answer = self.tokenizer.prompt(prefix), [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
+        except PaliGemmaError as error:
+            raise PaliGemmaError(f"{where}: {error}") from None
         longest = self.tokenizer.config.max_length
         if len(prompt) + len(answer) > longest:
             raise PaliGemmaError(f"{where}: {len(prompt) + len(answer)} tokens, the model has room for {longest}")
-        return path, prompt, answer
+        return where, path, prompt, answer
 
 
 def collate(examples, pad: int) -> dict[str, torch.Tensor]:

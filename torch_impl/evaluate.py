@@ -14,17 +14,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from numpy_ref import checkpoint, cli, detection, segmentation
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref import checkpoint, cli, detection
 from numpy_ref.generate import answers, generate
 from numpy_ref.image import preprocess
 from numpy_ref.tokenizer import Tokenizer
 
-from . import questions, scenes
-from .segmentation import spell_with
+from . import data, questions, scenes
 
 PROG = "python -m torch_impl.evaluate"
-HELD_OUT_SEED = 1_000_003  # training numbers its examples from zero, by [seed, number]; this stream is another
 BATCH = 50
 NEW_TOKENS = 48
 DRAWN_AT = 224  # pixels a side of the pictures
@@ -32,14 +29,13 @@ MASKED_AT = 256  # and of the masks that are compared
 SCORES = {"caption": "caption", "answer": "answer", "detect": "detect_f1", "segment": "segment_miou"}
 
 
-def held_out(seed: int, count: int, task: str, codec: dict, compositional=False) -> list[questions.Question]:
-    """Scenes that training never saw, with one question of the task each."""
-    rng = np.random.default_rng([HELD_OUT_SEED, seed, questions.TASKS.index(task), compositional])
-    masks = spell_with(codec)
-    return [questions.random_question(rng, masks, task, compositional) for _ in range(count)]
+def held_out(seed: int, count: int, task: str, compositional=False) -> list[questions.Question]:
+    """Scenes that training never saw, with one question of the task each; what a mask is spelled like is left open."""
+    rng = np.random.default_rng([data.HELD_OUT_SEED, seed, 1 + questions.TASKS.index(task), compositional])
+    return [questions.random_question(rng, lambda mask, box: "", task, compositional) for _ in range(count)]
 
 
-def measure(engine, tokenizer, codec: dict, seed: int, count: int) -> dict:
+def measure(engine, tokenizer, seed: int, count: int) -> dict:
     """Fractions right on both splits, over `count` scenes a task.
 
     caption and answer by exact match; detect_f1 by boxes of the right label at an IoU of a half; segment_miou by the
@@ -49,9 +45,9 @@ def measure(engine, tokenizer, codec: dict, seed: int, count: int) -> dict:
     def split(compositional):
         results = {}
         for task, name in SCORES.items():
-            asked = held_out(seed, count, task, codec, compositional)
+            asked = held_out(seed, count, task, compositional)
             texts = answer_all(engine, tokenizer, asked, task)
-            results[name] = round(score(task, texts, asked, codec), 4)
+            results[name] = round(score(task, texts, asked, engine.masks), 4)
         return results
 
     return {**split(False), "compositional": split(True)}
@@ -74,24 +70,23 @@ def picture(question):
     return scenes.draw(question.scene, DRAWN_AT)
 
 
-def score(task, texts, asked, codec) -> float:
-    """The score of a task's answers, in [0, 1]."""
+def score(task, texts, asked, masks) -> float:
+    """The score of a task's answers, in [0, 1]; `masks` is an engine's painter of masks."""
     if task == "detect":
         return f1(texts, [question.suffix for question in asked])
     if task == "segment":
         pairs = zip(texts, asked, strict=True)
-        return float(np.mean([mask_iou(text, question, codec) for text, question in pairs]))
+        return float(np.mean([mask_iou(text, question, masks) for text, question in pairs]))
     return float(np.mean([text == question.suffix for text, question in zip(texts, asked, strict=True)]))
 
 
-def mask_iou(text, question, codec) -> float:
+def mask_iou(text, question, masks) -> float:
     """Overlap over union of the first mask in an answer with what is to be seen of the thing asked for."""
     truth = scenes.visible(question.scene, question.target, MASKED_AT)
     found = [box for box in detection.parse(text, MASKED_AT, MASKED_AT) if box.codes]
-    if not found:
+    (mask,) = cli.paint(masks, found[:1], MASKED_AT, MASKED_AT) or [None]
+    if mask is None:
         return 0.0
-    painted = segmentation.decode(codec, np.array([found[0].codes]))[0]
-    mask = segmentation.paste(painted, found[0].corners, MASKED_AT, MASKED_AT)
     return float((mask & truth).sum() / max(1, (mask | truth).sum()))
 
 
@@ -121,23 +116,14 @@ def png(image) -> bytes:
 
 
 def load(path: Path | None):
-    """Engine, tokenizer and mask codec of a bundle or a checkpoint; None is the shipped model's bundle."""
+    """Engine and tokenizer of a bundle or a checkpoint; None is the shipped model's bundle."""
     if path is None or (path / "bundle.json").is_file():
         # Named, not imported: this command alone reaches across, to measure what is given to users.
-        engine, tokenizer = importlib.import_module("export.session").load(path)
-        return engine, tokenizer, _shipped_codec()
+        return importlib.import_module("export.session").load(path)
     from .load import TorchEngine
 
     loaded = checkpoint.load(path)
-    file = segmentation.find(loaded.folder)
-    codec = segmentation.load(file) if file else _shipped_codec()
-    return TorchEngine(loaded), Tokenizer.load(loaded.folder, loaded.config), codec
-
-
-def _shipped_codec():
-    if (file := segmentation.find(checkpoint.SHIPPED)) is None:
-        raise PaliGemmaError(f"{checkpoint.SHIPPED}: no mask codec, without which masks cannot be scored")
-    return segmentation.load(file)
+    return TorchEngine(loaded), Tokenizer.load(loaded.folder, loaded.config)
 
 
 def table(results) -> str:
@@ -156,14 +142,10 @@ def main(argv=None):
         metavar="BUNDLE",
         help="a bundle or checkpoint; left out: the model that ships",
     )
-    options.add_argument("--seed", type=int, default=0, help="of the held-out scenes (0)")
-    options.add_argument("--scenes", type=int, default=500, help="scenes a task and split (500)")
+    options.add_argument("--seed", type=cli.whole(0), default=0, help="of the held-out scenes (0)")
+    options.add_argument("--scenes", type=cli.whole(1), default=500, help="scenes a task and split (500)")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args(argv)
-    if arguments.scenes < 1:
-        raise PaliGemmaError(f"--scenes must be positive, not {arguments.scenes}")
-    if arguments.seed < 0:
-        raise PaliGemmaError(f"--seed must not be negative, as {arguments.seed} is")
     results = measure(*load(arguments.model), arguments.seed, arguments.scenes)
     print(json.dumps(results) if arguments.json else table(results))
     return 0

@@ -14,11 +14,11 @@ PROG = "python -m torch_impl.gallery"
 TILE, GAP = 448, 16
 
 
-def gallery(engine, tokenizer, codec, seed: int, columns: int, compositional=False) -> Image.Image:
+def gallery(engine, tokenizer, seed: int, columns: int, compositional=False) -> Image.Image:
     """A row a task; the scenes are the first of the seed, not chosen."""
     rows = []
     for task in questions.TASKS:
-        asked = evaluate.held_out(seed, columns, task, codec, compositional)
+        asked = evaluate.held_out(seed, columns, task, compositional)
         texts = evaluate.answer_all(engine, tokenizer, asked)
         rows.append([_tile(engine, question, text) for question, text in zip(asked, texts, strict=True)])
     heights = [max(tile.height for tile in row) for row in rows]
@@ -43,8 +43,8 @@ def main(argv=None):
     options = argparse.ArgumentParser(prog=PROG, description="Draw what the model answers to held-out scenes.")
     options.add_argument("output", type=Path, metavar="OUT.png")
     options.add_argument("--model", type=Path, help="a bundle or checkpoint; left out: the model that ships")
-    options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--columns", type=int, default=4)
+    options.add_argument("--seed", type=cli.whole(0), default=1)
+    options.add_argument("--columns", type=cli.whole(1), default=4)
     options.add_argument("--new-pairs", action="store_true", help="of the compositional split")
     arguments = options.parse_args(argv)
     drawing = gallery(*evaluate.load(arguments.model), arguments.seed, arguments.columns, arguments.new_pairs)

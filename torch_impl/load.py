@@ -26,6 +26,9 @@ def from_params(config, params, dtype=torch.float32):
     flat, state = checkpoints.flatten(params), model.state_dict()
     if flat.keys() != state.keys():
         raise PaliGemmaError(f"parameters do not match the module: {', '.join(sorted(flat.keys() ^ state.keys()))}")
+    for name, array in flat.items():
+        if array.shape != tuple(state[name].shape):
+            raise PaliGemmaError(f"{name} has shape {list(array.shape)}, the module asks for {list(state[name].shape)}")
     with torch.no_grad():
         for name, array in flat.items():
             state[name].copy_(to_tensor(array))

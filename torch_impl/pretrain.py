@@ -5,6 +5,7 @@ caption is the nearest of all.
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -12,7 +13,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from numpy_ref import checkpoint, cli
@@ -28,7 +28,6 @@ from .training import LOG, Settings, fit, state_folder
 
 PROG = "python -m torch_impl.pretrain"
 CAPTION_LENGTH = 32
-HELD_OUT_SEED = 1_000_003  # training counts its examples from zero on, by [seed, number]; no run has this seed
 SETTINGS = Settings(1200, 128, peak=2e-3, warmup=100, optimizer="muon")
 PAIRS = 500
 LOSSES = ("siglip", "clip")
@@ -53,10 +52,12 @@ def loss_of(name: str):
     """`loss(model, batch)` for training, by the name of one of LOSSES."""
 
     def loss(model, batch):
-        image, text = model.embed_image(batch["pixel_values"]).float(), model.embed_text(batch["ids"]).float()
-        if name == "clip":
-            return contrastive.clip_loss(image, text, model.log_temperature)
-        return contrastive.siglip_loss(image, text, model.log_temperature, model.bias)
+        image, text = model.embed_image(batch["pixel_values"]), model.embed_text(batch["ids"])
+        with torch.autocast(image.device.type, enabled=False):  # the losses sum small differences
+            image, text = image.float(), text.float()
+            if name == "clip":
+                return contrastive.clip_loss(image, text, model.log_temperature)
+            return contrastive.siglip_loss(image, text, model.log_temperature, model.bias)
 
     return loss
 
@@ -69,16 +70,24 @@ def pretrain(config, tokenizer, settings, folder, loss="siglip") -> tuple[Contra
     if loss == "clip":
         model.log_temperature.data.fill_(math.log(1 / 0.07))
     examples = data.Captions(tokenizer, config.vision.image_size, CAPTION_LENGTH, settings.seed)
-    curve = fit(model, loss_of(loss), examples, data.collate_pairs, settings, folder, f"contrastive ({loss})")
+    curve = fit(
+        model, loss_of(loss), examples, data.collate_pairs, settings, folder, f"contrastive ({loss})",
+        about={"loss": loss, "config": repr(model.config)},
+    )  # fmt: skip
     return model.eval(), curve
 
 
 @torch.inference_mode()
 def recall(model, tokenizer, count=PAIRS) -> float:
-    """recall@1 over so many held-out pairs; by chance 1 / count."""
+    """recall@1 over so many held-out pairs of distinct captions; by chance 1 / count."""
     size = model.config.vision.image_size
-    examples = data.Captions(tokenizer, size, CAPTION_LENGTH, HELD_OUT_SEED)
-    batch = data.collate_pairs([examples[i] for i in range(count)])
+    examples, distinct = data.Captions(tokenizer, size, CAPTION_LENGTH, data.HELD_OUT_SEED), {}
+    for i in itertools.count():  # a caption that fits two pictures could not be told apart
+        if len(distinct) == count:
+            break
+        picture, ids = examples[i]
+        distinct.setdefault(ids.tobytes(), (picture, ids))
+    batch = data.collate_pairs(list(distinct.values()))
     images, texts = model.embed_image(batch["pixel_values"]), model.embed_text(batch["ids"])
     return round(recall_at_1(images.numpy(), texts.numpy()), 4)
 
@@ -91,9 +100,9 @@ def main(argv=None):
         "--like", type=Path, default=checkpoint.SHIPPED, metavar="CHECKPOINT",
         help="whose sizes and tokenizer to take (the model that ships); the weights start at random",
     )  # fmt: skip
-    options.add_argument("--steps", type=int, default=SETTINGS.steps)
-    options.add_argument("--batch-size", type=int, default=SETTINGS.batch_size)
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--steps", type=cli.whole(1), default=SETTINGS.steps)
+    options.add_argument("--batch-size", type=cli.whole(2), default=SETTINGS.batch_size)
+    options.add_argument("--seed", type=cli.whole(0), default=0)
     arguments = options.parse_args(argv)
     if arguments.output.exists():
         raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
@@ -104,15 +113,14 @@ def main(argv=None):
     model, curve = pretrain(config, tokenizer, settings, folder, arguments.loss)
     found = recall(model, tokenizer)
     with new_directory(arguments.output) as output:
-        tensors = {name: np.atleast_1d(tensor.detach().numpy()) for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
         write_safetensors(output, tensors)
         shutil.copyfile(folder / LOG, output / LOG)
         record = {"loss": arguments.loss, "steps": settings.steps, "recall_at_1": found, "pairs": PAIRS}
         (output / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder)
-    print(
-        f"{arguments.loss}: recall@1 {found:.1%} of 500 held-out pairs, loss {curve[-1][2]}; wrote {arguments.output}"
-    )
+    print(f"{arguments.loss}: recall@1 {found:.1%} of {PAIRS} held-out pairs, loss {curve[-1][2]}")
+    print(f"wrote {arguments.output}")
     return 0
 
 

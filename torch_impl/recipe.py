@@ -2,7 +2,8 @@
 
 Stages, as in the PaliGemma paper but small: a tokenizer and a mask codec for the scenes; contrastive pretraining of
 the vision tower on pictures and captions; then tower and decoder together, by prefix-LM on the suffixes of all tasks.
-Killed and started again it goes on where it was. With `--keep` the state stays, so that a stage can be looked at.
+Killed and started again it goes on where it was, at most a minute back. With `--keep` the state stays, so that a stage
+can be looked at.
 """
 
 import argparse
@@ -10,10 +11,11 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from numpy_ref import checkpoint, cli, segmentation
@@ -49,6 +51,7 @@ def small_config(vocab: int = tokenizer_training.VOCAB) -> PaliGemmaConfig:
 
 def cook(folder: Path, seed: int, pretraining: Settings, training: Settings) -> tuple[PaliGemma, bytes, dict]:
     """All stages, with their state in `folder`: the model, its tokenizer, and the record of each stage."""
+    pretraining, training = replace(pretraining, seed=seed), replace(training, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     config, tokenizer_model = small_config(), tokenizer_training.train_tokenizer(seed)
     tokenizer = Tokenizer(SentencePiece(tokenizer_model), config)
@@ -62,23 +65,31 @@ def cook(folder: Path, seed: int, pretraining: Settings, training: Settings) -> 
     model = PaliGemma(config)
     pretrain.initialise(model)
     model.vision.load_state_dict(towers.vision.state_dict())
-    examples, collate = data.Scenes(tokenizer, codec, config.vision.image_size, seed + 1), data.collate
+    examples = data.Scenes(tokenizer, codec, config.vision.image_size, seed + 1)  # other scenes than pretraining's
     curve = fit(
-        model, prefix_lm_loss, examples, partial(collate, pad=config.pad), training, folder / "prefix-lm", "all tasks"
-    )
+        model, prefix_lm_loss, examples, partial(data.collate, pad=config.pad), training, folder / "prefix-lm",
+        "all tasks", about={"config": repr(config)},
+    )  # fmt: skip
     record["all tasks"] = {"settings": asdict(training), "curve": _thin(curve)}
     return model.eval(), tokenizer_model, record
 
 
 def _codec(folder, seed) -> dict:
-    """Train the mask codec into `folder` unless it is there; how that went."""
-    told, started = folder / "codec.json", time.perf_counter()
+    """Train the mask codec into `folder` unless it is there (two minutes that a kill costs); how that went."""
+    told, file = folder / "codec.json", folder / segmentation.FILES[0]
     if not told.exists():
+        started = time.perf_counter()
         codec, curve = train_codec(seed)
-        (folder / segmentation.FILES[0]).unlink(missing_ok=True)
-        save_codec(folder / segmentation.FILES[0], codec)
-        told.write_text(json.dumps({"seconds": round(time.perf_counter() - started), "curve": curve}))
-    return json.loads(told.read_text())
+        file.unlink(missing_ok=True)
+        save_codec(file, codec)
+        record = {"seed": seed, "seconds": round(time.perf_counter() - started), "curve": curve}
+        temporary = told.with_suffix(".part")
+        temporary.write_text(json.dumps(record))
+        temporary.replace(told)
+    record = json.loads(told.read_text())
+    if record["seed"] != seed:
+        raise PaliGemmaError(f"{folder}: this run was begun with seed {record['seed']}; go on with that, or remove it")
+    return record
 
 
 def _thin(curve, rows=40) -> dict:
@@ -89,16 +100,14 @@ def _thin(curve, rows=40) -> dict:
 
 def example_picture():
     """The picture that ships beside the model, and that README's first command asks about."""
-    import numpy as np
-
     return scenes.draw(scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)), 224)
 
 
 def main(argv=None):
     options = argparse.ArgumentParser(prog=PROG, description="Train the model that ships, from nothing.")
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--scenes", type=int, default=500, help="held-out scenes a task for the record (500)")
+    options.add_argument("--seed", type=cli.whole(0), default=0)
+    options.add_argument("--scenes", type=cli.whole(1), default=500, help="held-out scenes a task for the record (500)")
     options.add_argument("--keep", action="store_true", help="leave the state of training where it is")
     arguments = options.parse_args(argv)
     if arguments.output.exists():
@@ -106,9 +115,9 @@ def main(argv=None):
     folder = state_folder(arguments.output)
     model, tokenizer_model, stages = cook(folder, arguments.seed, pretrain.SETTINGS, TRAINING)
     codec_file = folder / segmentation.FILES[0]
-    codec = segmentation.load(codec_file)
+    masks = partial(segmentation.decode, segmentation.load(codec_file))
     tokenizer = Tokenizer(SentencePiece(tokenizer_model), model.config)
-    held_out = evaluate.measure(ModuleEngine(model), tokenizer, codec, 0, arguments.scenes)
+    held_out = evaluate.measure(ModuleEngine(model, masks=masks), tokenizer, 0, arguments.scenes)
     record = {"command": f"{PROG} --seed {arguments.seed}", "stages": stages,
               "held_out": {"seed": 0, "scenes": arguments.scenes, **held_out}}  # fmt: skip
     files = {

@@ -5,6 +5,7 @@ straight through to the encoder; code words move to the mean of the vectors that
 chooses is put where a vector is.
 """
 
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -208,17 +209,19 @@ def save(file, params) -> None:
         write_npz(temporary, {name: np.asarray(flat[path]) for path, name in segmentation.names().items()})
 
 
-def spell_with(params):
-    """`masks(mask, box)` for questions: the tokens of a mask. Shapes recur, so tokens are kept by the mask's bytes."""
-    known: dict[bytes, str] = {}
+class Speller:
+    """Called with a mask and its box, the mask's tokens. Shapes recur, so tokens are kept by a digest of the mask."""
 
-    def masks(mask, box) -> str:
+    MOST = 50_000  # masks remembered
+
+    def __init__(self, params):
+        self.params, self.known = params, {}
+
+    def __call__(self, mask, box) -> str:
         cropped = segmentation.crop(mask, box)
-        key = cropped.tobytes()
-        if key not in known:
-            if len(known) > 20_000:
-                known.clear()
-            known[key] = segmentation.spell(segmentation.encode(params, cropped[None])[0])
-        return known[key]
-
-    return masks
+        key = hashlib.blake2b(cropped.tobytes(), digest_size=16).digest()
+        if key not in self.known:
+            if len(self.known) == self.MOST:
+                self.known.clear()
+            self.known[key] = segmentation.spell(segmentation.encode(self.params, cropped[None])[0])
+        return self.known[key]

@@ -19,10 +19,11 @@ import torch
 
 from numpy_ref import checkpoint, cli, segmentation
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.storage import map_safetensors
 from numpy_ref.tokenizer import Tokenizer
 
 from . import data
-from .load import load, to_params
+from .load import load, to_params, to_tensor
 from .paligemma import PaliGemma
 from .training import COLUMNS, LOG, Settings, fit, state_folder
 
@@ -44,6 +45,8 @@ def fine_tune(arguments) -> list:
     """Train a checkpoint on from the command line's arguments, and save it; the curve."""
     model, loaded = load(arguments.init)
     tokenizer = Tokenizer.load(loaded.folder, loaded.config)
+    if arguments.vision:
+        take_vision(model, arguments.vision)
     if arguments.data:
         examples = data.JsonLines(arguments.data, tokenizer, loaded.resize, arguments.seed)
     else:
@@ -56,61 +59,76 @@ def fine_tune(arguments) -> list:
         bfloat16=not arguments.float32, freeze=tuple(arguments.freeze),
     )  # fmt: skip
     folder = state_folder(arguments.output)
+    sources = [arguments.init, arguments.vision, arguments.data]
     curve = fit(
-        model, prefix_lm_loss, examples, partial(data.collate, pad=loaded.config.pad), settings, folder,
-        save_every=60 * arguments.save_every, about={"init": str(arguments.init), "data": str(arguments.data)},
+        model.to(arguments.device), prefix_lm_loss, examples, partial(data.collate, pad=loaded.config.pad), settings,
+        folder, save_every=60 * arguments.save_every, about={"from": [fingerprint(path) for path in sources]},
     )  # fmt: skip
     dtype = torch.float32 if arguments.save_dtype == "float32" else torch.bfloat16
-    files = {
-        name: (loaded.folder / name).read_bytes() for name in checkpoint.COMPANIONS if (loaded.folder / name).is_file()
+    files = checkpoint.companions(loaded) | {
+        "training.json": (json.dumps(record(arguments, curve), indent=1) + "\n").encode(),
+        LOG: (folder / LOG).read_bytes(),
     }
-    files["training.json"] = (json.dumps(record(arguments, curve), indent=1) + "\n").encode()
-    files[LOG] = (folder / LOG).read_bytes()
-    checkpoint.save(arguments.output, loaded.config, to_params(model, dtype), files)
+    checkpoint.save(arguments.output, loaded.config, to_params(model.cpu(), dtype), files)
     shutil.rmtree(folder)
     return curve
+
+
+def take_vision(model: PaliGemma, folder: Path) -> None:
+    """Put the vision tower that `torch_impl.pretrain` wrote into a model."""
+    stored = map_safetensors(folder)
+    tower = {name.removeprefix("vision."): array for name, array in stored.items() if name.startswith("vision.")}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.vision.state_dict().items()}
+    if wanted != {name: array.shape for name, array in tower.items()}:
+        raise PaliGemmaError(f"{folder}: its vision tower is not of this model's sizes")
+    model.vision.load_state_dict({name: to_tensor(array) for name, array in tower.items()})
+
+
+def fingerprint(path: Path | None) -> str:
+    """What tells whether a file, or the files of a folder, are still those that a run was begun with."""
+    if path is None:
+        return ""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    return " ".join([str(path), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)])
 
 
 def record(arguments, curve) -> dict:
     """What was done, for training.json."""
     told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    return {
-        "command": PROG,
-        "arguments": told,
-        "curve": {"columns": COLUMNS, "rows": curve},
-    }
+    return {"command": PROG, "arguments": told, "curve": {"columns": COLUMNS, "rows": curve}}
 
 
 def main(argv=None):
     options = argparse.ArgumentParser(prog=PROG, description="Fine-tune a checkpoint.", allow_abbrev=False)
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument(
-        "--init",
-        type=Path,
-        default=checkpoint.SHIPPED,
-        metavar="CHECKPOINT",
-        help="what to train (the shipped model)",
+        "--init", type=Path, default=checkpoint.SHIPPED, metavar="CHECKPOINT", help="what to train (the shipped model)"
+    )
+    options.add_argument(
+        "--vision", type=Path, metavar="DIR", help="a vision tower from torch_impl.pretrain, to begin with"
     )
     options.add_argument("--data", type=Path, metavar="FILE.jsonl", help="lines of image, prefix and suffix")
-    options.add_argument("--steps", type=int, default=1000, help="of the optimizer (1000)")
-    options.add_argument("--batch-size", type=int, default=16, help="examples at once (16)")
-    options.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches before each step (1)")
-    options.add_argument("--learning-rate", type=float, default=2e-5, help="at its peak (2e-5)")
-    options.add_argument("--warmup", type=int, default=100, help="steps (100)")
-    options.add_argument("--weight-decay", type=float, default=0.0, help="of kernels (0)")
+    options.add_argument("--steps", type=cli.whole(1), default=1000, help="of the optimizer (1000)")
+    options.add_argument("--batch-size", type=cli.whole(1), default=16, help="examples at once (16)")
+    options.add_argument("--accumulate", type=cli.whole(1), default=1, metavar="N", help="batches before each step (1)")
+    options.add_argument("--learning-rate", type=cli.real(0, 1), default=2e-5, help="at its peak (2e-5)")
+    options.add_argument("--warmup", type=cli.whole(0), default=100, help="steps (100)")
+    options.add_argument("--weight-decay", type=cli.real(0, 10), default=0.0, help="of kernels (0)")
     options.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     options.add_argument("--freeze", nargs="+", default=[], choices=PARTS, help="parts that stay as they are")
     options.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     options.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
-    options.add_argument("--save-every", type=float, default=1.0, metavar="MINUTES", help="what a kill may cost (1)")
-    options.add_argument("--seed", type=int, default=0, help="of the order, or of the scenes (0)")
+    options.add_argument(
+        "--save-every", type=cli.real(0, 1e6), default=1.0, metavar="MINUTES", help="what a kill may cost (1)"
+    )
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (cpu)")
+    options.add_argument("--seed", type=cli.whole(0), default=0, help="of the order, or of the scenes (0)")
     arguments = options.parse_args(argv)
-    for name in ("steps", "batch_size", "accumulate", "learning_rate"):
-        if getattr(arguments, name) <= 0:
-            raise PaliGemmaError(f"--{name.replace('_', '-')} must be positive, not {getattr(arguments, name)}")
     if arguments.output.exists():
         raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
-    if (state_folder(arguments.output)).exists():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise PaliGemmaError("--device cuda: this build of torch finds no CUDA device")
+    if state_folder(arguments.output).exists():
         print(f"going on from {state_folder(arguments.output)}", file=sys.stderr)
     curve = fine_tune(arguments)
     print(f"wrote {arguments.output}, loss {curve[-1][2]} after {curve[-1][0]} steps")

@@ -9,6 +9,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,17 +98,20 @@ def fit(
     torch.use_deterministic_algorithms(True)
     model.train()
     optimizers = optimizers_for(model, settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PaliGemmaError(f"{folder}: cannot be written ({error.strerror})") from None
     begin, curve, recent = _resume(folder / STATE, model, optimizers, asdict(settings) | (about or {}))
     _write_log(folder / LOG, curve)
     before = curve[-1][1] if curve else 0.0
     seen = settings.accumulate * settings.batch_size  # examples a step
     batches = DataLoader(
-        examples, settings.batch_size, num_workers=1, prefetch_factor=8, collate_fn=collate,
+        _Told(examples), settings.batch_size, num_workers=1, prefetch_factor=8, collate_fn=partial(_collate, collate),
         sampler=range(begin * seen, settings.steps * seen),
     )  # fmt: skip
     batches, started = iter(batches), time.perf_counter()
-    saved = started
+    saved, cost = started, 0.0
     with tqdm(total=settings.steps, initial=begin, desc=label, disable=None) as bar:
         for step in range(begin, settings.steps):
             rate = learning_rate(step, settings)
@@ -120,7 +124,8 @@ def fit(
                 curve.append((step + 1, round(seconds, 1), round(float(np.mean(recent)), 4), float(f"{rate:.3g}")))
                 recent = []
                 _write_log(folder / LOG, curve[-1:], append=True)
-            if time.perf_counter() - saved > save_every or last:
+            if time.perf_counter() - saved > max(save_every, 20 * cost) or last:
+                begun = time.perf_counter()
                 progress = {
                     "step": step + 1,
                     "curve": curve,
@@ -129,15 +134,16 @@ def fit(
                 }
                 _save(folder / STATE, model, optimizers, progress)
                 saved = time.perf_counter()
+                cost = saved - begun  # a state that takes long to write is written less often
     return curve
 
 
 def _step(model, loss, batches, optimizers, settings, rate) -> float:
     """One step of the optimizers; the mean loss of its batches."""
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     for _ in range(settings.accumulate):
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
-            value = loss(model, next(batches)) / settings.accumulate
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+            value = loss(model, _next(batches, device)) / settings.accumulate
         if not torch.isfinite(value):
             raise PaliGemmaError("the loss is not a number any more; lower --learning-rate")
         value.backward()
@@ -149,6 +155,31 @@ def _step(model, loss, batches, optimizers, settings, rate) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total
+
+
+class _Told:
+    """Examples whose errors are handed on as values: raised in a worker, they would come out as tracebacks."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __getitem__(self, index):
+        try:
+            return self.examples[index]
+        except PaliGemmaError as error:
+            return error
+
+
+def _collate(collate, examples):
+    wrong = [example for example in examples if isinstance(example, PaliGemmaError)]
+    return wrong[0] if wrong else collate(examples)
+
+
+def _next(batches, device):
+    batch = next(batches)
+    if isinstance(batch, PaliGemmaError):
+        raise batch
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 # --- state -------------------------------------------------------------------------------------------------
@@ -189,6 +220,16 @@ def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
     odd = [f"{key} {progress['settings'].get(key)}" for key in wanted if progress["settings"].get(key) != wanted[key]]
     if odd:
         raise PaliGemmaError(f"{file}: this run was begun with {', '.join(odd)}; go on with that, or remove it")
+    try:
+        _take_up(tensors, model, optimizers)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PaliGemmaError(f"{file}: a state of another model ({reason}); remove it to begin again") from None
+    return progress["step"], [tuple(row) for row in progress["curve"]], progress.get("recent", [])
+
+
+def _take_up(tensors, model, optimizers) -> None:
+    """Put stored tensors into the model and its optimizers."""
     model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict] = {}
@@ -197,12 +238,14 @@ def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
             if kind == "optimizer" and rest[0] == str(i):
                 state.setdefault(int(rest[1]), {})[rest[2]] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return progress["step"], [tuple(row) for row in progress["curve"]], progress.get("recent", [])
 
 
 def _write_log(file, rows, append=False) -> None:
-    with file.open("a" if append else "w", newline="") as stream:
-        writer = csv.writer(stream)
-        if not append:
-            writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    try:
+        with file.open("a" if append else "w", newline="") as stream:
+            writer = csv.writer(stream)
+            if not append:
+                writer.writerow(COLUMNS)
+            writer.writerows(rows)
+    except OSError as error:
+        raise PaliGemmaError(f"{file}: cannot be written ({error.strerror})") from None
