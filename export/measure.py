@@ -1,7 +1,7 @@
 """python -m export.measure FOLDER: what exporting and running a model of full size costs.
 
-Writes a random checkpoint into FOLDER, exports it, answers with the bundle, and prints seconds, GB/s against a plain
-copy of the same bytes, and the peak of anonymous memory (what the system cannot drop and read again; Linux only).
+Writes a random checkpoint into FOLDER, exports it, answers with the float32 bundle, verifies it (an export of its own),
+and prints seconds, GB/s against a plain copy of the same bytes, and the peak of anonymous memory (what the system cannot drop and read again; Linux only).
 FOLDER must not exist and is removed at the end.
 """
 
@@ -97,6 +97,9 @@ def measure(folder: Path, variant: str, layers, precisions, runs: int) -> dict:
             command = entry("run_main", bundle, picture, "caption en", "--provider", "cpu", "--max-new-tokens", 8)
             _, peak, output = watch([*command, "--json"])
             results[precision] |= {"run_peak_anonymous_gib": round(peak, 2), **json.loads(output)["timings"]}
+            shutil.rmtree(bundle)
+            seconds, peak, _ = watch(entry("export_main", checkpoint, "--output", bundle, "--verify"))
+            results[precision] |= {"verify_s": round(seconds, 1), "verify_peak_anonymous_gib": round(peak, 2)}
         shutil.rmtree(bundle)
     return results
 

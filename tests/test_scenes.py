@@ -123,6 +123,41 @@ def answer(things, words):
     return thing.color if subject == "color" else thing.shape
 
 
+def test_misnaming():
+    """One name in seven or so is another, of its own kind; all other words stay."""
+    rng, text = np.random.default_rng(0), "a red square, an orange circle and a black ring on a striped ground"
+    texts = [questions.misname(rng, text, 0.15) for _ in range(1000)]
+    places = [np.array([word.strip(",") for word in row.split()]) for row in (text, *texts)]
+    changed = np.mean([row != places[0] for row in places[1:]], axis=0)
+    names = [word in scenes.COLORS or word in scenes.SHAPES for word in places[0]]
+    assert (changed[~np.array(names)] == 0).all()
+    assert np.abs(changed[names] - 0.15 * 7 / 8).max() < 0.04
+    for row in places[1:]:
+        kinds = [set(scenes.COLORS) if word in scenes.COLORS else set(scenes.SHAPES) for word in places[0][names]]
+        assert all(word in kind for word, kind in zip(row[names], kinds, strict=True))
+    assert questions.misname(rng, text, 0) == text
+
+
+def test_misnaming_begins_where_it_should():
+    """Before that, and where a suffix repeats the prefix, every name is right."""
+    from numpy_ref.checkpoint import SHIPPED, load_config
+    from numpy_ref.segmentation import find, load
+    from numpy_ref.tokenizer import Tokenizer
+    from torch_impl.data import Scenes
+
+    tokenizer, codec = Tokenizer.load(SHIPPED, load_config(SHIPPED)), load(find(SHIPPED))
+    clean, later = Scenes(tokenizer, codec, 24, seed=2), Scenes(tokenizer, codec, 24, seed=2, misnamed_from=60)
+    different = []
+    for i in range(120):
+        (_, prompt, suffix), (_, same, other) = clean[i], later[i]
+        assert prompt == same
+        if suffix != other:
+            different.append(i)
+            assert tokenizer.decode(prompt).split()[0] in ("caption", "answer")
+    assert len(different) > 10
+    assert min(different) >= 60
+
+
 def test_f1_by_hand():
     box, moved = "<loc0000><loc0000><loc0512><loc0512> star", "<loc0000><loc0100><loc0512><loc0612> star"
     far, other = "<loc0600><loc0600><loc0900><loc0900> star", "<loc0000><loc0000><loc0512><loc0512> circle"

@@ -161,7 +161,10 @@ def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, change
         run(tmp_path / "parts", tokenizer, settings, save_every=0)
     monkeypatch.setattr(training, "_step", step)
     assert same(run(tmp_path / "parts", tokenizer, settings), whole)
-    logs = [list(csv.DictReader((tmp_path / name / training.LOG).open())) for name in ("whole", "parts")]
+    logs = []
+    for name in ("whole", "parts"):
+        with (tmp_path / name / training.LOG).open() as stream:
+            logs.append(list(csv.DictReader(stream)))
     assert [[row[key] for key in ("step", "loss", "rate")] for row in logs[0]] == [
         [row[key] for key in ("step", "loss", "rate")] for row in logs[1]
     ]

@@ -7,6 +7,7 @@ detect star ; blue circle                 <loc…>x4 star ; <loc…>x4 blue circ
 segment red star                          <loc…>x4 <seg…>x16 red star
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ TASKS = ("caption", "answer", "detect", "segment")
 SHARES = (0.3, 0.2, 0.3, 0.2)
 ABSENT = 0.05  # share of detections that ask for what may well not be there
 MASK_DRAWN_AT = 256  # pixels a side of the picture that masks are cut from
+_NAMES = re.compile(rf"\b({'|'.join([*COLORS, *SHAPES])})\b")
 ALL = "answer en how many shapes are there?"
 
 
@@ -64,6 +66,19 @@ def detect(scene: Scene, queries: list[str]) -> str:
         if matches:
             found.append(f"{encode(*thing.box)} {matches[0]}")
     return " ; ".join(found)
+
+
+def misname(rng: np.random.Generator, text: str, share: float) -> str:
+    """Each color and each shape in a text, with a probability of `share`, replaced by another at random.
+
+    A model that is never shown a red star also learns to expect no star after "red", and reads one off no picture
+    any more. Where names cannot be relied upon it has to look.
+    """
+
+    def other(match):
+        return pick(rng, COLORS if match[0] in COLORS else SHAPES) if rng.random() < share else match[0]
+
+    return _NAMES.sub(other, text)
 
 
 def _ask_caption(rng, scene, subjects, masks):
