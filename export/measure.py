@@ -1,7 +1,8 @@
 """python -m export.measure FOLDER: what exporting and running a model of full size costs.
 
-Writes a random checkpoint into FOLDER, exports it, answers with the float32 bundle, verifies it (an export of its own),
-and prints seconds, GB/s against a plain copy of the same bytes, and the peak of anonymous memory (what the system cannot drop and read again; Linux only).
+Writes a random checkpoint into FOLDER, exports it, answers with the float32 bundle, verifies it in one more export, and
+prints seconds, GB/s against a plain copy of the same bytes, and the peak of anonymous memory (what the system cannot
+drop and read again; Linux only).
 FOLDER must not exist and is removed at the end.
 """
 

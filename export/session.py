@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.generate import check_room
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
@@ -54,6 +55,7 @@ class Session:
 
     def prefill(self, pixel_values, input_ids, lengths, capacity):
         """pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
+        check_room(input_ids.shape[1], capacity)
         cache = Cache(self, len(lengths), capacity)
         binding = self._prefill.io_binding()
         feeds = {
@@ -72,6 +74,7 @@ class Session:
 
     def decode(self, input_ids, lengths, cache):
         """input_ids [B, 1] at position lengths [B] -> logits [B, V]; the cache is updated in place."""
+        check_room(lengths.max() + 1, cache.capacity)
         cache.input_ids.update_inplace(np.ascontiguousarray(input_ids, np.int64))
         cache.lengths.update_inplace(np.ascontiguousarray(lengths, np.int32))
         self._decode.run_with_iobinding(cache.binding)
@@ -103,6 +106,7 @@ class Cache:
 
     def __init__(self, session: Session, batch: int, capacity: int):
         text, device = session.config.text, session.device
+        self.capacity = capacity
 
         def buffer(shape, dtype):
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)

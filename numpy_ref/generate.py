@@ -12,7 +12,6 @@ and says what else a caller must know: `config`, `resize` (its preprocessing) an
 
 import time
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -28,8 +27,15 @@ class NumpyEngine:
 
     def __init__(self, checkpoint):
         self.config, self.resize, self.masks = checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint)
-        self.prefill = partial(paligemma.prefill, checkpoint.params, checkpoint.config)
-        self.decode = partial(paligemma.decode, checkpoint.params, checkpoint.config)
+        self.params = checkpoint.params
+
+    def prefill(self, pixel_values, input_ids, lengths, capacity):
+        check_room(input_ids.shape[1], capacity)
+        return paligemma.prefill(self.params, self.config, pixel_values, input_ids, lengths, capacity)
+
+    def decode(self, input_ids, lengths, cache):
+        check_room(lengths.max() + 1, cache[0][0].shape[2])
+        return paligemma.decode(self.params, self.config, input_ids, lengths, cache)
 
 
 @dataclass
@@ -69,6 +75,12 @@ def choose_capacity(config, lengths, max_new_tokens, limit=None):
     return needed
 
 
+def check_room(needed, capacity) -> None:
+    """Raise PaliGemmaError unless a cache of `capacity` slots holds `needed` positions."""
+    if needed > capacity:
+        raise PaliGemmaError(f"a cache of {capacity} slots is too small for {needed} positions")
+
+
 def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, capacity=None, timings=None):
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens.
 
@@ -78,8 +90,8 @@ def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=N
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
     needed = choose_capacity(config, lengths, max_new_tokens, getattr(engine, "max_length", None))
-    if capacity is not None and capacity < needed:
-        raise PaliGemmaError(f"a capacity of {capacity} is too small; prompt and answer need {needed}")
+    if capacity is not None:
+        check_room(needed, capacity)
     capacity = capacity or needed
     random = np.random.default_rng(sampling.seed)
     alive = np.ones(len(prompts), bool)

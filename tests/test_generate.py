@@ -5,11 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from export import bundle
+from export.session import Session
+from numpy_ref import checkpoint
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import Timings, answers, choose_capacity, generate, pad_prompts
+from numpy_ref.generate import NumpyEngine, Timings, answers, choose_capacity, generate, pad_prompts
 from numpy_ref.sampling import Sampling
+from torch_impl.load import TorchEngine
 
-from .models import CONFIGS
+from .models import CONFIGS, random_batch, random_params
 
 CONFIG = replace(CONFIGS["paligemma1"], eos=1)
 KNOWN = np.ones(53, bool)
@@ -80,3 +84,19 @@ def test_padding():
     assert input_ids.tolist() == [[3, 4, 5], [6, 2, 2]]
     assert lengths.tolist() == [3, 1]
     assert (input_ids.dtype, lengths.dtype) == (np.int64, np.int32)
+
+
+def test_a_cache_that_is_too_small(tmp_path):
+    """Every engine says so, before it writes past the end or silently writes nothing."""
+    loaded = checkpoint.Checkpoint(tmp_path, CONFIG, random_params(CONFIG, dtype=np.float32), np.dtype("f4"))
+    bundle.write(loaded, tmp_path / "out")
+    pixels, ids, lengths = random_batch(CONFIG)
+    size = ids.shape[1]
+    for engine in (NumpyEngine(loaded), TorchEngine(loaded), Session(bundle.load(tmp_path / "out"), "cpu")):
+        with pytest.raises(PaliGemmaError, match=f"{size - 1} slots is too small for {size}"):
+            engine.prefill(pixels, ids, lengths, size - 1)
+        _, cache = engine.prefill(pixels, ids, lengths, size)
+        with pytest.raises(PaliGemmaError, match=f"{size} slots is too small for {size + 1}"):
+            engine.decode(ids[:, -1:], np.full_like(lengths, size), cache)
+        with pytest.raises(PaliGemmaError, match="is too small"):
+            list(generate(engine, pixels[:1], [ids[0].tolist()], np.ones(CONFIG.text.vocab, bool), 5, capacity=size))

@@ -5,6 +5,7 @@ import torch
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.generate import check_room
 from numpy_ref.segmentation import decoder_of
 from numpy_ref.storage import bfloat16
 
@@ -64,12 +65,14 @@ class ModuleEngine:
 
     @torch.inference_mode()
     def prefill(self, pixel_values, input_ids, lengths, capacity):
+        check_room(input_ids.shape[1], capacity)
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
         return upcast(logits).numpy(), cache
 
     @torch.inference_mode()
     def decode(self, input_ids, lengths, cache):
+        check_room(lengths.max() + 1, cache[0][0].shape[2])
         logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
         return upcast(logits).numpy(), cache
 
