@@ -1,6 +1,7 @@
 """python -m numpy_ref [CHECKPOINT] IMAGE PROMPT: the reference answers."""
 
 import sys
+from pathlib import Path
 
 from . import checkpoint, cli
 from .generate import NumpyEngine
@@ -17,6 +18,7 @@ def load(path):
 
 def main(argv=None):
     options = cli.parser(PROG, "CHECKPOINT", "Answer a prompt about a picture with the NumPy reference.")
+    options.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw what each token of the answer looked at")
     arguments = cli.parse(options, argv)
     cli.on_the_cpu(arguments, PROG)
     return cli.answer(arguments, load)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import detection, segmentation
+from . import detection, heatmap, segmentation
 from .errors import PaliGemmaError
 from .generate import Timings, answers, choose_capacity, generate
 from .image import open_image, preprocess
@@ -104,6 +104,10 @@ def answer(arguments, load) -> int:
     masks = paint(engine.masks, boxes, image.width, image.height)
     if arguments.draw:
         write_drawing(arguments.draw, detection.draw(image, boxes, caption(arguments.prompt, text, boxes), masks))
+    if getattr(arguments, "heatmap", None) and ids:  # the reference alone has taps to read
+        maps = heatmap.attention_over_picture(engine.params, config, pixel_values, prompt, ids)
+        words = [tokenizer.decode([token]).strip() or "·" for token in ids]
+        write_drawing(arguments.heatmap, heatmap.draw(image, maps, words))
     if arguments.json:
         times = {
             "load_s": round(load_s, 4),

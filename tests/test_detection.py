@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from numpy_ref import detection
+from numpy_ref import detection, heatmap, paligemma
 from numpy_ref.detection import Box
+
+from .models import CONFIGS, random_batch, random_params
 
 CODES = "".join(f"<seg{i:03d}>" for i in range(16))
 
@@ -89,3 +91,42 @@ def test_masks_are_drawn_over_the_picture():
     drawn = np.asarray(detection.draw(Image.new("RGB", (40, 30), "gray"), boxes, masks=[mask, None]))
     assert (drawn[15 * 12, 15 * 12] != 128).any()
     assert (drawn[25 * 12, 35 * 12] == 128).all()
+
+
+# --- what an answer looked at ------------------------------------------------------------------------------
+
+
+def test_attention_over_the_picture():
+    """A map a token; what the picture gets is a share of one, and depends on the picture."""
+    config = CONFIGS["paligemma2"]
+    params = random_params(config)
+    pixels, _, _ = random_batch(config)
+    prompt, answer = [*[config.image_token] * config.vision.patches, 2, 7, 9], [11, 13, 17, 19]
+    maps = [
+        heatmap.attention_over_picture(params, config, picture[None].astype(np.float64), prompt, answer)
+        for picture in pixels[:2]
+    ]
+    assert maps[0].shape == (4, 3, 3)
+    assert (maps[0] > 0).all()
+    assert (maps[0].sum((1, 2)) < 1).all()
+    assert not np.allclose(*maps)
+    drawn = heatmap.draw(Image.new("RGB", (40, 30), "white"), maps[0], ["a", "b", "c", "d"])
+    assert drawn.width == 4 * 200 - 8
+
+
+def test_the_first_map_is_the_prefills():
+    """The token that prefill chooses was chosen from what the last position of the prompt attended to."""
+    config = CONFIGS["paligemma1"]
+    params = random_params(config)
+    pixels, ids, lengths = random_batch(config, prefix_sizes=(5,))
+    weights = []
+
+    def tap(name, value):
+        if name.endswith("attention.weights") and name.startswith("text."):
+            weights.append(value[0, :, -1, : config.vision.patches].mean(0))
+        return value
+
+    pixels = pixels.astype(np.float64)
+    paligemma.prefill(params, config, pixels, ids, lengths, 40, tap)
+    maps = heatmap.attention_over_picture(params, config, pixels, ids[0].tolist(), [7, 11])
+    assert np.allclose(maps[0].ravel(), np.mean(weights, axis=0))

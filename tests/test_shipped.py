@@ -87,7 +87,7 @@ def test_it_answers_as_well_as_recorded(shipped, tokenizer):
         for task in evaluate.SCORES.values():
             share = min(wanted[task], 1 - 1 / COUNT)  # a perfect record still leaves room for one miss
             assert split[task] >= share - 4 * np.sqrt(share * (1 - share) / COUNT), task
-            assert split[task] > 0.5, task
+    assert all(measured[task] > 0.5 for task in evaluate.SCORES.values())
 
 
 def test_a_batch_of_scenes_answers_as_its_rows(tokenizer, asked, reference):
