@@ -146,7 +146,9 @@ def test_misnaming_begins_where_it_should():
     from torch_impl.data import Scenes
 
     tokenizer, codec = Tokenizer.load(SHIPPED, load_config(SHIPPED)), load(find(SHIPPED))
-    clean, later = Scenes(tokenizer, codec, 24, seed=2), Scenes(tokenizer, codec, 24, seed=2, misnamed_from=60)
+    clean, later = (
+        Scenes(tokenizer, codec, 24, seed=2, **more) for more in ({}, {"misnamed": 0.15, "misnamed_from": 60})
+    )
     different = []
     for i in range(120):
         (_, prompt, suffix), (_, same, other) = clean[i], later[i]

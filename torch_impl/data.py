@@ -4,7 +4,6 @@ Each is a map from a number to an example, the same for the same seed; there is 
 """
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +20,23 @@ HELD_OUT_SEED = 1_000_003  # of what is measured; training numbers its examples 
 class Scenes:
     """(pixel values [3, S, S], prompt ids, suffix ids with eos) of random questions about random scenes.
 
-    From example `misnamed_from` on, some names in captions and answers are wrong (`questions.misname`).
+    From example `misnamed_from` on, a share `misnamed` of the names in captions and answers is wrong
+    (`questions.misname`).
     """
 
-    MISNAMED = 0.15  # share of the names
-
-    def __init__(self, tokenizer, codec: dict, size: int, seed: int, misnamed_from: float = math.inf):
-        self.tokenizer, self.size, self.seed, self.misnamed_from = tokenizer, size, seed, misnamed_from
+    def __init__(
+        self, tokenizer, codec: dict, size: int, seed: int, shares=questions.SHARES, misnamed=0.0, misnamed_from=0
+    ):
+        self.tokenizer, self.size, self.seed, self.shares = tokenizer, size, seed, shares
+        self.misnamed, self.misnamed_from = misnamed, misnamed_from
         self.masks = segmentation.Speller(codec)
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
-        question = questions.random_question(rng, self.masks)
+        question = questions.random_question(rng, self.masks, shares=self.shares)
         pixels, suffix = preprocess(scenes.draw(question.scene, self.size), self.size)[0], question.suffix
         if index >= self.misnamed_from and question.task in ("caption", "answer"):  # elsewhere names are only repeated
-            suffix = questions.misname(rng, suffix, self.MISNAMED)
+            suffix = questions.misname(rng, suffix, self.misnamed)
         ids = [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
         return pixels, self.tokenizer.prompt(question.prefix), ids
 

@@ -2,7 +2,8 @@
 
 Stages, as in the PaliGemma paper but small: a tokenizer and a mask codec for the scenes; contrastive pretraining of
 the vision tower on pictures and captions; then tower and decoder together, by prefix-LM on the suffixes of all tasks.
-In its second half some names are wrong, so that a pair that was never shown is not ruled out (`questions.misname`).
+In its second half some names are wrong, so that a pair that was never shown is not ruled out (`questions.misname`). In
+the end a short stage of mostly captions.
 Killed and started again it goes on where it was, at most a minute back. With `--keep` the state stays, so that a stage
 can be looked at.
 """
@@ -34,6 +35,8 @@ from .training import COLUMNS, Settings, fit, state_folder
 
 PROG = "python -m torch_impl.recipe"
 TRAINING = Settings(9000, 48, peak=2e-3, warmup=200, optimizer="muon", decay=0.5)
+FINISHING = Settings(1300, 48, peak=6e-4, warmup=50, optimizer="muon")
+FINISHING_SHARES = (0.6, 0.1, 0.2, 0.1)  # captions are the hardest: every name in them has to be right
 MISNAMED_FROM = 4800 / 9000  # of the steps: first to tell things apart, then to rely on that alone
 EXAMPLE_SEED = 3  # of example.png
 
@@ -51,9 +54,9 @@ def small_config(vocab: int = tokenizer_training.VOCAB) -> PaliGemmaConfig:
     )  # fmt: skip
 
 
-def cook(folder: Path, seed: int, pretraining: Settings, training: Settings) -> tuple[PaliGemma, bytes, dict]:
+def cook(folder: Path, seed: int, pretraining, training, finishing) -> tuple[PaliGemma, bytes, dict]:
     """All stages, with their state in `folder`: the model, its tokenizer, and the record of each stage."""
-    pretraining, training = replace(pretraining, seed=seed), replace(training, seed=seed)
+    pretraining, training, finishing = (replace(each, seed=seed) for each in (pretraining, training, finishing))
     folder.mkdir(parents=True, exist_ok=True)
     config, tokenizer_model = small_config(), tokenizer_training.train_tokenizer(seed)
     tokenizer = Tokenizer(SentencePiece(tokenizer_model), config)
@@ -69,13 +72,19 @@ def cook(folder: Path, seed: int, pretraining: Settings, training: Settings) -> 
     model.vision.load_state_dict(towers.vision.state_dict())
     examples = data.Scenes(
         tokenizer, codec, config.vision.image_size, seed + 1,  # other scenes than pretraining's
-        misnamed_from=round(MISNAMED_FROM * training.steps) * training.batch_size,
+        misnamed=0.15, misnamed_from=round(MISNAMED_FROM * training.steps) * training.batch_size,
     )  # fmt: skip
     curve = fit(
         model, prefix_lm_loss, examples, partial(data.collate, pad=config.pad), training, folder / "prefix-lm",
         "all tasks", about={"config": repr(config), "misnamed from": MISNAMED_FROM},
     )  # fmt: skip
     record["all tasks"] = {"settings": asdict(training), "curve": _thin(curve)}
+    examples = data.Scenes(tokenizer, codec, config.vision.image_size, seed + 2, shares=FINISHING_SHARES, misnamed=0.25)
+    curve = fit(
+        model, prefix_lm_loss, examples, partial(data.collate, pad=config.pad), finishing, folder / "finish",
+        "mostly captions", about={"config": repr(config), "shares": FINISHING_SHARES},
+    )  # fmt: skip
+    record["mostly captions"] = {"settings": asdict(finishing), "curve": _thin(curve)}
     return model.eval(), tokenizer_model, record
 
 
@@ -118,7 +127,7 @@ def main(argv=None):
     if arguments.output.exists():
         raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
     folder = state_folder(arguments.output)
-    model, tokenizer_model, stages = cook(folder, arguments.seed, pretrain.SETTINGS, TRAINING)
+    model, tokenizer_model, stages = cook(folder, arguments.seed, pretrain.SETTINGS, TRAINING, FINISHING)
     codec_file = folder / segmentation.FILES[0]
     masks = partial(segmentation.decode, segmentation.load(codec_file))
     tokenizer = Tokenizer(SentencePiece(tokenizer_model), model.config)
