@@ -20,7 +20,7 @@ COMMANDS = {
     "torch": ["-m", "torch_impl"],
 }
 ENGINES = ["run-onnx", "numpy", "torch"]
-SUBJECT = "purple triangle"  # a thing in the example picture
+SUBJECT = "black cross"  # a thing in the example picture
 
 
 def call(command, *arguments):

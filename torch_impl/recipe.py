@@ -38,7 +38,7 @@ TRAINING = Settings(9000, 48, peak=2e-3, warmup=200, optimizer="muon", decay=0.5
 FINISHING = Settings(1300, 48, peak=6e-4, warmup=50, optimizer="muon")
 FINISHING_SHARES = (0.6, 0.1, 0.2, 0.1)  # captions are the hardest: every name in them has to be right
 MISNAMED_FROM = 4800 / 9000  # of the steps: first to tell things apart, then to rely on that alone
-EXAMPLE_SEED = 3  # of example.png
+EXAMPLE_SEED = 5  # of example.png
 
 
 def small_config(vocab: int = tokenizer_training.VOCAB) -> PaliGemmaConfig:
