@@ -82,9 +82,9 @@ def test_other_modes_become_rgb(tmp_path, mode):
 def test_sixteen_bits_are_scaled_to_eight(tmp_path, mode):
     """Pillow's own conversion would make nearly all of it white."""
     ramp = np.linspace(0, 65535, 256).reshape(16, 16)
-    Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.int32)).save(tmp_path / "deep.png")
+    Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.int32)).save(tmp_path / "deep.tif")
     expected = np.arange(256).reshape(16, 16)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png"))[..., 1], expected)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "deep.tif"))[..., 1], expected)
 
 
 def test_settings_round_trip():
