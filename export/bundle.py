@@ -55,14 +55,10 @@ class Contents:
     description: dict
 
     @property
-    def files(self) -> dict[str, int]:
-        """Bytes of each file but the description."""
-        return {name: entry["bytes"] for name, entry in self.description["files"].items()}
-
-    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each file; of the description as it is before `--verify` adds its table."""
-        return {**self.files, DESCRIPTION: len(_as_json(self.description))}
+        sizes = {name: entry["bytes"] for name, entry in self.description["files"].items()}
+        return {**sizes, DESCRIPTION: len(_as_json(self.description))}
 
 
 def plan(checkpoint, precision="float32", max_length=None) -> dict:
@@ -162,25 +158,24 @@ def load(path) -> Bundle:
     return Bundle(path, config, description)
 
 
-def shipped() -> Path:
-    """The bundle of the model that ships, exported into the user's cache on first use, and again if it is damaged."""
+def shipped() -> Bundle:
+    """The shipped model's bundle, exported into the user's cache on first use, and again if it is damaged."""
     source, code = checkpoints.SHIPPED, [Path(__file__).parent, Path(checkpoints.__file__).parent]
     parts = [*sorted(source.iterdir()), *(file for folder in code for file in sorted(folder.glob("*.py")))]
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
     path = Path(platformdirs.user_cache_dir("paligemma-onnx", appauthor=False)) / f"shipped-{digest}"
     if path.exists():
         try:
-            load(path)
+            return load(path)
         except PaliGemmaError:
             shutil.rmtree(path, ignore_errors=True)
-    if not path.exists():
-        print(f"exporting the shipped model to {path}", file=sys.stderr)
-        try:
-            write(checkpoints.load(source), path)
-        except PaliGemmaError:
-            if not path.exists():  # another process may have been faster
-                raise
-    return path
+    print(f"exporting the shipped model to {path}", file=sys.stderr)
+    try:
+        write(checkpoints.load(source), path)
+    except PaliGemmaError:
+        if not path.exists():  # another process may have been faster
+            raise
+    return load(path)
 
 
 def sha256(file) -> str:

@@ -7,6 +7,7 @@ as past and as present, so the runtime updates it in place. The same code drives
 import ctypes
 import sys
 from contextlib import redirect_stdout
+from functools import cached_property
 
 import numpy as np
 import onnxruntime
@@ -28,7 +29,7 @@ _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and to
 
 def load(path=None, provider: str = "auto", threads: int = 0):
     """A bundle, or the shipped model's, as engine and tokenizer."""
-    bundle = bundles.load(path or bundles.shipped())
+    bundle = bundles.load(path) if path else bundles.shipped()
     tokenizer = Tokenizer.load(bundle.path, bundle.config)
     return Session(bundle, provider, threads), tokenizer
 
@@ -41,7 +42,7 @@ class Session:
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
         self.resize = bundle.description["image"]["resize"]
-        self.provider, self._masks = choose_provider(provider), None
+        self.provider = choose_provider(provider)
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
         self._prefill = self._open("prefill", threads)
@@ -80,10 +81,12 @@ class Session:
         self._decode.run_with_iobinding(cache.binding)
         return cache.logits.numpy().copy(), cache  # on the CPU .numpy() is a view of the buffer
 
+    @cached_property
+    def _masks(self):
+        return self._open("masks", 1)  # when a mask is first asked for
+
     def _paint(self, codes):
-        """Mask codes [B, 16] -> [B, 64, 64], positive inside. The graph is loaded when a mask is first asked for."""
-        if self._masks is None:
-            self._masks = self._open("masks", 1)
+        """Mask codes [B, 16] -> [B, 64, 64], positive inside."""
         return self._masks.run(None, {"codes": np.ascontiguousarray(codes, np.int64)})[0]
 
     def _open(self, name, threads):

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from . import checkpoint, cli
+from . import checkpoint, cli, heatmap
 from .generate import NumpyEngine
 from .tokenizer import Tokenizer
 
@@ -21,7 +21,14 @@ def main(argv=None):
     options.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw what each token of the answer looked at")
     arguments = cli.parse(options, argv)
     cli.on_the_cpu(arguments, PROG)
-    return cli.answer(arguments, load)
+
+    def draw_attention(engine, tokenizer, image, pixel_values, prompt, answer):
+        if answer:  # an empty one looked at nothing
+            maps = heatmap.attention_over_picture(engine.params, engine.config, pixel_values, prompt, answer)
+            words = [tokenizer.decode([token]).strip() or "·" for token in answer]
+            cli.write_drawing(arguments.heatmap, heatmap.draw(image, maps, words))
+
+    return cli.answer(arguments, load, draw_attention if arguments.heatmap else None)
 
 
 if __name__ == "__main__":

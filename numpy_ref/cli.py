@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import detection, heatmap, segmentation
+from . import detection, segmentation
 from .errors import PaliGemmaError
 from .generate import Timings, answers, choose_capacity, generate
 from .image import open_image, preprocess
@@ -78,8 +78,11 @@ def parse(options: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     return arguments
 
 
-def answer(arguments, load) -> int:
-    """Load an engine and its tokenizer with `load(model path or None)`, generate, and print."""
+def answer(arguments, load, look=None) -> int:
+    """Load an engine and its tokenizer with `load(model path or None)`, generate, and print.
+
+    `look(engine, tokenizer, image, pixel_values, prompt ids, answer ids)` is called with what was answered.
+    """
     image = open_image(arguments.image)  # before the model: the cheaper mistake first
     started = time.perf_counter()
     engine, tokenizer = load(arguments.model)
@@ -101,13 +104,12 @@ def answer(arguments, load) -> int:
     ids = answers(tokens, config.eos)[0]
     text = tokenizer.decode(ids)
     boxes = detection.parse(text, image.width, image.height, arguments.boxes)
-    masks = paint(engine.masks, boxes, image.width, image.height)
+    shown = arguments.draw or arguments.json
+    masks = paint(engine.masks, boxes, image.width, image.height) if shown else []
     if arguments.draw:
         write_drawing(arguments.draw, detection.draw(image, boxes, caption(arguments.prompt, text, boxes), masks))
-    if getattr(arguments, "heatmap", None) and ids:  # the reference alone has taps to read
-        maps = heatmap.attention_over_picture(engine.params, config, pixel_values, prompt, ids)
-        words = [tokenizer.decode([token]).strip() or "·" for token in ids]
-        write_drawing(arguments.heatmap, heatmap.draw(image, maps, words))
+    if look:
+        look(engine, tokenizer, image, pixel_values, prompt, ids)
     if arguments.json:
         times = {
             "load_s": round(load_s, 4),

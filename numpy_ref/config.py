@@ -317,8 +317,8 @@ def _section(hf: Mapping, key: str, absent: Mapping) -> Mapping:
     return section
 
 
-def _integer(section: Mapping, key: str, default: object = None, most: int = 2**31 - 1) -> int:
-    value = section.get(key, default)
+def _integer(section: Mapping, key: str, most: int = 2**31 - 1) -> int:
+    value = section.get(key)
     is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
     _require(is_count, f"{key} must be a whole number from 1 to {most}, not {value!r}")
     return value
@@ -326,10 +326,7 @@ def _integer(section: Mapping, key: str, default: object = None, most: int = 2**
 
 def _image_token(hf: Mapping) -> int:
     names = ("image_token_index", "image_token_id")  # the second is transformers' newer spelling
-    value = next((hf[name] for name in names if hf.get(name) is not None), 256000)
-    is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-    _require(is_id, f"image_token_index must be a token id, not {value!r}")
-    return value
+    return _id("image_token_index", next((hf[name] for name in names if hf.get(name) is not None), 256000))
 
 
 def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
@@ -340,6 +337,10 @@ def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
     value = default if value is None else value
     if key == "pad_token_id" and value == -1:  # "none": what fills the places that nobody reads does not matter
         value = default
+    return _id(key, value)
+
+
+def _id(key: str, value: object) -> int:
     is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
     _require(is_id, f"{key} must be a token id, not {value!r}")
     return value

@@ -16,6 +16,8 @@ from numpy_ref.image import RESIZES, preprocess
 from numpy_ref.sampling import sample
 from numpy_ref.tokenizer import Tokenizer
 
+from .test_sampling import frequencies
+
 STEP = 2 / 255
 KNOWN = (np.arange(300) < 280) & (np.arange(300) != 7)
 
@@ -98,15 +100,7 @@ def test_the_same_draw_as_the_reference(sampler, seed, temperature, top_k, top_p
 def test_frequencies_follow_the_distribution(sampler, temperature, top_k, top_p):
     rng = np.random.default_rng(1)
     logits = np.where(np.arange(300) < 8, rng.standard_normal(300), -30).astype(np.float32)
-    weights = np.where(KNOWN, np.exp(logits.astype(np.float64) / temperature), 0)
-    order = np.argsort(-weights)
-    ranked = weights[order] / weights.sum()
-    if top_k:
-        ranked[top_k:] = 0
-        ranked /= ranked.sum()
-    ranked[np.cumsum(ranked) - ranked >= top_p] = 0
-    expected = np.zeros(300)
-    expected[order] = ranked / ranked.sum()
+    expected = frequencies(logits, KNOWN, temperature, top_k, top_p)
     count = 100_000
     token = draw(sampler, np.tile(logits, (count, 1)), temperature, top_k, top_p, rng.random(count, np.float32))
     observed = np.bincount(token, minlength=300) / count

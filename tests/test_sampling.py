@@ -61,21 +61,26 @@ def test_a_draw_is_known_and_inside_the_cut(seed, temperature, top_k, top_p, uni
         assert (ranks < top_k).all()
 
 
+def frequencies(logits, known, temperature, top_k, top_p):
+    """How often each token should be drawn: logits [V] -> [V]."""
+    weights = np.where(known, np.exp(logits.astype(np.float64) / temperature), 0)
+    order = np.argsort(-weights)
+    ranked = weights[order] / weights.sum()
+    if top_k:
+        ranked[top_k:] = 0
+        ranked /= ranked.sum()
+    ranked[np.cumsum(ranked) - ranked >= top_p] = 0
+    expected = np.zeros(len(logits))
+    expected[order] = ranked / ranked.sum()
+    return expected
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.5, 3, 1.0), (1.0, 0, 0.8)]
 )
 def test_frequencies_follow_the_distribution(temperature, top_k, top_p):
     logits = np.array([1.0, 0.2, -0.5, 2.0, 0.1, -1.0, 9.0], np.float32)
-    weights = np.where(KNOWN, np.exp(logits.astype(np.float64) / temperature), 0)
-    order = np.argsort(-weights)
-    weights = weights[order] / weights.sum()
-    if top_k:
-        weights[top_k:] = 0
-        weights /= weights.sum()
-    weights[np.cumsum(weights) - weights >= top_p] = 0
-    expected = np.zeros(7)
-    expected[order] = weights / weights.sum()
-
+    expected = frequencies(logits, KNOWN, temperature, top_k, top_p)
     count = 200_000
     uniform = np.random.default_rng(0).random(count, np.float32)
     tokens = sample(np.tile(logits, (count, 1)), KNOWN, temperature, top_k, top_p, uniform)

@@ -59,7 +59,7 @@ def reference(shipped, tokenizer, asked):
 def test_fifty_questions_one_answer_each(shipped, tokenizer, asked, reference):
     assert len(asked) == COUNT
     assert ask(TorchEngine(shipped), tokenizer, asked) == reference
-    assert ask(Session(bundle.load(bundle.shipped()), "cpu"), tokenizer, asked) == reference
+    assert ask(Session(bundle.shipped(), "cpu"), tokenizer, asked) == reference
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -91,13 +91,13 @@ def test_it_answers_as_well_as_recorded(shipped, tokenizer):
 
 
 def test_a_batch_of_scenes_answers_as_its_rows(tokenizer, asked, reference):
-    engine = Session(bundle.load(bundle.shipped()), "cpu")
+    engine = Session(bundle.shipped(), "cpu")
     texts = evaluate.answer_all(engine, tokenizer, asked)
     assert texts == [tokenizer.decode(row) for row in reference]
 
 
 def test_masks_are_the_same_in_the_bundle(codec):
-    engine = Session(bundle.load(bundle.shipped()), "cpu")
+    engine = Session(bundle.shipped(), "cpu")
     codes = np.random.default_rng(0).integers(0, 128, (7, 16))
     expected = segmentation.decode(codec, codes)
     assert np.abs(engine.masks(codes) - expected).max() < 1e-5 * np.abs(expected).max()
@@ -118,4 +118,4 @@ def test_it_is_what_the_recipe_says(shipped):
     assert record["stages"].keys() == {"mask codec", "contrastive", "all tasks", "mostly captions"}
     assert record["stages"]["all tasks"]["settings"]["steps"] == recipe.TRAINING.steps
     assert record["stages"]["all tasks"]["curve"]["rows"][-1][0] == recipe.TRAINING.steps
-    assert (SHIPPED / "example.png").read_bytes() == evaluate.png(recipe.example_picture())
+    assert (SHIPPED / "example.png").read_bytes() == recipe.png(recipe.example_picture())

@@ -289,13 +289,17 @@ def modified(file) -> int:
         return 0
 
 
-def test_changed_data_are_not_gone_on_with(own_data, tmp_path):
+def test_changed_data_are_not_gone_on_with(own_data, tmp_path, tokenizer):
     """A run that was begun with other lines is refused; the state stays for whoever puts the lines back."""
     from torch_impl.train import fingerprint
 
-    first = fingerprint(own_data)
+    first, once = fingerprint(own_data), replace(SETTINGS, steps=1)
+    run(tmp_path / "state", tokenizer, once, about={"from": first})
     own_data.write_text(own_data.read_text() + "\n")
     assert fingerprint(own_data) != first
+    with pytest.raises(PaliGemmaError, match="was begun with from"):
+        run(tmp_path / "state", tokenizer, once, about={"from": fingerprint(own_data)})
+    assert (tmp_path / "state" / training.STATE).exists()
     assert fingerprint(SHIPPED) == fingerprint(SHIPPED) != fingerprint(None)
 
 

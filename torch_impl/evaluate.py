@@ -6,7 +6,6 @@ color and shape as in training, and the compositional split, which asks about pa
 
 import argparse
 import importlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -106,13 +105,6 @@ def f1(texts: list[str], references: list[str]) -> float:
 
 def _finds(box, target) -> bool:
     return box.label == target.label and detection.intersection_over_union(box, target) >= 0.5
-
-
-def png(image) -> bytes:
-    """A picture as the bytes of a file."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return stream.getvalue()
 
 
 def load(path: Path | None):

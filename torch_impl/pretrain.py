@@ -18,8 +18,7 @@ import torch
 from numpy_ref import checkpoint, cli
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.contrastive import ContrastiveConfig, TextConfig, recall_at_1
-from numpy_ref.errors import PaliGemmaError
-from numpy_ref.storage import new_directory, write_safetensors
+from numpy_ref.storage import absent, new_directory, write_safetensors
 from numpy_ref.tokenizer import Tokenizer
 
 from . import contrastive, data
@@ -104,8 +103,7 @@ def main(argv=None):
     options.add_argument("--batch-size", type=cli.whole(2), default=SETTINGS.batch_size)
     options.add_argument("--seed", type=cli.whole(0), default=0)
     arguments = options.parse_args(argv)
-    if arguments.output.exists():
-        raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
+    absent(arguments.output, "folder")
     config = checkpoint.load_config(arguments.like)
     tokenizer = Tokenizer.load(arguments.like, config)
     settings = replace(SETTINGS, steps=arguments.steps, batch_size=arguments.batch_size, seed=arguments.seed)

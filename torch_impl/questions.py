@@ -19,7 +19,7 @@ from .scenes import COLORS, SHAPES, Scene, Thing, pick, random_scene, visible
 
 TASKS = ("caption", "answer", "detect", "segment")
 SHARES = (0.3, 0.2, 0.3, 0.2)
-ABSENT = 0.05  # share of detections that ask for what may well not be there
+ABSENT = 0.05  # share of detections that ask for what is not there, about
 MASK_DRAWN_AT = 256  # pixels a side of the picture that masks are cut from
 _NAMES = re.compile(rf"\b({'|'.join([*COLORS, *SHAPES])})\b")
 ALL = "answer en how many shapes are there?"

@@ -9,6 +9,7 @@ can be looked at.
 """
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -23,6 +24,7 @@ import torch
 from numpy_ref import checkpoint, cli, segmentation
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.storage import absent
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
 
 from . import data, evaluate, pretrain, scenes, tokenizer_training
@@ -117,6 +119,13 @@ def example_picture():
     return scenes.draw(scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)), 224)
 
 
+def png(image) -> bytes:
+    """A picture as the bytes of a file."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
 def main(argv=None):
     options = argparse.ArgumentParser(prog=PROG, description="Train the model that ships, from nothing.")
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
@@ -124,8 +133,7 @@ def main(argv=None):
     options.add_argument("--scenes", type=cli.whole(1), default=500, help="held-out scenes a task for the record (500)")
     options.add_argument("--keep", action="store_true", help="leave the state of training where it is")
     arguments = options.parse_args(argv)
-    if arguments.output.exists():
-        raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
+    absent(arguments.output, "folder")
     folder = state_folder(arguments.output)
     model, tokenizer_model, stages = cook(folder, arguments.seed, pretrain.SETTINGS, TRAINING, FINISHING)
     codec_file = folder / segmentation.FILES[0]
@@ -139,7 +147,7 @@ def main(argv=None):
         **tokenizer_training.foreign_files(tokenizer_model, model.config.vision),
         codec_file.name: codec_file.read_bytes(),
         "training.json": (json.dumps(record, indent=1) + "\n").encode(),
-        "example.png": evaluate.png(example_picture()),
+        "example.png": png(example_picture()),
     }
     checkpoint.save(arguments.output, model.config, to_params(model), files)
     if not arguments.keep:

@@ -19,7 +19,7 @@ import torch
 
 from numpy_ref import checkpoint, cli, segmentation
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.storage import map_safetensors
+from numpy_ref.storage import absent, map_safetensors
 from numpy_ref.tokenizer import Tokenizer
 
 from . import data
@@ -124,8 +124,7 @@ def main(argv=None):
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (cpu)")
     options.add_argument("--seed", type=cli.whole(0), default=0, help="of the order, or of the scenes (0)")
     arguments = options.parse_args(argv)
-    if arguments.output.exists():
-        raise PaliGemmaError(f"{arguments.output}: output folder exists already; remove it or name another")
+    absent(arguments.output, "folder")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise PaliGemmaError("--device cuda: this build of torch finds no CUDA device")
     if state_folder(arguments.output).exists():

@@ -102,7 +102,8 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PaliGemmaError(f"{folder}: cannot be written ({error.strerror})") from None
-    begin, curve, recent = _resume(folder / STATE, model, optimizers, asdict(settings) | (about or {}))
+    run = asdict(settings) | (about or {})
+    begin, curve, recent = _resume(folder / STATE, model, optimizers, run)
     _write_log(folder / LOG, curve)
     before = curve[-1][1] if curve else 0.0
     seen = settings.accumulate * settings.batch_size  # examples a step
@@ -126,12 +127,7 @@ def fit(
                 _write_log(folder / LOG, curve[-1:], append=True)
             if time.perf_counter() - saved > max(save_every, 20 * cost) or last:
                 begun = time.perf_counter()
-                progress = {
-                    "step": step + 1,
-                    "curve": curve,
-                    "recent": recent,
-                    "settings": asdict(settings) | (about or {}),
-                }
+                progress = {"step": step + 1, "curve": curve, "recent": recent, "settings": run}
                 _save(folder / STATE, model, optimizers, progress)
                 saved = time.perf_counter()
                 cost = saved - begun  # a state that takes long to write is written less often
@@ -192,11 +188,8 @@ def _save(file, model, optimizers, progress) -> None:
             tensors |= {f"optimizer.{i}.{j}.{key}": tensor for key, tensor in entry.items()}
     temporary = file.with_suffix(f".{os.getpid()}.part")
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary,
-            {"progress": json.dumps(progress)},
-        )
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, {"progress": json.dumps(progress)})
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         raise PaliGemmaError(f"{file}: cannot keep the state of training ({error})") from None
@@ -225,7 +218,7 @@ def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise PaliGemmaError(f"{file}: a state of another model ({reason}); remove it to begin again") from None
-    return progress["step"], [tuple(row) for row in progress["curve"]], progress.get("recent", [])
+    return progress["step"], [tuple(row) for row in progress["curve"]], progress["recent"]
 
 
 def _take_up(tensors, model, optimizers) -> None:
