@@ -53,17 +53,44 @@ def _print_plan(plan):
 
 
 def run_onnx(argv=None):
-    """run-onnx [BUNDLE] IMAGE PROMPT: answer with a bundle."""
+    """run-onnx [BUNDLE] IMAGE PROMPT: answer with a bundle. run-onnx --serve [BUNDLE]: a page that does."""
+    if "--serve" in (sys.argv[1:] if argv is None else argv):
+        return _serve(argv)
     options = cli.parser("run-onnx", "BUNDLE", "Answer a prompt about a picture with an ONNX bundle.")
     options.add_argument("--threads", type=int, default=0, metavar="N", help="threads on the CPU, 0 for all (0)")
+    options.add_argument("--serve", action="store_true", help="serve a page that answers; see run-onnx --serve --help")
+    options.add_argument(
+        "--host-graphs", action="store_true", help="prepare the picture and draw tokens by the bundle's own graphs"
+    )
     arguments = cli.parse(options, argv)
 
     def load(path):
         from . import session
 
-        return session.load(path, arguments.provider, arguments.threads)
+        return session.load(path, arguments.provider, arguments.threads, arguments.host_graphs)
 
     return cli.answer(arguments, load)
+
+
+def _serve(argv):
+    options = argparse.ArgumentParser(
+        prog="run-onnx --serve", description="Serve a page that runs a bundle in the browser, on this machine alone.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    options.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
+    options.add_argument("--port", type=_port, default=8000, metavar="P", help="to listen on, 0 for any (8000)")
+    arguments = options.parse_args(argv)
+    from .serve import serve
+
+    serve(arguments.bundle, arguments.port)
+
+
+def _port(text):
+    port = int(text)
+    if not 0 <= port < 2**16:
+        raise ValueError
+    return port
 
 
 def export_main():

@@ -14,6 +14,7 @@ import onnxruntime
 
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import check_room
+from numpy_ref.image import to_rgb
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
@@ -27,11 +28,11 @@ MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
 
-def load(path=None, provider: str = "auto", threads: int = 0):
-    """A bundle, or the shipped model's, as engine and tokenizer."""
+def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False):
+    """A bundle, or the shipped model's, as engine and tokenizer; `host_graphs` makes it a HostSession."""
     bundle = bundles.load(path) if path else bundles.shipped()
     tokenizer = Tokenizer.load(bundle.path, bundle.config)
-    return Session(bundle, provider, threads), tokenizer
+    return (HostSession if host_graphs else Session)(bundle, provider, threads), tokenizer
 
 
 class Session:
@@ -102,6 +103,30 @@ class Session:
                 return onnxruntime.InferenceSession(file, options, providers=providers)
         except Exception as error:  # the runtime's exceptions have no common class
             raise PaliGemmaError(f"{file}: ONNX Runtime cannot load it ({error})") from None
+
+
+class HostSession(Session):
+    """A bundle run as hosts in other languages run it: its graphs also prepare the picture and draw the tokens."""
+
+    def preprocess(self, image):
+        """A Pillow image of any size -> pixel values [1, 3, S, S]."""
+        return self._preprocess.run(None, {"image": np.asarray(to_rgb(image))})[0]
+
+    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+        """Draw a token a row, as `numpy_ref.sampling.sample` does; which ids are `known` is in the graph."""
+        feeds = {
+            "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
+            "top_p": np.array(top_p, np.float32), "uniform": uniform,
+        }  # fmt: skip
+        return self._sample.run(None, feeds)[0]
+
+    @cached_property
+    def _preprocess(self):
+        return self._open("preprocess", 1)
+
+    @cached_property
+    def _sample(self):
+        return self._open("sample", 1)
 
 
 class Cache:

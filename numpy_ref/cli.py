@@ -93,7 +93,10 @@ def answer(arguments, load, look=None) -> int:
     new_tokens, capacity = _budget(engine, prompt, arguments.max_new_tokens)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     timings, stream, tokens = Timings(), Stream(tokenizer), []
-    pixel_values = preprocess(image, config.vision.image_size, resize=engine.resize)
+    if hasattr(engine, "preprocess"):
+        pixel_values = engine.preprocess(image)
+    else:
+        pixel_values = preprocess(image, config.vision.image_size, resize=engine.resize)
     for token in generate(engine, pixel_values, [prompt], tokenizer.known(), new_tokens, sampling, capacity, timings):
         tokens.append(token)
         if not arguments.json and token[0] != config.eos:

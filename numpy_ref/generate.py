@@ -7,7 +7,8 @@ twin, or the two ONNX sessions):
     decode(input_ids [B, 1], lengths [B], cache) -> logits [B, V], cache
 
 and says what else a caller must know: `config`, `resize` (its preprocessing) and `masks` (mask codes [B, 16] ->
-[B, 64, 64], or None where no mask codec came with the weights).
+[B, 64, 64], or None where no mask codec came with the weights). It may bring a `preprocess` and a `sample` of its own,
+which then take the place of `image.preprocess` and `sampling.sample`.
 """
 
 import time
@@ -93,7 +94,7 @@ def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=N
     if capacity is not None:
         check_room(needed, capacity)
     capacity = capacity or needed
-    random = np.random.default_rng(sampling.seed)
+    random, draw = np.random.default_rng(sampling.seed), getattr(engine, "sample", sample)
     alive = np.ones(len(prompts), bool)
 
     started = time.perf_counter()
@@ -101,7 +102,7 @@ def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=N
     timings.prefill_s = time.perf_counter() - started
     for step in range(max_new_tokens):
         uniform = random.random(len(prompts), np.float32)
-        token = sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, uniform)
+        token = draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, uniform)
         token = np.where(alive, token, config.pad)
         yield token
         alive = alive & (token != config.eos)

@@ -12,15 +12,15 @@ from .errors import PaliGemmaError
 
 
 def open_image(path):
-    """A picture file as an RGB Pillow image; PaliGemmaError if it is absent, broken or not a picture."""
-    from PIL import Image, UnidentifiedImageError
+    """A picture file as an upright RGB Pillow image; PaliGemmaError if it is absent, broken or not a picture."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = Path(path)
     if not path.is_file():
         raise PaliGemmaError(f"{path}: no such picture")
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise PaliGemmaError(f"{path}: not a picture that Pillow can read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

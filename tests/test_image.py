@@ -87,6 +87,20 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, mode):
     assert np.array_equal(np.asarray(open_image(tmp_path / "deep.tif"))[..., 1], expected)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(tmp_path, orientation):
+    """A telephone writes the sensor's picture and how it was held."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    sensor = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 3, 3), np.uint8))
+    sensor.save(tmp_path / "held.png", exif=exif)
+    upright = {
+        1: lambda p: p, 2: np.fliplr, 3: lambda p: np.rot90(p, 2), 4: np.flipud, 5: lambda p: p.swapaxes(0, 1),
+        6: lambda p: np.rot90(p, -1), 7: lambda p: np.rot90(p, 2).swapaxes(0, 1), 8: np.rot90,
+    }[orientation](np.asarray(sensor))  # fmt: skip
+    assert np.array_equal(open_image(tmp_path / "held.png"), upright)
+
+
 def test_settings_round_trip():
     vision = checkpoint.load_config(GOLDEN / "paligemma1").vision
     for name in RESIZES:

@@ -1,0 +1,105 @@
+/**
+ * The generation loop, and the engine it runs over. Twin of `numpy_ref/generate.py` and `export/session.py`.
+ *
+ * `ort` is onnxruntime-node or onnxruntime-web; `sessions` has one session a graph of the bundle.
+ */
+import { PaliGemmaError } from "./errors.mjs";
+
+const DEFAULT_NEW_TOKENS = 64;
+const FATAL_ONLY = 4; // of the runtime's own messages; what goes wrong is thrown
+const LARGEST_UNIFORM = 1 - 2 ** -24; // of float32 below one
+
+/**
+ * A bundle's graphs. Every function is asynchronous, since the sessions are. `inPlace` says that the runtime writes
+ * into output tensors that it is given.
+ */
+export class Engine {
+  constructor(ort, sessions, description, { inPlace = false } = {}) {
+    Object.assign(this, { ort, sessions, description, inPlace });
+    Object.assign(this, { maxLength: description.max_length, eos: description.tokens.eos });
+  }
+
+  /** Bytes of a picture, RGB row by row -> pixel values [1, 3, S, S]. */
+  async preprocess({ data, width, height }) {
+    const image = new this.ort.Tensor("uint8", data, [height, width, 3]);
+    return (await this.run("preprocess", { image })).pixel_values;
+  }
+
+  /** Read picture and prompt: the logits of what comes next, and the filled cache. */
+  async prefill(pixelValues, prompt, capacity) {
+    const { logits, ...cache } = await this.run("prefill", {
+      pixel_values: pixelValues,
+      input_ids: this.integers(prompt, [1, prompt.length]),
+      lengths: new this.ort.Tensor("int32", Int32Array.of(prompt.length), [1]),
+      capacity: this.integers([capacity], []),
+    });
+    return { logits, cache };
+  }
+
+  /** One more token, at position `length`: logits and the new cache. */
+  async decode(token, length, cache) {
+    const feeds = {
+      input_ids: this.integers([token], [1, 1]),
+      lengths: new this.ort.Tensor("int32", Int32Array.of(length), [1]),
+    };
+    for (const [name, tensor] of Object.entries(cache)) feeds[name.replace("present", "past_key_values")] = tensor;
+    if (this.inPlace) {
+      const { logits } = await this.run("decode", feeds, { logits: null, ...cache }); // past and present are one
+      return { logits, cache };
+    }
+    const { logits, ...updated } = await this.run("decode", feeds);
+    return { logits, cache: updated };
+  }
+
+  /** Draw the next token; `uniform` in [0, 1) is all the chance there is. Temperature 0 is greedy. */
+  async sample(logits, { temperature = 0, topK = 0, topP = 1 }, uniform) {
+    const scalar = (value) => new this.ort.Tensor("float32", Float32Array.of(value), []);
+    const { token } = await this.run("sample", {
+      logits,
+      temperature: scalar(temperature),
+      top_k: this.integers([topK], []),
+      top_p: scalar(topP),
+      uniform: new this.ort.Tensor("float32", Float32Array.of(Math.min(uniform, LARGEST_UNIFORM)), [1]),
+    });
+    return Number(token.data[0]);
+  }
+
+  /** Sixteen mask codes -> a mask of 64 x 64 values, positive inside; null without a mask codec. */
+  async paint(codes) {
+    if (!this.sessions.masks) return null;
+    return (await this.run("masks", { codes: this.integers(codes, [1, codes.length]) })).masks.data;
+  }
+
+  run(name, feeds, ...fetches) {
+    return this.sessions[name].run(feeds, ...fetches, { logSeverityLevel: FATAL_ONLY });
+  }
+
+  integers(values, shape) {
+    return new this.ort.Tensor("int64", BigInt64Array.from(values, BigInt), shape);
+  }
+}
+
+/** How many tokens to generate at most, and the cache slots that takes (the last token is never fed back). */
+export function budget(engine, promptLength, maxNewTokens) {
+  const room = engine.maxLength - promptLength + 1;
+  const wanted = maxNewTokens ?? Math.max(1, Math.min(DEFAULT_NEW_TOKENS, room));
+  if (wanted > room) {
+    throw new PaliGemmaError(
+      `the prompt has ${promptLength} tokens (${engine.description.tokens.image_tokens} of them the picture), which with ` +
+        `${wanted} new ones exceeds the capacity of ${engine.maxLength}; shorten the prompt or ask for fewer tokens`,
+    );
+  }
+  return { newTokens: wanted, capacity: promptLength + wanted - 1 };
+}
+
+/** Yield one token at a time, the last of them eos unless there was no room for it. */
+export async function* generate(engine, pixelValues, prompt, { maxNewTokens, uniform = Math.random, ...sampling } = {}) {
+  const { newTokens, capacity } = budget(engine, prompt.length, maxNewTokens);
+  let { logits, cache } = await engine.prefill(pixelValues, prompt, capacity);
+  for (let step = 0; ; step++) {
+    const token = await engine.sample(logits, sampling, uniform());
+    yield token;
+    if (token === engine.eos || step === newTokens - 1) return;
+    ({ logits, cache } = await engine.decode(token, prompt.length + step, cache));
+  }
+}

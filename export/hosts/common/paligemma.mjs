@@ -1,0 +1,74 @@
+/** A loaded bundle: a picture and a prompt in, text, boxes and masks out, whatever runs the graphs. */
+import { openBundle } from "./bundle.mjs";
+import { parse, paste, runLengths } from "./detection.mjs";
+import { PaliGemmaError } from "./errors.mjs";
+import { Engine, generate } from "./generate.mjs";
+import { Stream, Tokenizer } from "./tokenizer.mjs";
+
+export class PaliGemma {
+  constructor(engine, tokenizer) {
+    Object.assign(this, { engine, tokenizer });
+  }
+
+  /**
+   * Check a bundle and open it. `createSession(file, description)` makes a session of one of its graphs, `Library` is
+   * the class Tokenizer of @huggingface/tokenizers; the rest is for Engine.
+   */
+  static async open(source, ort, createSession, Library, options) {
+    const description = await openBundle(source);
+    const json = JSON.parse(new TextDecoder().decode(await source.read("tokenizer.json")));
+    const sessions = {};
+    for (const [name, { file }] of Object.entries(description.graphs)) {
+      try {
+        sessions[name] = await createSession(file, description);
+      } catch (error) {
+        throw new PaliGemmaError(`${file}: ONNX Runtime cannot load it (${error.message ?? error})`);
+      }
+    }
+    return new PaliGemma(new Engine(ort, sessions, description, options), new Tokenizer(Library, json, description));
+  }
+
+  /**
+   * Answer a prompt about a picture { data (RGB bytes), width, height }. `onToken(text, token)` is called as tokens
+   * come, with the text that each completes; `signal` stops it between two tokens.
+   */
+  async generate(image, prompt, { onToken, signal, boxes: convention, ...options } = {}) {
+    if (!prompt.trim()) throw new PaliGemmaError('the prompt is empty; ask something, for example "caption en"');
+    const started = performance.now();
+    const ids = this.tokenizer.prompt(prompt);
+    const pixelValues = await this.engine.preprocess(image);
+    const stream = new Stream(this.tokenizer);
+    const tokens = [];
+    let first = 0;
+    for await (const token of generate(this.engine, pixelValues, ids, options)) {
+      first ||= performance.now();
+      if (token === this.engine.eos) break;
+      tokens.push(token);
+      onToken?.(stream.push(token), token);
+      if (signal?.aborted) break;
+    }
+    const seconds = (performance.now() - first) / 1000;
+    const rest = stream.close();
+    if (rest) onToken?.(rest);
+    const text = this.tokenizer.decode(tokens);
+    const boxes = parse(text, image.width, image.height, convention);
+    return {
+      text,
+      tokens,
+      boxes,
+      masks: await this.outline(boxes, image),
+      timings: { first_token_s: (first - started) / 1000, decode_tokens_per_s: seconds ? tokens.length / seconds : 0 },
+    };
+  }
+
+  /** The mask of each box that has codes, as COCO run lengths over the picture. */
+  async outline(boxes, { width, height }) {
+    const masks = [];
+    for (const box of boxes.filter((each) => each.codes)) {
+      const painted = await this.engine.paint(box.codes);
+      const runs = painted && runLengths(paste(painted, box, width, height), width, height);
+      masks.push(runs ? { ...box, size: [height, width], counts: runs } : box);
+    }
+    return masks;
+  }
+}

@@ -1,0 +1,63 @@
+/** What is wrong with the input, in one line. */
+export class PaliGemmaError extends Error {}
+
+/** RGB bytes, row by row. */
+export interface Picture {
+  data: Uint8Array;
+  width: number;
+  height: number;
+}
+
+/** An object that was found, in pixels of the picture. `codes` are the sixteen numbers of its mask, if it has one. */
+export interface Box {
+  label: string;
+  x1: number;
+  y1: number;
+  x2: number;
+  y2: number;
+  codes?: number[];
+}
+
+/** A box and its mask, as COCO's uncompressed run lengths over a picture of `size` [height, width]. */
+export interface Mask extends Box {
+  size?: [number, number];
+  counts?: number[];
+}
+
+export interface Options {
+  /** The longest answer; left out, 64 or as many as there is room for. */
+  maxNewTokens?: number;
+  /** 0, the default, is greedy. */
+  temperature?: number;
+  /** Keep the K likeliest; 0, the default, keeps all. */
+  topK?: number;
+  /** Keep the head of the distribution that sums to P; 1, the default, keeps all. */
+  topP?: number;
+  /** Where chance comes from: a number in [0, 1) a token. Math.random unless given. */
+  uniform?: () => number;
+  /** What a location token counts; "big_vision" (1023 steps) unless given. */
+  boxes?: "big_vision" | "huggingface";
+  /** Called as tokens come, with the text that each completes. The end of a text may come without a token. */
+  onToken?: (text: string, token?: number) => void;
+  /** Stops between two tokens; what there is by then is returned. */
+  signal?: AbortSignal;
+}
+
+export interface Answer {
+  text: string;
+  tokens: number[];
+  boxes: Box[];
+  masks: Mask[];
+  timings: { first_token_s: number; decode_tokens_per_s: number };
+}
+
+export interface PaliGemma {
+  /** `picture` is a file's path, a file's bytes, or pixels. Throws PaliGemmaError. */
+  generate(picture: string | Uint8Array | Picture, prompt: string, options?: Options): Promise<Answer>;
+}
+
+/** Check a bundle's folder and open it; `threads` 0, the default, takes every core. Throws PaliGemmaError. */
+export function load(folder: string, options?: { threads?: number }): Promise<PaliGemma>;
+
+/** A picture file, or its bytes, as pixels: upright, transparency ignored. Throws PaliGemmaError. */
+export function decodePicture(picture: string | Uint8Array): Promise<Picture>;

@@ -1,0 +1,68 @@
+/** PaliGemma bundles in Node: `load(folder)`, then `generate(picture, prompt)`. */
+import { createHash } from "node:crypto";
+import { createReadStream } from "node:fs";
+import { readFile, stat } from "node:fs/promises";
+import { join } from "node:path";
+
+import { Tokenizer as Library } from "@huggingface/tokenizers";
+import * as ort from "onnxruntime-node";
+import sharp from "sharp";
+
+import { PaliGemmaError } from "../common/errors.mjs";
+import { PaliGemma } from "../common/paligemma.mjs";
+
+export { PaliGemmaError };
+
+/** A bundle's folder, opened. `threads` 0 takes every core. */
+export async function load(folder, { threads = 0 } = {}) {
+  if (!(await kindOf(folder))?.isDirectory()) throw new PaliGemmaError(`${folder}: no such bundle directory; export-onnx makes one`);
+  const createSession = (file) =>
+    ort.InferenceSession.create(join(folder, file), { intraOpNumThreads: threads, logSeverityLevel: 4 });
+  try {
+    return new NodePaliGemma(await PaliGemma.open(filesOf(folder), ort, createSession, Library, { inPlace: true }));
+  } catch (error) {
+    throw error instanceof PaliGemmaError ? new PaliGemmaError(`${folder}: ${error.message}`) : error;
+  }
+}
+
+class NodePaliGemma {
+  constructor(model) {
+    this.model = model;
+  }
+
+  /** `picture` is a file's path, a file's bytes, or { data, width, height } with RGB bytes; see index.d.ts. */
+  async generate(picture, prompt, options) {
+    const image = picture?.data && picture.width ? picture : await decodePicture(picture);
+    return this.model.generate(image, prompt, options);
+  }
+}
+
+/** A picture file, or its bytes, as { data, width, height }: RGB, upright, transparency ignored. */
+export async function decodePicture(picture) {
+  const name = typeof picture === "string" ? picture : "the picture";
+  if (typeof picture === "string" && !(await kindOf(picture))?.isFile()) throw new PaliGemmaError(`${picture}: no such picture`);
+  try {
+    const decoder = sharp(picture, { ignoreIcc: true }).autoOrient().removeAlpha().toColourspace("srgb");
+    const { data, info } = await decoder.raw().toBuffer({ resolveWithObject: true });
+    return { data, width: info.width, height: info.height };
+  } catch (error) {
+    throw new PaliGemmaError(`${name}: not a picture, or a broken one (${error.message.split("\n")[0]})`);
+  }
+}
+
+/** The files of a folder, as `openBundle` asks for them. */
+function filesOf(folder) {
+  return {
+    read: (name) => readFile(join(folder, name)).catch(() => null),
+    async measure(name) {
+      const file = join(folder, name);
+      const found = await kindOf(file);
+      if (!found?.isFile()) return null;
+      const digest = createHash("sha256");
+      for await (const block of createReadStream(file, { highWaterMark: 2 ** 20 })) digest.update(block);
+      return { bytes: found.size, sha256: digest.digest("hex") };
+    },
+  };
+}
+
+const kindOf = (path) => stat(path).catch(() => null);

@@ -1,0 +1,199 @@
+/** The page: a picture, a prompt, an answer as it comes, boxes and masks over the picture. */
+import { Model, openPicture, pixelsOf } from "./model.mjs";
+
+const PRESETS = ["caption en", "detect star", "detect circle ; square", "segment star", "answer en how many shapes are there?"];
+const COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080"];
+const LEAST_WIDTH = 640; // of the drawing, so that labels can be read on a small picture
+
+const at = (id) => document.getElementById(id);
+const query = new URLSearchParams(location.search);
+const bundle = new URL(query.get("bundle") ?? "../bundle/", location.href);
+const model = new Model();
+let picture = null;
+let running = null;
+let ready = false;
+
+async function start() {
+  for (const prompt of PRESETS) {
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
+    button.onclick = () => {
+      at("prompt").value = prompt;
+      at("ask").requestSubmit();
+    };
+    at("presets").append(button);
+  }
+  at("file").onchange = ({ target }) => target.files[0] && show(target.files[0]);
+  at("example").onclick = () => fetch("../example.png").then(async (response) => show(await response.blob()));
+  at("ask").onsubmit = (event) => {
+    event.preventDefault();
+    ask();
+  };
+  at("stop").onclick = () => running?.abort();
+  acceptDrops();
+  try {
+    if (bundle.origin !== location.origin) throw new Error("the bundle must come from this server");
+    const onProgress = (fraction) => (at("loading").value = fraction);
+    const { seconds, backend, threads, precision, size } = await model.load(bundle, { backend: query.get("backend") ?? "auto", onProgress });
+    ready = true;
+    const where = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads === 1 ? "" : "s"}`;
+    at("about").textContent = `Loaded in ${seconds.toFixed(1)} s: ${precision}, pictures of ${size} px, ${where}.`;
+  } catch (error) {
+    at("about").textContent = "The model did not load.";
+    complain(error);
+  }
+  at("loading").classList.add("done");
+  refresh();
+}
+
+function acceptDrops() {
+  addEventListener("dragover", (event) => {
+    event.preventDefault();
+    at("stage").classList.add("over");
+  });
+  addEventListener("dragleave", () => at("stage").classList.remove("over"));
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    at("stage").classList.remove("over");
+    const [file] = event.dataTransfer.files;
+    if (file) show(file);
+  });
+  addEventListener("paste", (event) => {
+    const [file] = event.clipboardData.files;
+    if (file) show(file);
+  });
+}
+
+/** Take a file as the picture. */
+async function show(blob) {
+  running?.abort();
+  complain(null);
+  try {
+    const bitmap = await openPicture(blob);
+    picture = { bitmap, pixels: pixelsOf(bitmap) };
+    draw([], []);
+    at("stage").classList.add("filled");
+    forgetAnswer();
+  } catch (error) {
+    complain(error);
+  }
+  refresh();
+}
+
+async function ask() {
+  if (!ready || !picture || running) return;
+  complain(null);
+  forgetAnswer();
+  draw([], []);
+  running = new AbortController();
+  refresh();
+  const { pixels } = picture;
+  try {
+    const answer = await model.ask(pixels, at("prompt").value, {
+      temperature: number("temperature", 0),
+      topP: number("top-p", 1),
+      topK: number("top-k", 0),
+      maxNewTokens: number("tokens", undefined),
+      signal: running.signal,
+      onToken: (text) => (at("answer").textContent += text),
+    });
+    if (picture.pixels === pixels) present(answer);
+  } catch (error) {
+    complain(error);
+  }
+  running = null;
+  refresh();
+}
+
+function present({ text, tokens, boxes, masks, timings }) {
+  at("answer").textContent = text || "(an empty answer: nothing of that kind was found)";
+  draw(boxes, masks);
+  for (const [i, box] of boxes.entries()) {
+    const corners = [box.x1, box.y1, box.x2, box.y2].map(Math.round).join(", ");
+    const item = Object.assign(document.createElement("li"), { textContent: `${box.label} at ${corners}` });
+    item.style.setProperty("--color", COLORS[i % COLORS.length]);
+    at("found").append(item);
+  }
+  const speed = timings.decode_tokens_per_s ? `, then ${timings.decode_tokens_per_s.toFixed(0)} tokens/s` : "";
+  at("times").textContent = `First token after ${(timings.first_token_s * 1000).toFixed(0)} ms${speed}; ${tokens.length} tokens.`;
+}
+
+/** The picture with masks, boxes and labels over it. */
+function draw(boxes, masks) {
+  const { bitmap } = picture;
+  const zoom = Math.max(1, LEAST_WIDTH / bitmap.width);
+  const canvas = at("picture");
+  [canvas.width, canvas.height] = [Math.round(bitmap.width * zoom), Math.round(bitmap.height * zoom)];
+  const pen = canvas.getContext("2d");
+  pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  let mask = 0;
+  boxes.forEach((box, i) => {
+    const color = COLORS[i % COLORS.length];
+    if (box.codes && masks[mask]?.counts) {
+      pen.globalAlpha = 0.6;
+      pen.drawImage(stencil(masks[mask], color), 0, 0, canvas.width, canvas.height);
+      pen.globalAlpha = 1;
+    }
+    if (box.codes) mask += 1;
+    outline(pen, box, color, zoom, canvas);
+  });
+  const names = boxes.map((box) => box.label).join(", ");
+  canvas.setAttribute("aria-label", names ? `The picture, with boxes around: ${names}` : "The picture");
+}
+
+function outline(pen, box, color, zoom, canvas) {
+  const unit = canvas.width / LEAST_WIDTH;
+  const [left, top] = [box.x1 * zoom, box.y1 * zoom];
+  pen.strokeStyle = pen.fillStyle = color;
+  pen.lineWidth = 3 * unit;
+  pen.strokeRect(left, top, (box.x2 - box.x1) * zoom, (box.y2 - box.y1) * zoom);
+  pen.font = `${18 * unit}px system-ui, sans-serif`;
+  const width = pen.measureText(box.label).width + 10 * unit;
+  const height = 25 * unit;
+  const x = Math.max(0, Math.min(left, canvas.width - width));
+  const y = top >= height ? top - height : top;
+  pen.fillRect(x, y, width, height);
+  pen.fillStyle = "#fff";
+  pen.fillText(box.label, x + 5 * unit, y + 18 * unit);
+}
+
+/** A mask's run lengths as a picture of one color. */
+function stencil({ size: [height, width], counts }, color) {
+  const canvas = new OffscreenCanvas(width, height);
+  const pen = canvas.getContext("2d");
+  pen.fillStyle = color;
+  let place = 0;
+  counts.forEach((count, i) => {
+    const end = place + count;
+    while (i % 2 && place < end) {
+      const [x, y] = [Math.floor(place / height), place % height];
+      const run = Math.min(end - place, height - y);
+      pen.fillRect(x, y, 1, run);
+      place += run;
+    }
+    place = end;
+  });
+  return canvas;
+}
+
+function number(id, otherwise) {
+  return at(id).value === "" ? otherwise : Number(at(id).value);
+}
+
+function forgetAnswer() {
+  at("answer").textContent = at("times").textContent = "";
+  at("found").replaceChildren();
+}
+
+function complain(error) {
+  at("error").hidden = !error;
+  at("error").textContent = error ? error.message : "";
+}
+
+function refresh() {
+  at("run").disabled = !ready || !picture || Boolean(running);
+  at("stop").hidden = !running;
+  at("answer").classList.toggle("running", Boolean(running));
+  document.body.dataset.state = running ? "running" : ready ? "ready" : "not ready";
+}
+
+start();

@@ -1,0 +1,16 @@
+/** node screenshot.mjs URL OUT.png: the page that `run-onnx --serve` shows at URL, after two questions. */
+import { ask, open, visit } from "./browser.mjs";
+
+const [url, file] = process.argv.slice(2);
+if (!file) {
+  console.error("usage: node screenshot.mjs URL OUT.png");
+  process.exit(2);
+}
+const browser = await open();
+const page = await visit(browser, url, { viewport: { width: 1040, height: 640 } });
+await page.click("#example");
+await page.waitForSelector("#stage.filled");
+await ask(page, "caption en");
+await ask(page, "segment star ; circle");
+await page.screenshot({ path: file, fullPage: true });
+await browser.close();

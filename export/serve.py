@@ -1,0 +1,131 @@
+"""run-onnx --serve: the page of `export/hosts/web` with a bundle, on this machine alone.
+
+Serves what the page needs and nothing else: its own modules, the two libraries that `npm ci` puts beside it, the files
+that the bundle's description lists, and the example picture.
+"""
+
+import mimetypes
+import sys
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from shutil import copyfileobj
+from urllib.parse import unquote, urlsplit
+
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref.errors import PaliGemmaError
+
+from . import bundle as bundles
+
+ADDRESS = "127.0.0.1"
+HOSTS = Path(__file__).parent / "hosts"
+LIBRARIES = ("web/node_modules/onnxruntime-web/dist", "web/node_modules/@huggingface/tokenizers/dist")
+PAGE = "/web/"
+_HEADERS = {
+    # What a browser asks of a page that uses threads.
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    # The page talks to this server alone.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
+    "style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_TYPES = {".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json"}
+
+
+def serve(path: Path | None, port: int = 0) -> None:
+    """Serve a bundle, or the shipped model's, until interrupted. Raises PaliGemmaError if it cannot."""
+    bundle = bundles.load(path) if path else bundles.shipped()
+    with open_server(bundle, port) as server:
+        print(f"http://{ADDRESS}:{server.server_port}{PAGE} serves {bundle.path}; Ctrl-C stops it", flush=True)
+        server.serve_forever()
+
+
+def open_server(bundle, port: int = 0) -> ThreadingHTTPServer:
+    """A server that listens, port 0 being any that is free."""
+    if missing := [folder for folder in LIBRARIES if not (HOSTS / folder).is_dir()]:
+        raise PaliGemmaError(f"{HOSTS / missing[0]} is missing; run: npm ci --prefix {HOSTS / 'web'}")
+    try:
+        return _Server((ADDRESS, port), partial(_Handler, files_of(bundle)))
+    except OSError as error:
+        raise PaliGemmaError(f"--port {port}: cannot listen on {ADDRESS} ({error.strerror})") from None
+
+
+def files_of(bundle) -> dict[str, Path]:
+    """Every path that is served -> its file."""
+    files = {f"/{file.relative_to(HOSTS).as_posix()}": file for file in [*HOSTS.glob("common/*.mjs"), *_page_files()]}
+    for folder in LIBRARIES:
+        libraries = (file for file in (HOSTS / folder).iterdir() if file.suffix in (".mjs", ".wasm"))
+        files |= {f"/{folder}/{file.name}": file for file in libraries}
+    files |= {f"/bundle/{name}": bundle.path / name for name in (bundles.DESCRIPTION, *bundle.description["files"])}
+    return {PAGE: HOSTS / "web" / "index.html", "/example.png": checkpoints.SHIPPED / "example.png", **files}
+
+
+def _page_files():
+    return (file for file in (HOSTS / "web").iterdir() if file.suffix in (".html", ".css", ".mjs"))
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A connection that broke is the browser's affair; anything else is told in a line."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError):
+            print(f"run-onnx: a request failed ({error!r})", file=sys.stderr)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 30  # seconds that a silent connection is kept
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "run-onnx", ""
+
+    def __init__(self, files, *arguments):
+        self.files = files
+        super().__init__(*arguments)
+
+    def do_GET(self):
+        self._answer(with_body=True)
+
+    def do_HEAD(self):
+        self._answer(with_body=False)
+
+    def _answer(self, with_body):
+        path = unquote(urlsplit(self.path).path)
+        if self.headers.get("Host", "") not in self._names():  # another site's name may point to this machine
+            self._refuse(HTTPStatus.FORBIDDEN)
+        elif path == "/":
+            self._head(HTTPStatus.FOUND, {"Location": PAGE, "Content-Length": "0"})
+        elif path not in self.files:
+            self._refuse(HTTPStatus.NOT_FOUND)
+        else:
+            self._send(self.files[path], with_body)
+
+    def _send(self, file, with_body):
+        if not file.is_file():  # any more
+            self._refuse(HTTPStatus.NOT_FOUND)
+            return
+        with open(file, "rb") as stream:
+            kind = _TYPES.get(file.suffix) or mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+            self._head(HTTPStatus.OK, {"Content-Type": kind, "Content-Length": str(file.stat().st_size)})
+            if with_body:
+                copyfileobj(stream, self.wfile, 2**20)
+
+    def _refuse(self, status):
+        self._head(status, {"Content-Length": "0"})
+
+    def _head(self, status, headers):
+        self.send_response(status)
+        for name, value in {**_HEADERS, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _names(self):
+        port = self.server.server_port
+        return {f"{name}:{port}" for name in (ADDRESS, "localhost")}
+
+    def log_message(self, *arguments):
+        """The page shows what matters."""

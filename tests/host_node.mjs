@@ -1,0 +1,31 @@
+/** Cases on standard input, what the Node host makes of them on standard output; driven by test_hosts.py. */
+import { readFileSync } from "node:fs";
+
+import { decodePicture, load } from "../export/hosts/node/index.mjs";
+
+const { bundle, cases, pictures, texts } = JSON.parse(readFileSync(0, "utf8"));
+const loaded = await load(bundle);
+const answers = [];
+for (const { picture, prompt, uniforms, ...options } of cases) {
+  const streamed = [];
+  const chance = uniforms && [...uniforms];
+  const answer = await loaded.generate(picture, prompt, {
+    ...options,
+    ...(chance && { uniform: () => chance.shift() }),
+    onToken: (text) => streamed.push(text),
+  });
+  answers.push({ ...answer, streamed: streamed.join("") });
+}
+const pixels = [];
+for (const picture of pictures) {
+  const image = await decodePicture(picture);
+  const values = await loaded.model.engine.preprocess(image);
+  pixels.push({ rgb: Buffer.from(image.data).toString("base64"), values: base64(values.data) });
+}
+const { tokenizer } = loaded.model;
+const encoded = texts.map((text) => tokenizer.encode(text));
+console.log(JSON.stringify({ answers, pixels, encoded, decoded: encoded.map((ids) => tokenizer.decode(ids)) }));
+
+function base64(floats) {
+  return Buffer.from(floats.buffer, floats.byteOffset, floats.byteLength).toString("base64");
+}

@@ -1,0 +1,115 @@
+/** The browser page in headless Chromium, used as people use it; driven by test_hosts.py, cases on standard input. */
+import { readFileSync } from "node:fs";
+
+import { ask, open, visit } from "../export/hosts/web/browser.mjs";
+
+const { url, cases, pictures, broken } = JSON.parse(readFileSync(0, "utf8"));
+const browser = await open();
+const results = { requests: [], errors: [] };
+
+// As a person: by keyboard and by dropping a picture.
+const page = await visit(browser, url, { requests: results.requests, viewport: { width: 360, height: 740 } });
+page.on("pageerror", (error) => results.errors.push(String(error)));
+results.about = await page.textContent("#about");
+results.overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+await drop("notes.txt", Buffer.from("not a picture").toString("base64"));
+await page.waitForSelector("#error:not([hidden])");
+results.notPicture = await page.textContent("#error");
+await drop("example.png", readFileSync(pictures[0]).toString("base64"));
+await page.waitForSelector("#stage.filled");
+results.complaintGone = await page.isHidden("#error");
+results.caption = await ask(page, "caption en");
+results.times = await page.textContent("#times");
+await page.focus("#prompt");
+await page.keyboard.press("Control+A");
+await page.keyboard.type("detect star");
+await page.keyboard.press("Enter");
+await page.waitForFunction(() => document.body.dataset.state === "running");
+await page.waitForFunction(() => document.body.dataset.state === "ready");
+results.detect = await page.textContent("#answer");
+results.found = await page.locator("#found li").allTextContents();
+results.label = await page.getAttribute("#picture", "aria-label");
+results.focus = await keyboardOrder();
+results.tooLong = await tooLong();
+
+// As a program: the same worker, asked through its module.
+results.golden = await page.evaluate(goldens, cases.map((each) => ({ ...each, picture: base64(each.picture) })));
+results.pixels = await page.evaluate(pixelsIn, pictures.map(base64));
+
+for (const address of broken) {
+  const other = await browser.newPage();
+  await other.goto(address);
+  await other.waitForSelector("#error:not([hidden])");
+  results.broken = [...(results.broken ?? []), await other.textContent("#error")];
+}
+await browser.close();
+console.log(JSON.stringify(results));
+
+function base64(file) {
+  return readFileSync(file).toString("base64");
+}
+
+async function drop(name, contents) {
+  const transfer = await page.evaluateHandle(
+    ([name, contents]) => {
+      const bytes = Uint8Array.from(atob(contents), (letter) => letter.charCodeAt(0));
+      const transfer = new DataTransfer();
+      transfer.items.add(new File([bytes], name));
+      return transfer;
+    },
+    [name, contents],
+  );
+  await page.dispatchEvent("#stage", "drop", { dataTransfer: transfer });
+}
+
+async function keyboardOrder() {
+  const order = [];
+  await page.focus("#file");
+  for (let i = 0; i < 4; i++) {
+    order.push(await page.evaluate(() => document.activeElement.id));
+    await page.keyboard.press("Tab");
+  }
+  return order;
+}
+
+async function tooLong() {
+  await ask(page, "star ".repeat(300));
+  return page.textContent("#error");
+}
+
+async function goldens(cases) {
+  const { Model, openPicture, pixelsOf } = await import("/web/model.mjs");
+  const model = new Model();
+  await model.load(new URL("/bundle/", location.href));
+  const answers = [];
+  for (const { picture, prompt, ...options } of cases) {
+    const bytes = Uint8Array.from(atob(picture), (letter) => letter.charCodeAt(0));
+    const image = pixelsOf(await openPicture(new Blob([bytes])));
+    let streamed = "";
+    const answer = await model.ask(image, prompt, { ...options, onToken: (text) => (streamed += text) });
+    answers.push({ ...answer, streamed });
+  }
+  return answers;
+}
+
+async function pixelsIn(pictures) {
+  const { openPicture, pixelsOf } = await import("/web/model.mjs");
+  const ort = await import("/web/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs");
+  const graph = await (await fetch("/bundle/preprocess.onnx")).arrayBuffer();
+  const session = await ort.InferenceSession.create(new Uint8Array(graph), { logSeverityLevel: 4 });
+  const encode = (array) => {
+    const bytes = new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+    let letters = "";
+    for (let i = 0; i < bytes.length; i += 4096) letters += String.fromCharCode(...bytes.subarray(i, i + 4096));
+    return btoa(letters);
+  };
+  const results = [];
+  for (const picture of pictures) {
+    const bytes = Uint8Array.from(atob(picture), (letter) => letter.charCodeAt(0));
+    const image = pixelsOf(await openPicture(new Blob([bytes])));
+    const tensor = new ort.Tensor("uint8", image.data, [image.height, image.width, 3]);
+    const { pixel_values: values } = await session.run({ image: tensor });
+    results.push({ rgb: encode(image.data), values: encode(values.data) });
+  }
+  return results;
+}

@@ -1,0 +1,317 @@
+"""The hosts that have nothing of Python: Node and a browser page, held to the same golden set as Python.
+
+A machine without Node or Chromium skips them and says so; where REQUIRE_HOSTS is set, as in CI, that is a failure.
+"""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import threading
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export import bundle, serve
+from export.session import HostSession, Session
+from numpy_ref import checkpoint, cli, detection, segmentation
+from numpy_ref.generate import answers, generate
+from numpy_ref.image import open_image, preprocess
+from numpy_ref.sampling import Sampling
+from numpy_ref.tokenizer import Tokenizer
+from torch_impl import evaluate
+
+TESTS, HOSTS = Path(__file__).parent, Path(serve.__file__).parent / "hosts"
+RUN = HOSTS / "node" / "run.mjs"
+TASKS = {"caption": 15, "detect": 15, "answer": 10, "segment": 10}
+SAMPLED = 10
+STEP = 2 / 255
+TEXTS = [
+    "caption en", "detect star ; blue circle", "<loc0010><loc1023> star<seg127>", "<image><bos>a<eos>", " two  spaces ",
+    "tab\tand\nnewlines\n\n", "é ß 漢字 🦄 \u200d", "<loc10><seg999><<bos>>", "MiXeD 12345", "▁", "\ufeffmark",
+]  # fmt: skip
+
+
+def need(there, what):
+    """Go on if something is there; where hosts are required its absence is a failure, elsewhere a reason to skip."""
+    if not there:
+        (pytest.fail if os.environ.get("REQUIRE_HOSTS") else pytest.skip)(f"the host tests need {what}")
+
+
+@pytest.fixture(scope="module")
+def node():
+    need(program := shutil.which("node"), "Node 20 or later (nodejs.org)")
+    need((HOSTS / "node" / "node_modules").is_dir(), f"npm ci --prefix {HOSTS / 'node'}")
+    return program
+
+
+@pytest.fixture(scope="module")
+def browser(node):
+    need((HOSTS / "web" / "node_modules").is_dir(), f"npm ci --prefix {HOSTS / 'web'}")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    need(os.environ.get("CHROMIUM") or any(map(shutil.which, names)), "Chromium (or its path in CHROMIUM)")
+    return node
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return bundle.shipped()
+
+
+@pytest.fixture(scope="module")
+def golden(shipped, tmp_path_factory):
+    """50 pictures, a prompt each, and what Python answers: greedy, and some drawn with known uniform numbers."""
+    folder, engine = tmp_path_factory.mktemp("golden"), Session(shipped, "cpu")
+    tokenizer, cases = Tokenizer.load(shipped.path, shipped.config), []
+    asked = [question for task, count in TASKS.items() for question in evaluate.held_out(7, count, task)]
+    for i, question in enumerate(asked):
+        evaluate.picture(question).save(folder / f"{i}.png")
+        settings = [Sampling()] + [Sampling(2.5, 50, 0.95, seed=i)] * (i % (len(asked) // SAMPLED) == 0)
+        for sampling in settings:
+            cases.append(case(engine, tokenizer, folder / f"{i}.png", question.prefix, sampling))
+    assert len(cases) == len(asked) + SAMPLED == 60
+    return cases
+
+
+def case(engine, tokenizer, picture, prompt, sampling):
+    """What a host is asked, and what Python answers."""
+    image = open_image(picture)
+    pixels = preprocess(image, engine.config.vision.image_size)
+    rows = list(generate(engine, pixels, [tokenizer.prompt(prompt)], tokenizer.known(), 64, sampling))
+    tokens = answers(rows, engine.config.eos)[0]
+    text = tokenizer.decode(tokens)
+    boxes = detection.parse(text, image.width, image.height)
+    masks = cli.paint(engine.masks, boxes, image.width, image.height)
+    uniforms = np.random.default_rng(sampling.seed).random(64, np.float32).tolist()
+    return {
+        "asked": {
+            "picture": str(picture), "prompt": prompt, "temperature": sampling.temperature, "topK": sampling.top_k,
+            "topP": sampling.top_p, "uniforms": uniforms,
+        },
+        "tokens": tokens, "text": text, "boxes": json.loads(json.dumps([box.as_json() for box in boxes])),
+        "masks": [mask for mask in masks if mask is not None],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Picture files of every kind that people drop."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 5, 3), np.uint8)).resize((130, 170), Image.Resampling.BICUBIC)
+    files = {
+        "example.png": open_image(checkpoint.SHIPPED / "example.png"),
+        "noise.png": Image.fromarray(rng.integers(0, 256, (70, 150, 3), np.uint8)),
+        "grey.png": smooth.convert("L"), "palette.png": smooth.convert("P"), "opaque.png": smooth.convert("RGBA"),
+        "large.png": smooth.resize((700, 500)), "smooth.webp": smooth, "smooth.jpg": smooth,
+    }  # fmt: skip
+    for name, picture in files.items():
+        picture.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a telephone held upright
+    smooth.save(folder / "turned.png", exif=turned)
+    return [folder / name for name in [*files, "turned.png"]]
+
+
+def run_node(program, script, **arguments):
+    result = subprocess.run(
+        [program, TESTS / script], input=json.dumps(arguments, default=str), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def answered(node, shipped, golden, pictures):
+    cases = [case["asked"] for case in golden]
+    return run_node(node, "host_node.mjs", bundle=shipped.path, cases=cases, pictures=pictures, texts=TEXTS)
+
+
+@contextmanager
+def served(opened):
+    """The page with a bundle, at the address that is yielded."""
+    with serve.open_server(opened) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield f"http://{serve.ADDRESS}:{server.server_port}/web/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def shown(browser, shipped, golden, pictures, broken_bundles):
+    with ExitStack() as stack:
+        url = stack.enter_context(served(shipped))
+        broken = [stack.enter_context(served(replace(shipped, path=path))) for path in broken_bundles.values()]
+        cases = [case["asked"] for case in golden]
+        results = run_node(browser, "host_page.mjs", url=url, cases=cases, pictures=pictures, broken=broken)
+    return {**results, "url": url}
+
+
+@pytest.fixture(scope="module")
+def broken_bundles(shipped, tmp_path_factory):
+    """What can be wrong with a bundle -> a bundle that it is wrong with."""
+    folder, paths = tmp_path_factory.mktemp("broken"), {}
+    for name in ("SHA-256", "missing", "version"):
+        paths[name] = Path(shutil.copytree(shipped.path, folder / name))
+    contents = bytearray((paths["SHA-256"] / "weights.bin").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (paths["SHA-256"] / "weights.bin").write_bytes(contents)
+    (paths["missing"] / "sample.onnx").unlink()
+    description = paths["version"] / "bundle.json"
+    description.write_text(description.read_text().replace('"version": 1', '"version": 9'))
+    return paths
+
+
+# --- the same answers --------------------------------------------------------------------------------------
+
+
+def same_answers(golden, results):
+    assert len(golden) == len(results)
+    for case, result in zip(golden, results, strict=True):
+        asked = case["asked"]
+        assert result["tokens"] == case["tokens"], asked
+        assert result["text"] == result["streamed"] == case["text"], asked
+        assert result["boxes"] == case["boxes"]
+        assert len(result["masks"]) == len(case["masks"])
+        for found, mask in zip(result["masks"], case["masks"], strict=True):
+            assert found["size"] == list(mask.shape)
+            expected = segmentation.run_lengths(mask)
+            # A value at the very edge of zero may fall to either side.
+            assert abs(sum(found["counts"][1::2]) - sum(expected[1::2])) <= 2
+            assert len(found["counts"]) == pytest.approx(len(expected), abs=4)
+
+
+def test_golden_set_is_worth_it(golden):
+    greedy = [case for case in golden if not case["asked"]["temperature"]]
+    assert len({case["text"] for case in greedy}) > 30
+    assert sum(bool(case["masks"]) for case in golden) >= 10
+    drawn = [case for case in golden if case["asked"]["temperature"]]
+    others = {case["asked"]["picture"]: case["tokens"] for case in greedy}
+    assert sum(case["tokens"] != others[case["asked"]["picture"]] for case in drawn) >= SAMPLED // 2
+
+
+def test_node_answers_as_python(golden, answered):
+    same_answers(golden, answered["answers"])
+
+
+def test_page_answers_as_python(golden, shown):
+    same_answers(golden, shown["golden"])
+
+
+def test_python_by_the_host_graphs(golden, shipped):
+    """Pictures and draws by the bundle's graphs, in Python."""
+    engine, tokenizer = HostSession(shipped, "cpu"), Tokenizer.load(shipped.path, shipped.config)
+    for case in golden:
+        asked, pixels = case["asked"], engine.preprocess(open_image(case["asked"]["picture"]))
+        seed = int(Path(asked["picture"]).stem) if asked["temperature"] else 0
+        sampling = Sampling(asked["temperature"], asked["topK"], asked["topP"], seed)
+        rows = list(generate(engine, pixels, [tokenizer.prompt(asked["prompt"])], tokenizer.known(), 64, sampling))
+        assert answers(rows, engine.config.eos)[0] == case["tokens"], asked
+
+
+# --- pictures and text -------------------------------------------------------------------------------------
+
+
+def same_pixels(pictures, results, size, decoded_alike=()):
+    for file, result in zip(pictures, results, strict=True):
+        image = open_image(file)
+        rgb = np.frombuffer(base64.b64decode(result["rgb"]), np.uint8).reshape(image.height, image.width, 3)
+        off = np.abs(rgb.astype(int) - np.asarray(image)).max()
+        assert off <= (3 if file.name in decoded_alike else 0), file.name  # JPEG decoders differ in rounding
+        values = np.frombuffer(base64.b64decode(result["values"]), np.float32).reshape(1, 3, size, size)
+        difference = np.abs(values - preprocess(Image.fromarray(rgb), size))
+        assert difference.max() <= 1.001 * STEP, file.name
+
+
+def test_node_sees_what_pillow_sees(pictures, answered, shipped):
+    same_pixels(pictures, answered["pixels"], shipped.config.vision.image_size, ["smooth.jpg"])
+
+
+def test_page_sees_what_pillow_sees(pictures, shown, shipped):
+    same_pixels(pictures, shown["pixels"], shipped.config.vision.image_size, ["smooth.jpg"])
+
+
+def test_node_spells_as_python(answered, shipped):
+    tokenizer = Tokenizer.load(shipped.path, shipped.config)
+    assert answered["encoded"] == [tokenizer.encode(text) for text in TEXTS]
+    assert answered["decoded"] == [tokenizer.decode(ids) for ids in answered["encoded"]]
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
+def test_page_in_use(shown, golden):
+    assert shown["errors"] == []
+    assert "Loaded in" in shown["about"]
+    assert "thread" in shown["about"]
+    assert "not a picture" in shown["notPicture"]
+    assert shown["complaintGone"]
+    assert " on a " in shown["caption"]
+    assert "First token after" in shown["times"]
+    assert len(shown["found"]) == shown["detect"].count("star") > 0
+    assert "star" in shown["label"]
+    assert shown["focus"] == ["file", "example", "prompt", "run"]
+    assert "exceeds the capacity" in shown["tooLong"]
+    assert shown["overflow"] <= 0  # at the width of a telephone
+
+
+def test_no_request_leaves_the_server(shown):
+    origin = shown["url"].removesuffix("/web/")
+    assert len(shown["requests"]) > 10
+    strangers = [url for url in shown["requests"] if not url.startswith((f"{origin}/", f"blob:{origin}/", "data:"))]
+    assert strangers == []
+
+
+def test_broken_bundles_in_the_page(shown, broken_bundles):
+    for word, message in zip(broken_bundles, shown["broken"], strict=True):
+        assert word in message
+        assert "\n" not in message
+
+
+# --- Node from the command line ----------------------------------------------------------------------------
+
+
+def command(node, *arguments):
+    return subprocess.run([node, RUN, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_node_command(node, shipped, golden):
+    asked = golden[0]["asked"]
+    result = command(node, shipped.path, asked["picture"], asked["prompt"])
+    assert (result.returncode, result.stdout, result.stderr) == (0, golden[0]["text"] + "\n", "")
+    result = command(node, shipped.path, asked["picture"], asked["prompt"], "--json", "--temperature", 1, "--seed", 3)
+    found = json.loads(result.stdout)
+    assert found.keys() == {"text", "tokens", "boxes", "masks", "timings"}
+    again = command(node, shipped.path, asked["picture"], asked["prompt"], "--json", "--temperature", 1, "--seed", 3)
+    assert json.loads(again.stdout)["tokens"] == found["tokens"]
+
+
+def one_line(result, *words):
+    assert result.returncode == 1, result.stderr
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("run.mjs: error: ")
+    for word in words:
+        assert word in line
+
+
+def test_node_names_what_is_wrong(node, shipped, broken_bundles, tmp_path, pictures):
+    for word, path in broken_bundles.items():
+        one_line(command(node, path, pictures[0], "caption en"), word, str(path))
+    one_line(command(node, tmp_path / "none", pictures[0], "caption en"), "no such bundle")
+    one_line(command(node, tmp_path, pictures[0], "caption en"), "bundle.json is missing")
+    (tmp_path / "notes.png").write_text("not a picture")
+    one_line(command(node, shipped.path, tmp_path / "notes.png", "caption en"), "notes.png", "not a picture")
+    (tmp_path / "half.png").write_bytes(pictures[0].read_bytes()[:2000])
+    one_line(command(node, shipped.path, tmp_path / "half.png", "caption en"), "half.png")
+    one_line(command(node, shipped.path, tmp_path / "absent.png", "caption en"), "no such picture")
+    one_line(command(node, shipped.path, pictures[0], " "), "prompt is empty")
+    one_line(command(node, shipped.path, pictures[0], "star " * 300), "exceeds the capacity")
+    misuse = command(node, shipped.path, pictures[0], "caption en", "--top-p", "2")
+    assert (misuse.returncode, misuse.stdout) == (2, "")
+    assert "--top-p 2" in misuse.stderr

@@ -1,0 +1,163 @@
+"""run-onnx --serve: the page's server gives out what it must, to this machine, and nothing else."""
+
+import http.client
+import socket
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from export import bundle, cli, serve
+from numpy_ref.errors import PaliGemmaError
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """The folder of the hosts, with stand-ins where npm ci puts libraries."""
+    hosts = tmp_path_factory.mktemp("hosts")
+    for folder in ("common", "web"):
+        (hosts / folder).mkdir()
+        for file in (serve.HOSTS / folder).iterdir():
+            if file.is_file():
+                (hosts / folder / file.name).write_bytes(file.read_bytes())
+    for folder in serve.LIBRARIES:
+        (hosts / folder).mkdir(parents=True)
+        (hosts / folder / "library.mjs").write_text("export default 1;\n")
+    (hosts / "web" / "node_modules" / "secret.mjs").write_text("not served")
+    return hosts
+
+
+@pytest.fixture(scope="module")
+def port(libraries):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "HOSTS", libraries)
+        with serve.open_server(bundle.shipped()) as server:
+            assert server.server_address[0] == "127.0.0.1"
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+            thread.start()
+            yield server.server_port
+            server.shutdown()
+            thread.join()
+
+
+def ask(port, path, method="GET", **headers):
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        return response, response.read()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/web/", "text/html"), ("/web/style.css", "text/css"), ("/web/page.mjs", "text/javascript"),
+        ("/common/generate.mjs", "text/javascript"), (f"/{serve.LIBRARIES[0]}/library.mjs", "text/javascript"),
+        ("/bundle/bundle.json", "application/json"), ("/bundle/weights.bin", "application/octet-stream"),
+        ("/example.png", "image/png"), ("/web/?backend=wasm", "text/html"),
+    ],
+)  # fmt: skip
+def test_what_is_served(port, path, kind):
+    response, body = ask(port, path)
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith(kind)
+    assert len(body) == int(response.headers["Content-Length"]) > 0
+    head, nothing = ask(port, path, "HEAD")
+    assert (head.status, nothing, head.headers["Content-Length"]) == (200, b"", response.headers["Content-Length"])
+
+
+def test_headers_keep_the_page_to_itself(port):
+    headers = ask(port, "/web/")[0].headers
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"  # with the next, what threads need
+    assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert "unsafe-eval" not in policy.replace("wasm-unsafe-eval", "")
+
+
+def test_the_root_leads_to_the_page(port):
+    response, _ = ask(port, "/")
+    assert (response.status, response.headers["Location"]) == (302, "/web/")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/web", "/web/../serve.py", "/web/%2e%2e/serve.py", "/bundle/../../../../etc/passwd", "//etc/passwd", "/bundle/",
+        "/bundle/%00", "/web/node_modules/secret.mjs", "/web/package.json", "/node/index.mjs", "/common/", "/\udcff",
+        "/bundle/..%2f..%2fetc%2fpasswd", "http://127.0.0.1/web/../../serve.py",
+    ],
+)  # fmt: skip
+def test_nothing_else_is(port, path):
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        line = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+        connection.sendall(line.encode("utf-8", "surrogateescape"))
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 404")
+
+
+def test_another_sites_name_is_refused(port):
+    assert ask(port, "/web/", Host=f"evil.example:{port}")[0].status == 403
+    assert ask(port, "/web/", Host=f"localhost:{port}")[0].status == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "BREW"])
+def test_other_methods_are_refused(port, method):
+    assert ask(port, "/web/", method)[0].status == 501
+
+
+@pytest.mark.parametrize(
+    "request_", [b"\r\n\r\n", b"GET\r\n\r\n", b"\xff\xfe\x00" * 99, b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 70000]
+)
+def test_malformed_requests_are_survived(port, request_, capfd):
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request_)
+        connection.shutdown(socket.SHUT_WR)
+        connection.makefile("rb").read()
+    assert ask(port, "/web/")[0].status == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_silent_connection_holds_nobody_up(port):
+    with socket.create_connection(("127.0.0.1", port)):
+        assert ask(port, "/web/")[0].status == 200
+
+
+def test_a_port_that_is_taken(port, libraries, monkeypatch):
+    monkeypatch.setattr(serve, "HOSTS", libraries)
+    with pytest.raises(PaliGemmaError, match=f"--port {port}: cannot listen"):
+        serve.open_server(bundle.shipped(), port)
+
+
+def test_without_the_libraries_it_says_what_to_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "HOSTS", tmp_path)
+    from numpy_ref.cli import run
+
+    assert run("run-onnx", cli.run_onnx, ["--serve", "--port", "0"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "npm ci --prefix" in error
+
+
+def test_bad_bundles_and_ports_are_named(tmp_path, capsys):
+    from numpy_ref.cli import run
+
+    assert run("run-onnx", cli.run_onnx, ["--serve", str(tmp_path / "none")]) == 1
+    assert "no such bundle" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_onnx(["--serve", "--port", "70000"])
+    assert exit_.value.code == 2
+
+
+def test_every_module_of_the_page_is_served():
+    """What a page's module imports lies where the server looks."""
+    import re
+
+    files = [
+        *serve.HOSTS.glob("common/*.mjs"),
+        *(serve.HOSTS / "web" / name for name in ("page.mjs", "model.mjs", "worker.mjs")),
+    ]
+    for file in files:
+        for target in re.findall(r"""from ["'](\.[^"']+)["']""", file.read_text()):
+            path = Path(file.parent / target)
+            assert path.exists() or "node_modules" in path.parts, (file.name, target)
