@@ -18,6 +18,7 @@ from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import RESIZES
 from numpy_ref.tokenizer import Tokenizer, known_ids
+from numpy_ref.tokenizer_json import convert
 
 from . import graphs, weights
 
@@ -50,7 +51,7 @@ class Contents:
     """What a bundle will hold, known before a byte of it is written."""
 
     placed: dict[str, weights.Stored]
-    graphs: dict[str, bytes]  # by file name
+    made: dict[str, bytes]  # file name -> its bytes
     copies: dict[str, Path]  # file name -> where it lies now
     description: dict
 
@@ -75,8 +76,11 @@ def prepare(checkpoint, precision="float32", max_length=None) -> Contents:
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
     placed = weights.plan(config, dtype)
     models = _models(checkpoint, tokenizer, placed, dtype)
-    serialized = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
-    sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in serialized.items()}}
+    made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
+    if "tokenizer.model" in copies and "tokenizer.json" not in copies:
+        converted = convert(copies["tokenizer.model"].read_bytes(), config)
+        made |= {"tokenizer.json": converted} if converted else {}
+    sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in made.items()}}
     sizes |= {name: source.stat().st_size for name, source in copies.items()}
     description = {
         "format": FORMAT,
@@ -93,7 +97,7 @@ def prepare(checkpoint, precision="float32", max_length=None) -> Contents:
         "files": {name: {"bytes": sizes[name], "sha256": "0" * 64} for name in sorted(sizes)},
         "parity": None,
     }
-    return Contents(placed, serialized, copies, description)
+    return Contents(placed, made, copies, description)
 
 
 def write(checkpoint, output, precision="float32", max_length=None, verify=None) -> None:
@@ -109,8 +113,8 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(contents.placed)) as bar:
             digests = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
-        for name, graph in contents.graphs.items():
-            (folder / name).write_bytes(graph)
+        for name, written in contents.made.items():
+            (folder / name).write_bytes(written)
         for name, source in contents.copies.items():
             shutil.copyfile(source, folder / name)
         description = contents.description
@@ -120,7 +124,9 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None)
             description["parity"] = verify(Bundle(folder, checkpoint.config, description), checkpoint)
         (folder / DESCRIPTION).write_bytes(_as_json(description))
     if not contents.copies:
-        print(f"export-onnx: warning: {checkpoint.path} has no tokenizer; the bundle knows only ids", file=sys.stderr)
+        _warn(f"{checkpoint.path} has no tokenizer; the bundle knows only ids")
+    elif "tokenizer.json" not in description["files"]:
+        _warn("this tokenizer.model has no counterpart as tokenizer.json; hosts without SentencePiece cannot use it")
 
 
 def load(path) -> Bundle:
@@ -196,6 +202,10 @@ def _models(checkpoint, tokenizer, placed, dtype) -> dict:
     if codec:
         models["masks"] = graphs.masks_model(segmentation.load(codec))
     return models
+
+
+def _warn(message) -> None:
+    print(f"export-onnx: warning: {message}", file=sys.stderr)
 
 
 def _as_json(description) -> bytes:

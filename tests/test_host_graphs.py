@@ -1,5 +1,6 @@
 """The graphs around the model that a bundle holds for hosts without NumPy and Pillow: pictures in, tokens out."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy_ref import checkpoint
 from numpy_ref.config import PaliGemmaConfig, SiglipConfig
 from numpy_ref.image import RESIZES, preprocess
 from numpy_ref.sampling import sample
-from numpy_ref.tokenizer import Tokenizer
+from numpy_ref.tokenizer import Json, Tokenizer
 
 from .test_sampling import frequencies
 
@@ -161,3 +162,17 @@ def test_big_vision_pictures_go_through_its_filter(tmp_path):
     picture = next(pictures(131, 97))
     (pixels,) = session.run(None, {"image": np.asarray(picture)})
     assert np.abs(pixels - preprocess(picture, 96, resize="bilinear")).max() <= 1.001 * STEP
+
+
+def test_a_bundle_brings_the_tokenizer_that_hosts_read(tmp_path, capsys):
+    """A checkpoint with tokenizer.model alone gets the same text and ids out of a tokenizer.json that is made of it."""
+    source = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint.SHIPPED, source)
+    (source / "tokenizer.json").unlink()
+    bundle.write(checkpoint.load(source), tmp_path / "bundle")
+    assert capsys.readouterr().err == ""
+    opened = bundle.load(tmp_path / "bundle")
+    made = Tokenizer(Json((opened.path / "tokenizer.json").read_bytes()), opened.config)
+    text = "detect red star ; <loc0001> naïve"
+    assert made.prompt(text) == Tokenizer.load(source, opened.config).prompt(text)
+    assert bundle.plan(checkpoint.load(source))["files"].keys() == {*opened.description["files"], "bundle.json"}

@@ -35,6 +35,8 @@ TEXTS = [
     "caption en", "detect star ; blue circle", "<loc0010><loc1023> star<seg127>", "<image><bos>a<eos>", " two  spaces ",
     "tab\tand\nnewlines\n\n", "é ß 漢字 🦄 \u200d", "<loc10><seg999><<bos>>", "MiXeD 12345", "▁", "\ufeffmark",
 ]  # fmt: skip
+_PIECES = [*"<>;, 7aeé日☕\n\t", "star", "red", "  ", "<bos>", "<loc0003>", "<seg127>", "\N{BELL}", "e\u0301"]
+TEXTS += ["".join(np.random.default_rng(i).choice(_PIECES, 12)) for i in range(300)]
 
 
 def need(there, what):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.tokenizer import LOCATIONS, SEGMENTS, Json, SentencePiece, Stream, Tokenizer, known_ids
+from numpy_ref.tokenizer_json import convert
 
 from .models import CONFIGS
 
@@ -120,16 +121,23 @@ def test_control_words_declared_as_text_are_spelled_too(word):
     assert tokenizer.decode([*tokenizer.encode(f"say {word}"), entry["id"]]) == f"say {word}"
 
 
-def train(*user_defined) -> bytes:
+def train(*user_defined, **settings) -> bytes:
     """A SentencePiece model set up as Gemma's is, which ends before the location tokens."""
     model = io.BytesIO()
     texts = ["the cat sat on the mat and the dog", "detect red star ; blue circle", "naïve café, 2026"] * 20
+    settings = {
+        "model_type": "bpe",
+        "add_dummy_prefix": False,
+        "normalization_rule_name": "identity",
+        "vocab_size": 330,
+        **settings,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=330, byte_fallback=True,
-        add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True, num_threads=1, minloglevel=2,
-        normalization_rule_name="identity", allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        sentence_iterator=iter(texts), model_writer=model, byte_fallback=True,
+        remove_extra_whitespaces=False, split_digits=True, num_threads=1, minloglevel=2,
+        allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
         pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
-        user_defined_symbols=["<mask>", "\n", *user_defined],
+        user_defined_symbols=["<mask>", "\n", *user_defined], **settings,
     )  # fmt: skip
     return model.getvalue()
 
@@ -144,6 +152,41 @@ def test_an_image_piece_is_spelled():
     image = tokenizer.backend.find("<image>")
     assert image is not None
     assert image not in tokenizer.encode("an <image> here")
+
+
+def test_what_ships_is_what_conversion_makes():
+    made = convert((SHIPPED / "tokenizer.model").read_bytes(), CONFIG)
+    assert json.loads(made) == json.loads((SHIPPED / "tokenizer.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A model as Google's, which ends before the location tokens, and the tokenizer.json that is made of it."""
+    model = train(*("▁" * i for i in range(2, 16)), "<table>")
+    config = behind(SentencePiece(model).size)
+    return Tokenizer(SentencePiece(model), config), Tokenizer(Json(convert(model, config)), config)
+
+
+@given(
+    st.lists(
+        st.sampled_from([*"<>;, 7aeé日☕", "the", "cat", "  ", "\n", "<bos>", "<table>", "<loc0003>", "<seg127>"]),
+        max_size=7,
+    )
+)
+def test_what_conversion_makes_spells_alike(made, pieces):
+    model, other = made
+    assert other.encode("".join(pieces)) == model.encode("".join(pieces))
+    assert other.content == model.content
+    assert (other.known() == model.known()).all()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"model_type": "unigram", "vocab_size": 290}, {"add_dummy_prefix": True}, {"normalization_rule_name": "nmt_nfkc"}],
+)
+def test_models_that_do_not_convert(setting):
+    model = train(**setting)
+    assert convert(model, behind(SentencePiece(model).size)) is None
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import sentencepiece
 
 from numpy_ref.config import SiglipConfig
 from numpy_ref.image import resize_to_hf
-from numpy_ref.tokenizer import LOCATIONS, SEGMENTS
+from numpy_ref.tokenizer import LOCATIONS, SEGMENTS, SentencePiece
+from numpy_ref.tokenizer_json import tokenizer_json
 
 from . import questions
 
@@ -53,51 +54,8 @@ def foreign_files(tokenizer_model: bytes, vision: SiglipConfig) -> dict[str, byt
         "extra_special_tokens": {"image_token": "<image>"}, "processor_class": "PaliGemmaProcessor",
     }  # fmt: skip
     contents = {
-        "tokenizer.json": tokenizer_json(tokenizer_model),
+        "tokenizer.json": tokenizer_json(tokenizer_model, {}, SentencePiece(tokenizer_model).size),
         "tokenizer_config.json": tokenizer,
         "preprocessor_config.json": resize_to_hf("bicubic", vision),
     }
     return {name: (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode() for name, value in contents.items()}
-
-
-def tokenizer_json(tokenizer_model: bytes) -> dict:
-    """A SentencePiece BPE model in the format of the `tokenizers` library, `<image>` added behind its end.
-
-    BPE merges the pair whose joined piece has the best score, so the merges are every way to split a piece into
-    two pieces, in the order of the scores of what they make.
-    """
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model)
-    size = processor.get_piece_size()
-    pieces = [processor.id_to_piece(i) for i in range(size)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    normal = [
-        i for i in range(size) if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
-    ]
-    spelled = {pieces[i] for i in normal} - set(LOCATIONS) - set(SEGMENTS)
-    merges = []
-    for piece in sorted(spelled, key=lambda piece: (-processor.get_score(vocab[piece]), vocab[piece])):
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        merges += [split for split in splits if split[0] in spelled and split[1] in spelled]
-    added = [(i, pieces[i], True) for i in range(4)]
-    added += [(vocab[piece], piece, False) for piece in ["\n", *LOCATIONS, *SEGMENTS]] + [(size, "<image>", True)]
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [
-            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": special}
-            for i, text, special in sorted(added)
-        ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": {
-            "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
-        },
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-        ]},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-            "vocab": vocab, "merges": [list(merge) for merge in merges],
-        },
-    }  # fmt: skip
