@@ -11,6 +11,6 @@ const page = await visit(browser, url, { viewport: { width: 1040, height: 640 } 
 await page.click("#example");
 await page.waitForSelector("#stage.filled");
 await ask(page, "caption en");
-await ask(page, "segment star ; circle");
+await ask(page, "segment star");
 await page.screenshot({ path: file, fullPage: true });
 await browser.close();

@@ -1,0 +1,64 @@
+"""python -m export.benchmark: it compares two processes that answer alike, and its arithmetic is right."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from export import benchmark, bundle
+from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.errors import PaliGemmaError
+
+
+def test_both_sides_answer_on_the_shipped_model():
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    results = benchmark.compare({"ours": bundle.shipped().path, "transformers": SHIPPED}, rounds=2, tokens=3, threads=1)
+    assert results["ratios"].keys() == {"decode", "prefill", "memory"}
+    for side in benchmark.SIDES:
+        assert results[side].keys() == {"load_s", "peak_gib", "first_token_s", "ms_per_token"}
+        assert all(value > 0 for value in results[side].values())
+    text = benchmark.table({"variant": "v", "layers": 2, "precision": "float32", "threads": 1, **results,
+                            "ours": results["ours"] | {"export_s": 1.0}})  # fmt: skip
+    assert f"{results['ratios']['decode']:.2f}" in text
+    json.dumps(results)
+
+
+def test_medians_and_ratios():
+    ours = [{"first_token_s": 1.0, "ms_per_token": value} for value in (10, 20, 90)]
+    theirs = [{"first_token_s": 3.0, "ms_per_token": value} for value in (20, 60, 90)]
+    assert benchmark.medians(ours) == {"first_token_s": 1.0, "ms_per_token": 20}
+    results = {"ours": {"peak_gib": 1.0}, "transformers": {"peak_gib": 4.0}}
+    found = benchmark.ratios(results, {"ours": ours, "transformers": theirs})
+    assert found == {"decode": 2.0, "prefill": 3.0, "memory": 0.25}
+
+
+def test_a_token_reads_the_decoder_once():
+    opened = bundle.shipped()
+    text = opened.config.text
+    layer = text.width * (2 * text.heads * text.head_dim + 2 * text.kv_heads * text.head_dim + 3 * text.mlp + 2)
+    expected = 4 * (text.vocab * text.width + text.depth * layer + text.width)
+    assert benchmark.decode_bytes(opened.path) == expected
+
+
+def test_bandwidth_is_of_this_world():
+    assert 0.1 < benchmark.read_bandwidth(1) < 10_000
+
+
+def test_a_worker_that_cannot_load_says_why(tmp_path):
+    with pytest.raises(PaliGemmaError, match=r"process of ours stopped: .*no such bundle"):
+        benchmark.Worker("ours", tmp_path / "none", 1, 1)
+
+
+def test_an_existing_folder_is_kept(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(PaliGemmaError, match="exists already"):
+        benchmark.main(["--folder", str(tmp_path)])
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_memory_of_this_process():
+    before = benchmark.proportional(os.getpid())
+    block = np.ones(50_000_000)
+    assert benchmark.proportional(os.getpid()) - before > 0.9 * block.nbytes
+    assert benchmark.proportional(2**30) == 0
