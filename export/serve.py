@@ -19,9 +19,11 @@ from numpy_ref.errors import PaliGemmaError
 from . import bundle as bundles
 
 ADDRESS = "127.0.0.1"
+HTTP_PORT = 80  # which browsers leave out of the Host header
 HOSTS = Path(__file__).parent / "hosts"
 LIBRARIES = ("web/node_modules/onnxruntime-web/dist", "web/node_modules/@huggingface/tokenizers/dist")
 PAGE = "/web/"
+PAGE_FILES = ("index.html", "style.css", "page.mjs", "model.mjs", "worker.mjs")
 _HEADERS = {
     # What a browser asks of a page that uses threads.
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -67,7 +69,7 @@ def files_of(bundle) -> dict[str, Path]:
 
 
 def _page_files():
-    return (file for file in (HOSTS / "web").iterdir() if file.suffix in (".html", ".css", ".mjs"))
+    return (HOSTS / "web" / name for name in PAGE_FILES)
 
 
 class _Server(ThreadingHTTPServer):
@@ -94,7 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def _answer(self, with_body):
-        path = unquote(urlsplit(self.path).path)
+        try:
+            path = unquote(urlsplit(self.path).path)
+        except ValueError:  # half an IPv6 address, for one
+            self._refuse(HTTPStatus.BAD_REQUEST)
+            return
         if self.headers.get("Host", "") not in self._names():  # another site's name may point to this machine
             self._refuse(HTTPStatus.FORBIDDEN)
         elif path == "/":
@@ -124,8 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _names(self):
-        port = self.server.server_port
-        return {f"{name}:{port}" for name in (ADDRESS, "localhost")}
+        names, port = (ADDRESS, "localhost"), self.server.server_port
+        return {f"{name}:{port}" for name in names} | (set(names) if port == HTTP_PORT else set())
 
     def log_message(self, *arguments):
         """The page shows what matters."""

@@ -40,6 +40,7 @@ def tokenizer_json(tokenizer_model: bytes, content: dict[str, int], image_token:
 
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer_model)
     vocab = {entry.piece: i for i, entry in enumerate(model.pieces)}
+    unknown = next(entry.piece for entry in model.pieces if entry.type == _UNKNOWN)
     special = {entry.piece: vocab[entry.piece] for entry in model.pieces if entry.type in (_UNKNOWN, _CONTROL)}
     # Runs of spaces come about by merging; a text has no "▁" that a piece could be found by.
     whole = {e.piece: vocab[e.piece] for e in model.pieces if e.type == _USER_DEFINED and _SPACE not in e.piece}
@@ -69,7 +70,7 @@ def tokenizer_json(tokenizer_model: bytes, content: dict[str, int], image_token:
             {"type": "Fuse"},
         ]},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+            "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
             "vocab": vocab, "merges": merges,
         },

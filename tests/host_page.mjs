@@ -3,7 +3,7 @@ import { readFileSync } from "node:fs";
 
 import { ask, open, visit } from "../export/hosts/web/browser.mjs";
 
-const { url, cases, pictures, broken } = JSON.parse(readFileSync(0, "utf8"));
+const { url, cases, pictures, broken, huge } = JSON.parse(readFileSync(0, "utf8"));
 const browser = await open();
 const results = { requests: [], errors: [] };
 
@@ -11,7 +11,6 @@ const results = { requests: [], errors: [] };
 const page = await visit(browser, url, { requests: results.requests, viewport: { width: 360, height: 740 } });
 page.on("pageerror", (error) => results.errors.push(String(error)));
 results.about = await page.textContent("#about");
-results.overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
 await drop("notes.txt", Buffer.from("not a picture").toString("base64"));
 await page.waitForSelector("#error:not([hidden])");
 results.notPicture = await page.textContent("#error");
@@ -29,8 +28,13 @@ await page.waitForFunction(() => document.body.dataset.state === "ready");
 results.detect = await page.textContent("#answer");
 results.found = await page.locator("#found li").allTextContents();
 results.label = await page.getAttribute("#picture", "aria-label");
+results.overflow = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+results.focusAfterAnswer = await page.evaluate(() => document.activeElement.id);
 results.focus = await keyboardOrder();
 results.tooLong = await tooLong();
+results.stopped = await stopped();
+results.changed = await changedMeanwhile();
+results.tall = await tall();
 
 // As a program: the same worker, asked through its module.
 results.golden = await page.evaluate(goldens, cases.map((each) => ({ ...each, picture: base64(each.picture) })));
@@ -75,6 +79,41 @@ async function keyboardOrder() {
 async function tooLong() {
   await ask(page, "star ".repeat(300));
   return page.textContent("#error");
+}
+
+/** Stop after the first words of a long answer; how much there is then. */
+async function stopped() {
+  await page.evaluate(() => (document.querySelector("details").open = true));
+  await page.fill("#temperature", "9.5");
+  await page.fill("#tokens", "180");
+  await page.fill("#prompt", "caption en");
+  await page.click("#run");
+  await page.waitForFunction(() => document.querySelector("#answer").textContent.length > 3);
+  await page.click("#stop");
+  await page.waitForFunction(() => document.body.dataset.state === "ready");
+  return page.textContent("#times");
+}
+
+/** Another picture in the middle of an answer: what is left of the answer. */
+async function changedMeanwhile() {
+  await page.click("#run");
+  await page.waitForFunction(() => document.querySelector("#answer").textContent.length > 3);
+  await drop("other.png", base64(pictures[1]));
+  await page.waitForFunction(() => document.body.dataset.state === "ready");
+  const left = await page.textContent("#answer");
+  await page.fill("#temperature", "0");
+  await page.fill("#tokens", "");
+  return left;
+}
+
+/** A picture that is a line, and one that no canvas holds. */
+async function tall() {
+  await drop("line.png", base64(huge[0]));
+  await page.waitForFunction(() => document.querySelector("#picture").height > document.querySelector("#picture").width);
+  const height = await page.evaluate(() => document.documentElement.scrollHeight);
+  await drop("huge.png", base64(huge[1]));
+  await page.waitForSelector("#error:not([hidden])");
+  return [height, await page.textContent("#error")];
 }
 
 async function goldens(cases) {

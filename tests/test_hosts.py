@@ -113,10 +113,15 @@ def pictures(tmp_path_factory):
     }  # fmt: skip
     for name, picture in files.items():
         picture.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
+    opacity = Image.fromarray(rng.integers(0, 256, (170, 130), np.uint8))
+    clear = smooth.copy()
+    clear.putalpha(opacity)
+    clear.save(folder / "clear.png")
+    smooth.convert("P").save(folder / "stencil.png", transparency=7)
     turned = Image.Exif()
     turned[0x0112] = 6  # a telephone held upright
     smooth.save(folder / "turned.png", exif=turned)
-    return [folder / name for name in [*files, "turned.png"]]
+    return [folder / name for name in [*files, "clear.png", "stencil.png", "turned.png"]]
 
 
 def run_node(program, script, **arguments):
@@ -145,12 +150,16 @@ def served(opened):
 
 
 @pytest.fixture(scope="module")
-def shown(browser, shipped, golden, pictures, broken_bundles):
+def shown(browser, shipped, golden, pictures, broken_bundles, tmp_path_factory):
+    path = tmp_path_factory.mktemp("huge")
     with ExitStack() as stack:
         url = stack.enter_context(served(shipped))
         broken = [stack.enter_context(served(replace(shipped, path=path))) for path in broken_bundles.values()]
         cases = [case["asked"] for case in golden]
-        results = run_node(browser, "host_page.mjs", url=url, cases=cases, pictures=pictures, broken=broken)
+        huge = [path / "line.png", path / "huge.png"]
+        for file, size in zip(huge, [(1, 3000), (70_000, 2)], strict=True):
+            Image.new("RGB", size, "red").save(file)
+        results = run_node(browser, "host_page.mjs", url=url, cases=cases, pictures=pictures, broken=broken, huge=huge)
     return {**results, "url": url}
 
 
@@ -158,15 +167,27 @@ def shown(browser, shipped, golden, pictures, broken_bundles):
 def broken_bundles(shipped, tmp_path_factory):
     """What can be wrong with a bundle -> a bundle that it is wrong with."""
     folder, paths = tmp_path_factory.mktemp("broken"), {}
-    for name in ("SHA-256", "missing", "version"):
+    for name in ("SHA-256", "missing", "version", "lists no checksum", "evil.onnx", "damaged", "not JSON"):
         paths[name] = Path(shutil.copytree(shipped.path, folder / name))
     contents = bytearray((paths["SHA-256"] / "weights.bin").read_bytes())
     contents[len(contents) // 2] ^= 1
     (paths["SHA-256"] / "weights.bin").write_bytes(contents)
     (paths["missing"] / "sample.onnx").unlink()
-    description = paths["version"] / "bundle.json"
-    description.write_text(description.read_text().replace('"version": 1', '"version": 9'))
+    change(paths["version"], version=9)
+    files = json.loads((shipped.path / "bundle.json").read_text())["files"]
+    change(paths["lists no checksum"], files={name: entry for name, entry in files.items() if name != "weights.bin"})
+    change(paths["evil.onnx"], masks="../evil.onnx")
+    change(paths["damaged"], files={**files, "weights.bin": 7})
+    (paths["not JSON"] / "bundle.json").write_text("<html>")
     return paths
+
+
+def change(path, masks=None, **entries):
+    """Change entries of a bundle's description."""
+    description = json.loads((path / "bundle.json").read_text()) | entries
+    if masks:
+        description["graphs"]["masks"]["file"] = masks
+    (path / "bundle.json").write_text(json.dumps(description))
 
 
 # --- the same answers --------------------------------------------------------------------------------------
@@ -258,8 +279,14 @@ def test_page_in_use(shown, golden):
     assert len(shown["found"]) == shown["detect"].count("star") > 0
     assert "star" in shown["label"]
     assert shown["focus"] == ["file", "example", "prompt", "run"]
+    assert shown["focusAfterAnswer"] == "prompt"
     assert "exceeds the capacity" in shown["tooLong"]
     assert shown["overflow"] <= 0  # at the width of a telephone
+    assert 0 < int(shown["stopped"].split("; ")[1].split()[0]) < 150
+    assert shown["changed"] == ""
+    height, message = shown["tall"]
+    assert height < 3000
+    assert "huge.png: 70000 x 2 pixels" in message
 
 
 def test_no_request_leaves_the_server(shown):
@@ -314,6 +341,44 @@ def test_node_names_what_is_wrong(node, shipped, broken_bundles, tmp_path, pictu
     one_line(command(node, shipped.path, tmp_path / "absent.png", "caption en"), "no such picture")
     one_line(command(node, shipped.path, pictures[0], " "), "prompt is empty")
     one_line(command(node, shipped.path, pictures[0], "star " * 300), "exceeds the capacity")
+    Image.new("CMYK", (9, 9)).save(tmp_path / "print.jpg")
+    one_line(command(node, shipped.path, tmp_path / "print.jpg", "caption en"), "print.jpg", "cmyk")
+    (tmp_path / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    one_line(command(node, shipped.path, tmp_path / "drawing.svg", "caption en"), "drawing.svg", "svg")
     misuse = command(node, shipped.path, pictures[0], "caption en", "--top-p", "2")
     assert (misuse.returncode, misuse.stdout) == (2, "")
     assert "--top-p 2" in misuse.stderr
+
+
+def test_node_without_its_libraries_says_what_to_run(node, tmp_path, shipped):
+    shutil.copytree(HOSTS, tmp_path / "hosts", ignore=shutil.ignore_patterns("node_modules"))
+    script = tmp_path / "hosts" / "node" / "run.mjs"
+    one_line(
+        subprocess.run([node, script, shipped.path, "a.png", "b"], capture_output=True, text=True), "npm ci --prefix"
+    )
+
+
+def test_a_reader_that_has_seen_enough(node, shipped, golden):
+    asked = golden[0]["asked"]
+    parts = [node, RUN, shipped.path, asked["picture"], asked["prompt"]]
+    writer = subprocess.Popen(parts, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
+    assert writer.wait() == 0
+
+
+def test_tokenizers_of_other_makes(node, shipped, tmp_path):
+    """Location tokens marked as special are text all the same; where there are none they follow behind the end."""
+    source, target = tmp_path / "source", tmp_path / "bundle"
+    shutil.copytree(shipped.path, source)
+    contents = json.loads((source / "tokenizer.json").read_text())
+    for entry in contents["added_tokens"]:
+        entry["special"] = True
+    (source / "tokenizer.json").write_text(json.dumps(contents))
+    entry = {"bytes": (source / "tokenizer.json").stat().st_size, "sha256": bundle.sha256(source / "tokenizer.json")}
+    files = json.loads((source / "bundle.json").read_text())["files"]
+    change(source, files={**files, "tokenizer.json": entry})
+    source.rename(target)
+    answered = run_node(node, "host_node.mjs", bundle=target, cases=[], pictures=[], texts=["<loc0010> star <seg003>"])
+    assert answered["decoded"] == ["<loc0010> star <seg003>"]

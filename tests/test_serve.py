@@ -1,10 +1,11 @@
 """run-onnx --serve: the page's server gives out what it must, to this machine, and nothing else."""
 
 import http.client
+import re
 import socket
 import threading
 from contextlib import closing
-from pathlib import Path
+from urllib.parse import urljoin
 
 import pytest
 
@@ -108,7 +109,15 @@ def test_other_methods_are_refused(port, method):
 
 
 @pytest.mark.parametrize(
-    "request_", [b"\r\n\r\n", b"GET\r\n\r\n", b"\xff\xfe\x00" * 99, b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 70000]
+    "request_",
+    [
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"\xff\xfe\x00" * 99,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /" + b"a" * 70000,
+        b"GET http://[ HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    ],
 )
 def test_malformed_requests_are_survived(port, request_, capfd):
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
@@ -149,15 +158,17 @@ def test_bad_bundles_and_ports_are_named(tmp_path, capsys):
     assert exit_.value.code == 2
 
 
-def test_every_module_of_the_page_is_served():
-    """What a page's module imports lies where the server looks."""
-    import re
-
-    files = [
-        *serve.HOSTS.glob("common/*.mjs"),
-        *(serve.HOSTS / "web" / name for name in ("page.mjs", "model.mjs", "worker.mjs")),
-    ]
-    for file in files:
-        for target in re.findall(r"""from ["'](\.[^"']+)["']""", file.read_text()):
-            path = Path(file.parent / target)
-            assert path.exists() or "node_modules" in path.parts, (file.name, target)
+def test_every_module_of_the_page_is_served(port):
+    """What a page's module imports or starts, the server gives out."""
+    todo, seen = ["/web/index.html"], set()
+    while todo:
+        path = todo.pop()
+        if path in seen or "/node_modules/" in path:
+            continue
+        seen.add(path)
+        response, body = ask(port, path)
+        assert response.status == 200, path
+        targets = re.findall(r"""(?:from |src=|href=|URL\()["']([^"':]+)["']""", body.decode())
+        todo += [urljoin(path, target) for target in targets if "." in target and not target.endswith("bundle/")]
+    assert {f"/web/{name}" for name in serve.PAGE_FILES} == {path for path in seen if path.startswith("/web/")}
+    assert len([path for path in seen if path.startswith("/common/")]) == 6

@@ -130,13 +130,15 @@ def train(*user_defined, **settings) -> bytes:
         "add_dummy_prefix": False,
         "normalization_rule_name": "identity",
         "vocab_size": 330,
+        "byte_fallback": True,
+        "unk_piece": "<unk>",
         **settings,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, byte_fallback=True,
+        sentence_iterator=iter(texts), model_writer=model,
         remove_extra_whitespaces=False, split_digits=True, num_threads=1, minloglevel=2,
         allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
         user_defined_symbols=["<mask>", "\n", *user_defined], **settings,
     )  # fmt: skip
     return model.getvalue()
@@ -178,6 +180,13 @@ def test_what_conversion_makes_spells_alike(made, pieces):
     assert other.encode("".join(pieces)) == model.encode("".join(pieces))
     assert other.content == model.content
     assert (other.known() == model.known()).all()
+
+
+def test_an_unknown_piece_of_another_name_and_no_bytes():
+    """Text that the model cannot spell is unknown to both, or there is no conversion; nothing is raised."""
+    model = train(unk_piece="[UNK]", byte_fallback=False, vocab_size=70)
+    made = convert(model, behind(SentencePiece(model).size))
+    assert made is None or b"[UNK]" in made
 
 
 @pytest.mark.parametrize(

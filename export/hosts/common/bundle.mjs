@@ -10,6 +10,7 @@ import { PaliGemmaError } from "./errors.mjs";
 const FORMAT = "paligemma-onnx";
 const VERSION = 1;
 const DESCRIPTION = "bundle.json";
+const WEIGHTS = "weights.bin";
 const NEEDED = ["prefill", "decode", "preprocess", "sample"];
 
 /** The contents of bundle.json, once everything that it says of the files has been found true. */
@@ -40,14 +41,19 @@ export async function openBundle(source) {
 }
 
 function checkDescription({ graphs, files, config, tokens, max_length: maxLength, precision }) {
-  const whole = [config?.vision_config?.image_size, maxLength, tokens?.image, tokens?.image_tokens, tokens?.bos, tokens?.eos];
-  if (!whole.every(Number.isInteger) || !graphs || !files) fail(`${DESCRIPTION} is damaged; export the bundle again`);
-  for (const name of NEEDED) {
+  const whole = [maxLength, tokens?.image, tokens?.image_tokens, tokens?.bos, tokens?.eos, tokens?.pad];
+  whole.push(config?.vision_config?.image_size, config?.text_config?.vocab_size);
+  const listed = Object.values(files ?? {});
+  const sound = listed.every((file) => Number.isInteger(file?.bytes) && typeof file.sha256 === "string");
+  if (!whole.every(Number.isInteger) || !graphs || !sound) fail(`${DESCRIPTION} is damaged; export the bundle again`);
+  for (const name of new Set([...NEEDED, ...Object.keys(graphs)])) {
     if (!graphs[name]?.file) fail(`${DESCRIPTION} lists no ${name} graph; export the bundle again`);
     if (!files[graphs[name].file]) fail(`${DESCRIPTION} lists no checksum for ${graphs[name].file}`);
   }
+  if (!files[WEIGHTS]) fail(`${DESCRIPTION} lists no checksum for ${WEIGHTS}`);
   if (!files["tokenizer.json"]) fail("the bundle has no tokenizer.json, which hosts without SentencePiece need");
-  if (Object.keys(files).some((name) => /[/\\]/.test(name) || name.startsWith("."))) fail(`${DESCRIPTION} names a file outside the bundle`);
+  const outside = Object.keys(files).find((name) => /[/\\]/.test(name) || name.startsWith("."));
+  if (outside) fail(`${DESCRIPTION} names a file outside the bundle, ${outside}`);
   if (precision === "bfloat16") fail("a bfloat16 bundle needs CUDA; export float32");
 }
 

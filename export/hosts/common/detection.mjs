@@ -1,4 +1,5 @@
 /** Boxes and masks in an answer. Twin of `numpy_ref/detection.py` and of `paste` in `numpy_ref/segmentation.py`. */
+import { PaliGemmaError } from "./errors.mjs";
 
 const CONVENTIONS = { big_vision: 1023, huggingface: 1024 };
 const OBJECT =
@@ -8,6 +9,7 @@ const SIDE = 64; // of a mask as the codec paints it
 /** The boxes of an answer, in pixels of a width x height picture. Empty or inverted boxes are dropped. */
 export function parse(text, width, height, convention = "big_vision") {
   const steps = CONVENTIONS[convention];
+  if (!steps) throw new PaliGemmaError(`boxes ${convention}: one of ${Object.keys(CONVENTIONS).join(", ")}`);
   const boxes = [];
   for (const [, ...found] of text.matchAll(OBJECT)) {
     const [y1, x1, y2, x2] = found.slice(0, 4).map(Number);

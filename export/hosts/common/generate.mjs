@@ -83,6 +83,7 @@ export class Engine {
 export function budget(engine, promptLength, maxNewTokens) {
   const room = engine.maxLength - promptLength + 1;
   const wanted = maxNewTokens ?? Math.max(1, Math.min(DEFAULT_NEW_TOKENS, room));
+  if (!Number.isInteger(wanted) || wanted < 1) throw new PaliGemmaError(`${wanted} new tokens: a whole number from 1`);
   if (wanted > room) {
     throw new PaliGemmaError(
       `the prompt has ${promptLength} tokens (${engine.description.tokens.image_tokens} of them the picture), which with ` +

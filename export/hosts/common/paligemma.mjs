@@ -16,7 +16,7 @@ export class PaliGemma {
    */
   static async open(source, ort, createSession, Library, options) {
     const description = await openBundle(source);
-    const json = JSON.parse(new TextDecoder().decode(await source.read("tokenizer.json")));
+    const tokenizer = makeTokenizer(Library, await source.read("tokenizer.json"), description);
     const sessions = {};
     for (const [name, { file }] of Object.entries(description.graphs)) {
       try {
@@ -25,7 +25,7 @@ export class PaliGemma {
         throw new PaliGemmaError(`${file}: ONNX Runtime cannot load it (${error.message ?? error})`);
       }
     }
-    return new PaliGemma(new Engine(ort, sessions, description, options), new Tokenizer(Library, json, description));
+    return new PaliGemma(new Engine(ort, sessions, description, options), tokenizer);
   }
 
   /**
@@ -34,18 +34,22 @@ export class PaliGemma {
    */
   async generate(image, prompt, { onToken, signal, boxes: convention, ...options } = {}) {
     if (!prompt.trim()) throw new PaliGemmaError('the prompt is empty; ask something, for example "caption en"');
+    if (image.data.length !== 3 * image.width * image.height) {
+      throw new PaliGemmaError(`a picture of ${image.width} x ${image.height} has three bytes a pixel, not ${image.data.length} in all`);
+    }
     const started = performance.now();
     const ids = this.tokenizer.prompt(prompt);
     const pixelValues = await this.engine.preprocess(image);
     const stream = new Stream(this.tokenizer);
     const tokens = [];
-    let first = 0;
+    let [first, drawn] = [0, 0];
     for await (const token of generate(this.engine, pixelValues, ids, options)) {
       first ||= performance.now();
+      drawn += 1;
       if (token === this.engine.eos) break;
       tokens.push(token);
       onToken?.(stream.push(token), token);
-      if (signal?.aborted) break;
+      if (signal && (await isAborted(signal))) break;
     }
     const seconds = (performance.now() - first) / 1000;
     const rest = stream.close();
@@ -57,7 +61,7 @@ export class PaliGemma {
       tokens,
       boxes,
       masks: await this.outline(boxes, image),
-      timings: { first_token_s: (first - started) / 1000, decode_tokens_per_s: seconds ? tokens.length / seconds : 0 },
+      timings: { first_token_s: (first - started) / 1000, decode_tokens_per_s: drawn > 1 ? (drawn - 1) / seconds : 0 },
     };
   }
 
@@ -71,4 +75,23 @@ export class PaliGemma {
     }
     return masks;
   }
+}
+
+function makeTokenizer(Library, contents, description) {
+  try {
+    return new Tokenizer(Library, JSON.parse(new TextDecoder().decode(contents)), description);
+  } catch (error) {
+    throw new PaliGemmaError(`tokenizer.json: not a tokenizer (${error.message})`);
+  }
+}
+
+/** Whether a signal was given, once the messages that wait have been heard. */
+async function isAborted(signal) {
+  const { port1, port2 } = new MessageChannel();
+  await new Promise((resolve) => {
+    port1.onmessage = resolve;
+    port2.postMessage(null);
+  });
+  port1.close();
+  return signal.aborted;
 }

@@ -6,6 +6,7 @@
  */
 import { PaliGemmaError } from "./errors.mjs";
 
+const EXTRA = [...numbered("loc", 1024, 4), ...numbered("seg", 128, 3)];
 const CONTENT = /(<loc\d{4}>|<seg\d{3}>)/;
 const CONTROL = ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"];
 const INSIDE_CONTROL = /(?<=<)(?=(?:image|bos|eos|pad|unk)>)/; // text cut there holds no control word any more
@@ -19,11 +20,17 @@ export class Tokenizer {
     // The library would obey special tokens in a text, so it is not told of them.
     this.library = new Library({ ...json, added_tokens: added.filter((token) => !token.special) }, {});
     this.tokens = tokens;
-    this.patches = (config.vision_config.image_size / config.vision_config.patch_size) ** 2;
     this.ids = new Map([...Object.entries(json.model.vocab), ...added.map(({ content, id }) => [content, id])]);
     const control = new Set([...special.map((token) => token.id), ...CONTROL.map((word) => this.ids.get(word))]);
     for (const name of ["image", "bos", "eos", "pad"]) control.add(tokens[name]);
-    this.pieces = new Map([...this.ids].filter(([, id]) => !control.has(id)).map(([piece, id]) => [id, piece]));
+    const text = [...this.ids].filter(([, id]) => !control.has(id));
+    const size = text.reduce((most, [, id]) => Math.max(most, id + 1), 0);
+    const room = Math.min(tokens.image, config.text_config.vocab_size);
+    if (!EXTRA.some((piece) => this.ids.has(piece)) && size + EXTRA.length <= room) {
+      EXTRA.forEach((piece, i) => this.ids.set(piece, size + i)); // Gemma's own file, which ends before them
+    }
+    const content = EXTRA.filter((piece) => this.ids.has(piece)).map((piece) => [piece, this.ids.get(piece)]);
+    this.pieces = new Map([...text, ...content].map(([piece, id]) => [id, piece]));
     this.obeysText = CONTROL.some((word) => {
       const ids = this.spell(word);
       return ids.length === 1 && ids[0] === this.ids.get(word);
@@ -52,8 +59,13 @@ export class Tokenizer {
 
   /** The ids that an answer starts from: the image tokens, bos, the prefix, a newline. */
   prompt(prefix) {
-    return [...Array(this.patches).fill(this.tokens.image), this.tokens.bos, ...this.encode(prefix), ...this.newline];
+    const { image, image_tokens: count, bos } = this.tokens;
+    return [...Array(count).fill(image), bos, ...this.encode(prefix), ...this.newline];
   }
+}
+
+function numbered(name, count, digits) {
+  return Array.from({ length: count }, (_, i) => `<${name}${String(i).padStart(digits, "0")}>`);
 }
 
 /** What a piece spells: one byte, or text in which "▁" stands for a space. */

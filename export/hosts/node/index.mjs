@@ -13,11 +13,21 @@ import { PaliGemma } from "../common/paligemma.mjs";
 
 export { PaliGemmaError };
 
+// Below this the runtime may repack weights for speed, a private copy a session; from here on both map the one file.
+const MAPPED_FROM = 2 ** 31;
+
 /** A bundle's folder, opened. `threads` 0 takes every core. */
 export async function load(folder, { threads = 0 } = {}) {
   if (!(await kindOf(folder))?.isDirectory()) throw new PaliGemmaError(`${folder}: no such bundle directory; export-onnx makes one`);
-  const createSession = (file) =>
-    ort.InferenceSession.create(join(folder, file), { intraOpNumThreads: threads, logSeverityLevel: 4 });
+  const createSession = (file, { files, graphs }) => {
+    const large = [graphs.prefill.file, graphs.decode.file].includes(file);
+    const mapped = large && files["weights.bin"].bytes > MAPPED_FROM;
+    return ort.InferenceSession.create(join(folder, file), {
+      intraOpNumThreads: large ? threads : 1,
+      logSeverityLevel: 4,
+      ...(mapped && { extra: { session: { disable_prepacking: "1" } } }),
+    });
+  };
   try {
     return new NodePaliGemma(await PaliGemma.open(filesOf(folder), ort, createSession, Library, { inPlace: true }));
   } catch (error) {
@@ -42,8 +52,11 @@ export async function decodePicture(picture) {
   const name = typeof picture === "string" ? picture : "the picture";
   if (typeof picture === "string" && !(await kindOf(picture))?.isFile()) throw new PaliGemmaError(`${picture}: no such picture`);
   try {
-    const decoder = sharp(picture, { ignoreIcc: true }).autoOrient().removeAlpha().toColourspace("srgb");
-    const { data, info } = await decoder.raw().toBuffer({ resolveWithObject: true });
+    const decoder = sharp(picture, { ignoreIcc: true });
+    const { format, space } = await decoder.metadata();
+    if (format === "svg" || space === "cmyk") throw new Error(`${format} in ${space} is not read; save it as PNG in RGB`);
+    const upright = decoder.autoOrient().removeAlpha().toColourspace("srgb").raw();
+    const { data, info } = await upright.toBuffer({ resolveWithObject: true });
     return { data, width: info.width, height: info.height };
   } catch (error) {
     throw new PaliGemmaError(`${name}: not a picture, or a broken one (${error.message.split("\n")[0]})`);

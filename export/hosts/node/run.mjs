@@ -1,8 +1,8 @@
 #!/usr/bin/env node
-/** node run.mjs BUNDLE IMAGE PROMPT [options]: answer a prompt about a picture, as run-onnx does. */
+/** node run.mjs BUNDLE IMAGE PROMPT [options]: answer a prompt about a picture. */
 import { parseArgs } from "node:util";
 
-import { load, PaliGemmaError } from "./index.mjs";
+import { PaliGemmaError } from "../common/errors.mjs";
 
 const USAGE = `usage: node run.mjs BUNDLE IMAGE PROMPT [options]
   --json                  print one JSON object
@@ -41,12 +41,22 @@ async function main(argv) {
     uniform: numbers(whole(values, "seed", 0)),
     boxes: oneOf(values, "boxes", ["big_vision", "huggingface"]),
   };
+  const { load } = await host();
   const started = performance.now();
   const model = await load(bundle, { threads: whole(values, "threads", 0) });
   const loaded = (performance.now() - started) / 1000;
   if (!values.json) options.onToken = (text) => process.stdout.write(text);
   const { timings, ...answer } = await model.generate(image, prompt, options);
   console.log(values.json ? JSON.stringify({ ...answer, timings: { load_s: loaded, ...timings } }) : "");
+}
+
+async function host() {
+  try {
+    return await import("./index.mjs");
+  } catch (error) {
+    if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
+    throw new PaliGemmaError(`a library is missing; run: npm ci --prefix ${import.meta.dirname}`);
+  }
 }
 
 function parse(argv) {
@@ -87,6 +97,10 @@ function numbers(seed) {
   };
 }
 
+process.stdout.on("error", (error) => {
+  if (error.code !== "EPIPE") throw error;
+  process.exit(0); // the reader has seen enough
+});
 try {
   await main(process.argv.slice(2));
 } catch (error) {

@@ -7,10 +7,11 @@ const LEAST_WIDTH = 640; // of the drawing, so that labels can be read on a smal
 
 const at = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
-const bundle = new URL(query.get("bundle") ?? "../bundle/", location.href);
+const bundle = new URL("../bundle/", location.href);
 const model = new Model();
 let picture = null;
 let running = null;
+let shown = 0; // pictures that were asked for
 let ready = false;
 
 async function start() {
@@ -22,8 +23,12 @@ async function start() {
     };
     at("presets").append(button);
   }
-  at("file").onchange = ({ target }) => target.files[0] && show(target.files[0]);
-  at("example").onclick = () => fetch("../example.png").then(async (response) => show(await response.blob()));
+  at("file").onchange = ({ target }) => {
+    if (target.files[0]) show(target.files[0]);
+    target.value = ""; // so that the same file can be chosen again
+  };
+  at("example").onclick = showExample;
+  at("ask").addEventListener("invalid", () => (document.querySelector("details").open = true), true);
   at("ask").onsubmit = (event) => {
     event.preventDefault();
     ask();
@@ -31,14 +36,13 @@ async function start() {
   at("stop").onclick = () => running?.abort();
   acceptDrops();
   try {
-    if (bundle.origin !== location.origin) throw new Error("the bundle must come from this server");
     const onProgress = (fraction) => (at("loading").value = fraction);
     const { seconds, backend, threads, precision, size } = await model.load(bundle, { backend: query.get("backend") ?? "auto", onProgress });
     ready = true;
     const where = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads === 1 ? "" : "s"}`;
     at("about").textContent = `Loaded in ${seconds.toFixed(1)} s: ${precision}, pictures of ${size} px, ${where}.`;
   } catch (error) {
-    at("about").textContent = "The model did not load.";
+    at("about").textContent = `The model did not load: ${error.message}`;
     complain(error);
   }
   at("loading").classList.add("done");
@@ -65,10 +69,12 @@ function acceptDrops() {
 
 /** Take a file as the picture. */
 async function show(blob) {
+  const turn = ++shown;
   running?.abort();
   complain(null);
   try {
     const bitmap = await openPicture(blob);
+    if (turn !== shown) return; // another was chosen since
     picture = { bitmap, pixels: pixelsOf(bitmap) };
     draw([], []);
     at("stage").classList.add("filled");
@@ -79,6 +85,16 @@ async function show(blob) {
   refresh();
 }
 
+async function showExample() {
+  try {
+    const response = await fetch("../example.png");
+    if (!response.ok) throw new Error(`the server answers ${response.status}`);
+    show(await response.blob());
+  } catch (error) {
+    complain(new Error(`the example does not load: ${error.message}`));
+  }
+}
+
 async function ask() {
   if (!ready || !picture || running) return;
   complain(null);
@@ -87,6 +103,7 @@ async function ask() {
   running = new AbortController();
   refresh();
   const { pixels } = picture;
+  const isCurrent = () => picture.pixels === pixels;
   try {
     const answer = await model.ask(pixels, at("prompt").value, {
       temperature: number("temperature", 0),
@@ -94,11 +111,11 @@ async function ask() {
       topK: number("top-k", 0),
       maxNewTokens: number("tokens", undefined),
       signal: running.signal,
-      onToken: (text) => (at("answer").textContent += text),
+      onToken: (text) => isCurrent() && at("answer").append(text),
     });
-    if (picture.pixels === pixels) present(answer);
+    if (isCurrent()) present(answer);
   } catch (error) {
-    complain(error);
+    if (isCurrent()) complain(error);
   }
   running = null;
   refresh();
@@ -120,7 +137,7 @@ function present({ text, tokens, boxes, masks, timings }) {
 /** The picture with masks, boxes and labels over it. */
 function draw(boxes, masks) {
   const { bitmap } = picture;
-  const zoom = Math.max(1, LEAST_WIDTH / bitmap.width);
+  const zoom = Math.max(1, Math.min(LEAST_WIDTH / bitmap.width, (2 * LEAST_WIDTH) / bitmap.height));
   const canvas = at("picture");
   [canvas.width, canvas.height] = [Math.round(bitmap.width * zoom), Math.round(bitmap.height * zoom)];
   const pen = canvas.getContext("2d");
@@ -141,7 +158,7 @@ function draw(boxes, masks) {
 }
 
 function outline(pen, box, color, zoom, canvas) {
-  const unit = canvas.width / LEAST_WIDTH;
+  const unit = Math.max(1, canvas.width / LEAST_WIDTH);
   const [left, top] = [box.x1 * zoom, box.y1 * zoom];
   pen.strokeStyle = pen.fillStyle = color;
   pen.lineWidth = 3 * unit;
@@ -190,7 +207,9 @@ function complain(error) {
 }
 
 function refresh() {
-  at("run").disabled = !ready || !picture || Boolean(running);
+  const idle = ready && picture && !running;
+  at("run").setAttribute("aria-disabled", !idle); // not disabled, so that the focus stays on it
+  for (const button of at("presets").children) button.disabled = !idle;
   at("stop").hidden = !running;
   at("answer").classList.toggle("running", Boolean(running));
   document.body.dataset.state = running ? "running" : ready ? "ready" : "not ready";

@@ -26,8 +26,7 @@ onmessage = async ({ data }) => {
 async function load(url, wanted) {
   const started = performance.now();
   const source = filesAt(url);
-  const weights = JSON.parse(new TextDecoder().decode((await source.read("bundle.json")) ?? new Uint8Array(0)) || "{}");
-  const backend = await choose(wanted, weights.files?.[WEIGHTS]?.bytes ?? 0);
+  const backend = await choose(wanted, filesIn(await source.read("bundle.json"))[WEIGHTS]?.bytes ?? 0);
   const ort = await import(`./node_modules/onnxruntime-web/dist/ort.${backend}.min.mjs`);
   ort.env.logLevel = "fatal";
   ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(8, navigator.hardwareConcurrency ?? 1) : 1;
@@ -48,6 +47,7 @@ async function load(url, wanted) {
 
 /** "auto", "wasm" or "webgpu" -> what runs here. */
 async function choose(wanted, weightBytes) {
+  if (!["auto", "wasm", "webgpu"].includes(wanted)) throw new PaliGemmaError(`backend ${wanted}: one of auto, wasm, webgpu`);
   const adapter = wanted === "wasm" || !navigator.gpu ? null : await navigator.gpu.requestAdapter().catch(() => null);
   if (wanted === "webgpu" && !adapter) throw new PaliGemmaError("this browser has no WebGPU device; use ?backend=wasm");
   return adapter && (wanted === "webgpu" || weightBytes >= WEBGPU_FROM) ? "webgpu" : "wasm";
@@ -81,7 +81,7 @@ function filesAt(url) {
         received += size;
         if (total) postMessage({ progress: Math.min(1, received / total) });
       });
-      if (name === "bundle.json" && bytes) total = totalOf(bytes);
+      if (name === "bundle.json") total = Object.values(filesIn(bytes)).reduce((sum, file) => sum + (file?.bytes ?? 0), 0);
       files.set(name, bytes);
     }
     return files.get(name);
@@ -115,12 +115,12 @@ async function fetchBytes(url, onSize) {
   return new Uint8Array(await new Blob(pieces).arrayBuffer());
 }
 
-function totalOf(contents) {
+/** The files that a description lists; none if it is none, of which openBundle says what is wrong. */
+function filesIn(contents) {
   try {
-    const { files } = JSON.parse(new TextDecoder().decode(contents));
-    return Object.values(files).reduce((sum, file) => sum + file.bytes, 0);
+    return JSON.parse(new TextDecoder().decode(contents)).files ?? {};
   } catch {
-    return 0; // openBundle says what is wrong with it
+    return {};
   }
 }
 
