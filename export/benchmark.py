@@ -28,8 +28,8 @@ from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
-from .bundle import PRECISIONS
 from .measure import entry, module, watch
+from .weights import PRECISIONS
 
 PROG = "python -m export.benchmark"
 PROMPT_TOKENS = 7  # bos, a prefix of five, the newline

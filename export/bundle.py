@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
-from onnx_ir import DataType
 from tqdm import tqdm
 
 from numpy_ref import __version__, segmentation, storage
@@ -25,7 +24,6 @@ from . import graphs, weights
 FORMAT = "paligemma-onnx"
 VERSION = 1
 DESCRIPTION = "bundle.json"
-PRECISIONS = {"float32": DataType.FLOAT, "float16": DataType.FLOAT16, "bfloat16": DataType.BFLOAT16}
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -70,12 +68,12 @@ def plan(checkpoint, precision="float32", max_length=None) -> dict:
 
 def prepare(checkpoint, precision="float32", max_length=None) -> Contents:
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
-    config, dtype = checkpoint.config, PRECISIONS[precision]
+    config = checkpoint.config
     max_length = _check_length(config, max_length)
     copies = {name: checkpoint.folder / name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()}
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
-    placed = weights.plan(config, dtype)
-    models = _models(checkpoint, tokenizer, placed, dtype)
+    placed = weights.plan(config, precision)
+    models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision))
     made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
     if "tokenizer.model" in copies and "tokenizer.json" not in copies:
         converted = convert(copies["tokenizer.model"].read_bytes(), config)
@@ -151,7 +149,7 @@ def load(path) -> Bundle:
         files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in description["files"].items()}
         config = from_hf(description["config"])
         description["max_length"] = int(description["max_length"])
-        known_settings = description["image"]["resize"] in RESIZES and description["precision"] in PRECISIONS
+        known_settings = description["image"]["resize"] in RESIZES and description["precision"] in weights.PRECISIONS
         listed = description["graphs"]
         graphs_listed = {listed[name]["file"] for name in {"prefill", "decode", *listed}}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -195,7 +193,7 @@ def _models(checkpoint, tokenizer, placed, dtype) -> dict:
     config, codec = checkpoint.config, segmentation.find(checkpoint.folder)
     models = {
         "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
-        "decode": graphs.decode_model(config, weights.initializer(placed), dtype),
+        "decode": graphs.decode_model(config, weights.initializer(placed, graph="decode"), dtype),
         "preprocess": graphs.preprocess_model(config, checkpoint.resize),
         "sample": graphs.sample_model(known_ids(config, tokenizer.size if tokenizer else None)),
     }

@@ -20,7 +20,9 @@ def export_onnx(argv=None):
         help="a Hugging Face PaliGemma directory or a big_vision .npz; left out: the model that ships",
     )  # fmt: skip
     options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
-    options.add_argument("--precision", choices=bundles.PRECISIONS, default="float32", help="of the weights (float32)")
+    options.add_argument(
+        "--precision", choices=bundles.weights.PRECISIONS, default="float32", help="of the weights (float32)"
+    )
     options.add_argument(
         "--max-length", type=int, metavar="C", help="longest prompt and answer together (the model's own limit)"
     )

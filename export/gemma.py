@@ -10,6 +10,7 @@ from .layers import (
     cast_to,
     embedding,
     gelu,
+    is_quantized,
     linear,
     merge_heads,
     residual,
@@ -78,7 +79,9 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
 
 def logits(op, p, config, x):
     """Scores of every row of the vocabulary: x [..., D] -> [..., V]. The tied head is the unscaled table."""
-    if config.tied:
+    if config.tied and is_quantized(p["embedding"]):
+        scores = p["embedding"].multiply(op, x)
+    elif config.tied:
         # The table as it lies, [V, D], times each x: the runtime need not keep a transposed copy of it.
         scores = op.Gemm(cast_like(op, x, p["embedding"]), p["embedding"], transB=1)
     else:

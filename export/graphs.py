@@ -113,7 +113,7 @@ def trace(function, arguments, weights=None, taps=False):
         values[name] = builder.input(name, DataType.from_numpy(array.dtype), list(array.shape))
     keywords = _walk(arguments, "in", lambda name, array: values[name])
     if weights:
-        keywords["p"] = unflatten({path: builder.initializer(tensor, tensor.name) for path, tensor in weights.items()})
+        keywords["p"] = unflatten({path: _declare(builder, tensor) for path, tensor in weights.items()})
     recorded = {}
 
     def record(name, value):
@@ -147,7 +147,14 @@ def _builder(name) -> GraphBuilder:
 def _start(name, config, initializer, used):
     builder = _builder(name)
     paths = [parameter.path for parameter in parameters(config) if used(parameter.path)]
-    return builder, unflatten({path: builder.initializer(initializer(path), path) for path in paths})
+    return builder, unflatten({path: _declare(builder, initializer(path)) for path in paths})
+
+
+def _declare(builder, weight):
+    """A tensor as an initializer; a quantized weight declares its own."""
+    return (
+        builder.initializer(weight, weight.name) if isinstance(weight, ir.TensorProtocol) else weight.declare(builder)
+    )
 
 
 def _tap(builder, taps):

@@ -6,6 +6,7 @@ ONNX Runtime itself can be refereed in it.
 
 import math
 
+import onnx_ir as ir
 from onnx_ir import DataType
 
 from numpy_ref.layers import identity
@@ -32,10 +33,15 @@ def linear(op, x, kernel, bias=None):
     """x [..., in], kernel [in, out], bias [out] -> [..., out], in the dtype of the kernel.
 
     Here the activation is cast, where the reference casts the weight: a half-precision bundle multiplies in half
-    precision, and `residual` takes the product back into the float32 stream.
+    precision, and `residual` takes the product back into the float32 stream. A quantized kernel knows how to multiply.
     """
-    y = op.MatMul(cast_like(op, x, kernel), kernel)
+    y = kernel.multiply(op, x) if is_quantized(kernel) else op.MatMul(cast_like(op, x, kernel), kernel)
     return y if bias is None else op.Add(y, bias)
+
+
+def is_quantized(weight):
+    """Whether a weight is of `quantize`, and not a tensor of the graph."""
+    return not isinstance(weight, ir.Value)
 
 
 def residual(op, x, update):
@@ -45,7 +51,7 @@ def residual(op, x, update):
 
 def embedding(op, ids, table, dtype):
     """Rows of a table: ids [...], table [V, D] -> [..., D]."""
-    return cast_to(op, op.Gather(table, ids), dtype)
+    return cast_to(op, table.rows(op, ids) if is_quantized(table) else op.Gather(table, ids), dtype)
 
 
 def gelu(op, x):

@@ -18,7 +18,8 @@ from numpy_ref.image import to_rgb
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
-from .bundle import PRECISIONS, Bundle
+from .bundle import Bundle
+from .weights import stream_dtype
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _INSTALL = "it needs a driver for CUDA 13 and pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -140,7 +141,7 @@ class Cache:
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)
 
         shape = [batch, text.kv_heads, capacity, text.head_dim]
-        dtype = PRECISIONS[session.bundle.description["precision"]]
+        dtype = stream_dtype(session.bundle.description["precision"])
         self.buffers = {
             f"{i}.{kind}": buffer(shape, int(dtype)) for i in range(text.depth) for kind in ("key", "value")
         }

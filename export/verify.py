@@ -20,17 +20,20 @@ from tqdm import tqdm
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref import layers, paligemma, segmentation
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import pad_prompts
+from numpy_ref.generate import NumpyEngine, pad_prompts
 from numpy_ref.tokenizer import known_ids
 
-from . import graphs, weights
-from .bundle import PRECISIONS
+from . import drift, graphs, weights
 from .session import CPU, CUDA, Session, choose_provider
 
 #: Largest |a - b| / max|reference| of any tap, by precision of the weights. Worst of 20 random models
-#: (python -m tests.calibrate): float32 1.7e-6, float16 2.1e-3, bfloat16 2.1e-2.
-BUDGETS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-STEPS = 4
+#: (python -m tests.calibrate): float32 1.7e-6, float16 2.1e-3, bfloat16 2.1e-2, int8 and int4 5.3e-2.
+#: What int4 costs shows in a trained model, on whose logits for noise it is off by 0.4.
+BUDGETS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int4": 0.8}
+#: What few bits may cost on pictures of noise, where a model is least sure: mean divergence from the reference in nats.
+#: A quantized bundle of a trained model has less on pictures of its kind (python -m export.drift).
+DIVERGENCES = {"int8": 0.05, "int4": 0.5}
+STEPS, EXAMPLES = 4, 3
 # The slow evaluator of the onnx package stands in where the runtime has no kernel: bfloat16 without a GPU.
 SMALL = 20_000_000
 
@@ -76,7 +79,14 @@ def verify(bundle, checkpoint) -> list[dict]:
     failed = [f"{row.stage} {row.part} {row.error:.1e}" for row in compared if not row.error <= budget]
     if failed:
         raise PaliGemmaError(f"the bundle differs from the reference by more than {budget:.0e}: {'; '.join(failed)}")
-    return [{**asdict(row), "budget": budget} for row in compared]
+    results = [{**asdict(row), "budget": budget} for row in compared]
+    if (precision := bundle.description["precision"]) in DIVERGENCES:
+        found = drift_of(bundle, checkpoint)
+        print(drift.table(precision, found))
+        if not found["kl_mean"] <= DIVERGENCES[precision]:
+            raise PaliGemmaError(f"the bundle drifts by {found['kl_mean']} nats, more than {DIVERGENCES[precision]}")
+        results.append({"stage": "drift", "part": "distributions", **found})
+    return results
 
 
 def check(checkpoint, precision) -> None:
@@ -86,8 +96,13 @@ def check(checkpoint, precision) -> None:
 
 
 def rows(bundle, checkpoint) -> list[Row]:
-    """Both views of a bundle: its parts, and, where this machine has the kernels, end to end."""
+    """Both views of a bundle: its parts, and, where this machine has the kernels, end to end.
+
+    A quantized one is seen end to end alone, against the weights before they were rounded.
+    """
     precision = bundle.description["precision"]
+    if precision in weights.QUANTIZED:
+        return compare_stages(checkpoint, bundle, CPU)
     provider = choose_provider("auto") if precision != "float32" else CPU
     check(checkpoint, precision)
     rounded = _rounded(checkpoint, precision)
@@ -99,8 +114,8 @@ def rows(bundle, checkpoint) -> list[Row]:
 
 def compare_parts(checkpoint, bundle, provider=CPU) -> Iterator[Row]:
     """One row a part: its worst tap."""
-    dtype = PRECISIONS[bundle.description["precision"]]
-    tensors = weights.initializer(weights.plan(checkpoint.config, dtype))
+    precision = bundle.description["precision"]
+    dtype, tensors = weights.FLOATS[precision], weights.initializer(weights.plan(checkpoint.config, precision))
     config = checkpoint.config
     total = 2 + config.vision.depth + 2 * (config.text.depth + 2) + 2
     walk = parts(checkpoint)
@@ -192,6 +207,17 @@ def compare_stages(checkpoint, bundle, provider=CPU) -> list[Row]:
     return rows
 
 
+def drift_of(bundle, checkpoint) -> dict:
+    """How far a quantized bundle's distributions are from the reference's, over the answers to a few examples."""
+    found, config = drift.Drift(), checkpoint.config
+    reference, session, known = NumpyEngine(checkpoint), Session(bundle, "cpu"), known_ids(config)
+    for seed in range(EXAMPLES):
+        inputs = example(config, seed)
+        prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.lengths, strict=True)]
+        drift.follow(reference, session, inputs.pixel_values, prompts, known, found, STEPS + 1)
+    return found.figures()
+
+
 @dataclass(frozen=True)
 class Example:
     """Seeded inputs: two rows of unequal length, and the tokens of the decode steps."""
@@ -244,7 +270,7 @@ def _rounded(checkpoint, precision):
     """The checkpoint as its bundle stores it: what rounding does to the weights is not an error of the graph."""
     if precision == "float32":
         return checkpoint
-    dtype = PRECISIONS[precision].numpy()
+    dtype = weights.FLOATS[precision].numpy()
     flat = {path: array.astype(dtype, copy=False) for path, array in checkpoints.flatten(checkpoint.params).items()}
     return replace(checkpoint, params=checkpoints.unflatten(flat))
 

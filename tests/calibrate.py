@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from export import bundle, verify
+from export import bundle, verify, weights
 from numpy_ref.checkpoint import Checkpoint
 
 from .cases import CASES, with_dtype
@@ -38,7 +38,7 @@ def bundles(seeds):
     worst = {}
     for name, config in CONFIGS.items():
         for seed in tqdm(range(seeds), desc=name, leave=False, disable=None):
-            for precision in bundle.PRECISIONS:
+            for precision in weights.PRECISIONS:
                 with tempfile.TemporaryDirectory() as folder:
                     loaded = Checkpoint(Path(folder), config, random_params(config, seed), np.dtype("f8"))
                     bundle.write(loaded, Path(folder) / "out", precision)

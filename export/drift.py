@@ -1,0 +1,143 @@
+"""python -m export.drift BUNDLE [CHECKPOINT]: how far a bundle's answers are from those of the float32 model.
+
+Both read the same pictures and are fed the same answers, those of the float32 model; at every token their distributions
+are compared: the Kullback-Leibler divergence, and whether the likeliest token is the same. On the drawn scenes that the
+shipped model knows, the accuracy of each task is measured too.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref import cli
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.generate import choose_capacity, pad_prompts
+from numpy_ref.image import preprocess
+from numpy_ref.tokenizer import Tokenizer
+
+from . import bundle as bundles
+from .session import Session
+
+PROG = "python -m export.drift"
+BATCH = 25
+NEW_TOKENS = 48
+
+
+@dataclass
+class Drift:
+    """What was seen at each token: divergences in nats, and whether both would have drawn the same one."""
+
+    divergences: list[float] = field(default_factory=list)
+    agreements: list[bool] = field(default_factory=list)
+
+    def add(self, reference, logits, known) -> None:
+        """Compare logits [B, V] of both; only ids that can be drawn count."""
+        expected, found = (_log_softmax(np.asarray(each, np.float64)[:, known]) for each in (reference, logits))
+        self.divergences += (np.exp(expected) * (expected - found)).sum(-1).tolist()
+        self.agreements += (expected.argmax(-1) == found.argmax(-1)).tolist()
+
+    def figures(self) -> dict:
+        """Mean and largest divergence, the share of agreements, and over how many tokens."""
+        return {
+            "kl_mean": float(f"{np.mean(self.divergences):.3g}"), "kl_max": float(f"{np.max(self.divergences):.3g}"),
+            "top_1": round(float(np.mean(self.agreements)), 5), "tokens": len(self.agreements),
+        }  # fmt: skip
+
+
+def _log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def follow(reference, engine, pixel_values, prompts, known, drift: Drift, new_tokens=NEW_TOKENS) -> None:
+    """Let both engines answer prompts, each fed the greedy answer of `reference`; what differs goes into `drift`."""
+    config = reference.config
+    input_ids, lengths = pad_prompts(prompts, config.pad)
+    capacity = choose_capacity(config, lengths, new_tokens)
+    states = [each.prefill(pixel_values, input_ids, lengths, capacity) for each in (reference, engine)]
+    alive = np.ones(len(prompts), bool)
+    for step in range(new_tokens):
+        (expected, cache), (found, other_cache) = states
+        drift.add(expected[alive], found[alive], known)
+        token = np.where(known, expected, -np.inf).argmax(-1)
+        alive = alive & (token != config.eos)
+        if not alive.any() or step == new_tokens - 1:
+            return
+        ids = np.where(alive, token, config.pad)[:, None]
+        states = [reference.decode(ids, lengths, cache), engine.decode(ids, lengths, other_cache)]
+        lengths = np.where(alive, lengths + 1, lengths).astype(np.int32)
+
+
+def on_scenes(reference, engine, tokenizer, scenes: int, seed: int) -> dict:
+    """Drift over the answers to held-out scenes of every task, and both accuracies."""
+    try:  # named, not imported: the scenes are of the package that trains, which needs PyTorch
+        evaluate = importlib.import_module("torch_impl.evaluate")
+    except ImportError as error:
+        raise PaliGemmaError(
+            f"the scenes are drawn by torch_impl, and {error.name} is missing; install [torch]"
+        ) from None
+    drift, known, size = Drift(), tokenizer.known(), reference.config.vision.image_size
+    accuracy = {}
+    for task, name in evaluate.SCORES.items():
+        asked = evaluate.held_out(seed, scenes, task)
+        for start in tqdm(range(0, scenes, BATCH), desc=task, leave=False, disable=None):
+            batch = asked[start : start + BATCH]
+            pixels = np.concatenate([preprocess(evaluate.picture(each), size, resize=engine.resize) for each in batch])
+            follow(reference, engine, pixels, [tokenizer.prompt(each.prefix) for each in batch], known, drift)
+        accuracy[name] = {}
+        for label, each in (("float32", reference), ("bundle", engine)):
+            texts = evaluate.answer_all(each, tokenizer, asked, task)
+            accuracy[name][label] = round(evaluate.score(task, texts, asked, each.masks), 4)
+    return {**drift.figures(), "accuracy": accuracy}
+
+
+def table(precision, results) -> str:
+    """The figures as text."""
+    lines = [
+        f"{precision} against float32 over {results['tokens']} tokens: "
+        f"top-1 agreement {results['top_1']:.2%}, KL mean {results['kl_mean']:.2g}, largest {results['kl_max']:.2g}"
+    ]
+    if "accuracy" in results:
+        lines.append(f"{'':<16}{'float32':>10}{precision:>10}{'points':>9}")
+    for task, scores in results.get("accuracy", {}).items():
+        points = 100 * (scores["bundle"] - scores["float32"])
+        lines.append(f"{task:<16}{scores['float32']:>10.1%}{scores['bundle']:>10.1%}{points:>+9.1f}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    options = argparse.ArgumentParser(prog=PROG, description=__doc__.splitlines()[0])
+    options.add_argument("bundle", type=Path, metavar="BUNDLE", help="of any precision")
+    options.add_argument(
+        "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",
+        help="what it was made from; left out: the model that ships",
+    )  # fmt: skip
+    options.add_argument("--scenes", type=cli.whole(1), default=200, help="held-out scenes a task (200)")
+    options.add_argument("--seed", type=cli.whole(0), default=0, help="of the scenes (0)")
+    options.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = options.parse_args(argv)
+    opened, checkpoint = bundles.load(arguments.bundle), checkpoints.load(arguments.checkpoint)
+    if opened.config != checkpoint.config:
+        raise PaliGemmaError(
+            f"{arguments.bundle} was not made from {arguments.checkpoint}: their configurations differ"
+        )
+    tokenizer = Tokenizer.load(opened.path, opened.config)
+    with tempfile.TemporaryDirectory() as folder:
+        bundles.write(checkpoint, Path(folder) / "float32")
+        reference = Session(bundles.load(Path(folder) / "float32"), "cpu")
+        results = on_scenes(reference, Session(opened), tokenizer, arguments.scenes, arguments.seed)
+    precision = opened.description["precision"]
+    print(json.dumps({"precision": precision, **results}) if arguments.json else table(precision, results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(PROG, main))

@@ -1,0 +1,198 @@
+"""Weights in eight and four bits, in the forms that ONNX Runtime's CPU kernels take.
+
+Both are symmetric: w is about scale * q, with q a whole number around zero.
+
+Channels  q int8 [in, out], one scale an output. The activations get eight bits too, with one scale a row of x, so
+          that a row with an outlier spoils no other. The quickest product for many rows (prefill).
+Blocks    q of 4 or 8 bits [out, in / S, S * bits / 8], one scale for S weights in a row (MatMulNBits). The quickest
+          for a single row, which is bound by the bytes read (decode). The rows of an embedding table are read from
+          the same bytes (GatherBlockQuantized).
+
+A quantized weight stands in the parameter tree where the plain one would, and `layers.linear` and `layers.embedding`
+let it do their work.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import DataType
+
+CONTRIB = "com.microsoft"
+BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
+STEP = 8 * 2**20  # weights quantized at once
+LEAST = 1e-20  # what a row of zeros is divided by; 127 times its inverse is still a number
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products in int8, scaled by block
+
+
+# --- in a graph --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A kernel [in, out] in int8. `values` and `scales` are tensors, or the graph's values once declared."""
+
+    values: object
+    scales: object
+    dtype = DataType.FLOAT
+
+    def declare(self, builder) -> "Channels":
+        """The same with its tensors as initializers of a graph."""
+        return _declare(self, builder)
+
+    def multiply(self, op, x):
+        """x [..., in] float32 -> [..., out]."""
+        largest = op.Max(op.ReduceMax(op.Abs(x), [-1]), LEAST)
+        # Around 128 in uint8, where the kernels are quickest.
+        rounded = op.QuantizeLinear(op.Mul(x, op.Div(127.0, largest)), 1.0, op.Constant(value=_scalar(128, np.uint8)))
+        y = op.MatMulIntegerToFloat(
+            rounded,
+            self.values,
+            1.0,
+            self.scales,
+            op.Constant(value=_scalar(128, np.uint8)),
+            _domain=CONTRIB,
+            _version=1,
+        )
+        y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, self.values.shape[-1])
+        return op.Mul(y, op.Div(largest, 127.0))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A kernel or a table by its rows [out, in], in `bits` bits. `flat` are the same bytes as [out, in * bits / 8]."""
+
+    values: object
+    flat: object
+    scales: object
+    bits: int
+    dtype = DataType.FLOAT
+
+    def declare(self, builder) -> "Blocks":
+        """The same with its tensors as initializers of a graph."""
+        return _declare(self, builder)
+
+    @property
+    def block(self) -> int:
+        return self.values.shape[-1] * 8 // self.bits
+
+    def multiply(self, op, x):
+        """x [..., in] float32 -> [..., out]."""
+        out, blocks = self.values.shape[0], self.values.shape[1]
+        y = op.MatMulNBits(
+            x, self.values, self.scales, K=blocks * self.block, N=out, bits=self.bits, block_size=self.block,
+            accuracy_level=INT8_ACTIVATIONS, _domain=CONTRIB, _version=1,
+        )  # fmt: skip
+        y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, out)
+        return y
+
+    def rows(self, op, ids):
+        """Rows of a table: ids [...] -> [..., in] float32."""
+        x = op.GatherBlockQuantized(
+            self.flat, ids, self.scales, bits=self.bits, block_size=self.block, gather_axis=0, quantize_axis=1,
+            _domain=CONTRIB, _version=1,
+        )  # fmt: skip
+        x.dtype, x.shape = DataType.FLOAT, ir.Shape([*ids.shape, self.values.shape[1] * self.block])
+        return x
+
+
+def _declare(weight, builder):
+    tensors = {name: value for name, value in vars(weight).items() if isinstance(value, ir.TensorProtocol)}
+    return replace(weight, **{name: builder.initializer(tensor, tensor.name) for name, tensor in tensors.items()})
+
+
+def _scalar(value, dtype):
+    return ir.tensor(np.array(value, dtype))
+
+
+def _with_last(shape, size):
+    return ir.Shape([*list(shape)[:-1], size])
+
+
+# --- in a file ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a stored weight: what is put behind the weight's path to name it, and its form."""
+
+    suffix: str
+    dtype: DataType
+    shape: tuple[int, ...]
+
+
+def channel_parts(shape) -> list[Part]:
+    """What Channels stores of a kernel [in, out]."""
+    return [Part(".int8", DataType.INT8, shape), Part(".int8.scale", DataType.FLOAT, shape[1:])]
+
+
+def block_parts(shape, bits: int, by_columns: bool) -> list[Part]:
+    """What Blocks stores of a kernel [in, out] (`by_columns`), or of a table [out, in]."""
+    size, out = shape if by_columns else shape[::-1]
+    block = block_size(size)
+    values = (out, size // block, block * bits // 8)
+    name = f".int{bits}"
+    return [Part(name, DataType.UINT8, values), Part(f"{name}.scale", DataType.FLOAT, values[:2])]
+
+
+def block_size(size: int) -> int | None:
+    """How many weights of a row of `size` share a scale; None if the row does not divide."""
+    return next((block for block in BLOCK_SIZES if size % block == 0), None)
+
+
+def encode_channels(kernel) -> Iterator[Iterator[np.ndarray]]:
+    """A kernel [in, out] -> the arrays of its values, then of its scales, in pieces."""
+    size, out = kernel.shape
+    values, scales = np.empty((size, out), np.int8), np.empty(out, np.float32)
+    step = max(1, STEP // size)
+    for start in range(0, out, step):
+        columns = slice(start, start + step)
+        values[:, columns], scales[columns] = quantize_channels(np.asarray(kernel[:, columns], np.float32))
+    yield iter([values])
+    yield iter([scales])
+
+
+def encode_blocks(weight, bits: int, by_columns: bool) -> Iterator[Iterator[np.ndarray]]:
+    """A kernel [in, out] or a table [out, in] -> the arrays of its values, then of its scales, in pieces."""
+    rows = weight.T if by_columns else weight
+    step, scales = max(1, STEP // rows.shape[1]), []
+
+    def values():
+        for start in range(0, len(rows), step):
+            packed, scale = quantize_blocks(np.asarray(rows[start : start + step], np.float32), bits)
+            scales.append(scale)
+            yield packed
+
+    yield values()
+    yield iter(scales)
+
+
+def quantize_channels(kernel):
+    """float32 [in, out] -> int8 [in, out] and float32 scales [out]."""
+    scales = np.maximum(np.abs(kernel).max(0), np.finfo(np.float32).tiny) / np.float32(127)
+    return np.rint(kernel / scales).astype(np.int8), scales
+
+
+def quantize_blocks(rows, bits: int):
+    """float32 [out, in] -> uint8 [out, in / S, S * bits / 8] and float32 scales [out, in / S].
+
+    A block's largest weight becomes the lowest number, which is one farther from zero than the highest.
+    """
+    block, zero = block_size(rows.shape[1]), 2 ** (bits - 1)
+    blocks = rows.reshape(len(rows), -1, block)
+    places = np.abs(blocks).argmax(-1)[..., None]
+    scales = np.take_along_axis(blocks, places, -1) / np.float32(-zero)
+    safe = np.where(scales == 0, np.float32(1), scales)
+    q = np.clip(np.rint(blocks / safe) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    if bits == 4:
+        q = q[..., 0::2] | q[..., 1::2] << 4
+    return q, scales[..., 0]
+
+
+def dequantize_blocks(values, scales, bits: int):
+    """The inverse, as the kernels have it: -> float32 [out, in]."""
+    q = values if bits == 8 else np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:2], -1)
+    weights = (q.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
+    return weights.reshape(len(values), math.prod(weights.shape[1:]))

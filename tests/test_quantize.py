@@ -1,0 +1,230 @@
+"""Weights in eight and four bits: the arithmetic, the kernels, and bundles made of them."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export import bundle, drift, graphs, layers, quantize, verify, weights
+from export.cli import export_onnx
+from export.session import Session
+from numpy_ref import checkpoint
+from numpy_ref.checkpoint import SHIPPED, parameters
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.tokenizer import Tokenizer
+
+RNG = np.random.default_rng(0)
+
+
+def pieces(encoded):
+    """What an encoder gives, each part whole."""
+    return [np.concatenate(list(part)) for part in encoded]
+
+
+def tensors(parts, arrays):
+    return [ir.tensor(array, name=part.suffix) for part, array in zip(parts, arrays, strict=True)]
+
+
+def run(function, arguments, weight):
+    """Evaluate `function(op, p={"weight": …}, **arguments)` in the runtime, as a session of a bundle does."""
+    model, feeds = graphs.trace(function, arguments, {"weight": weight})
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)[0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 70), st.integers(1, 40), st.floats(1e-6, 1e6))
+def test_channels_are_half_a_step_off_at_most(size, out, scale):
+    kernel = (scale * np.random.default_rng(size).standard_normal((size, out))).astype(np.float32)
+    values, scales = quantize.quantize_channels(kernel)
+    assert values.dtype == np.int8
+    assert (
+        np.abs(values * scales - kernel).max(0) == pytest.approx(np.zeros(out), abs=0)
+        or (np.abs(values * scales - kernel) <= 0.5001 * scales).all()
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [16, 48, 64, 384])
+def test_blocks_are_a_step_off_at_most(bits, size):
+    rows = RNG.standard_normal((11, size)).astype(np.float32)
+    values, scales = quantize.quantize_blocks(rows, bits)
+    block = quantize.block_size(size)
+    assert values.shape == (11, size // block, block * bits // 8)
+    again = quantize.dequantize_blocks(values, scales, bits)
+    # Half a step, but for what is cut at the end that is nearer to zero.
+    off = np.abs(again - rows).reshape(11, -1, block) / np.abs(scales)[..., None]
+    assert off.max() <= 1.001
+    assert np.median(off) < 0.5
+    largest = np.abs(rows).reshape(11, -1, block).max(-1)
+    assert np.allclose(np.abs(again).reshape(11, -1, block).max(-1), largest, rtol=1e-6)
+
+
+def test_zeros_stay_zeros():
+    for bits in (4, 8):
+        values, scales = quantize.quantize_blocks(np.zeros((2, 32), np.float32), bits)
+        assert not quantize.dequantize_blocks(values, scales, bits).any()
+    values, scales = quantize.quantize_channels(np.zeros((3, 2), np.float32))
+    assert not (values * scales).any()
+    assert np.isfinite(scales).all()
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_encoding_in_steps_changes_nothing(monkeypatch, bits, by_columns):
+    weight = RNG.standard_normal((64, 48)).astype(np.float32)
+    whole = pieces(quantize.encode_blocks(weight, bits, by_columns)), pieces(quantize.encode_channels(weight))
+    monkeypatch.setattr(quantize, "STEP", 200)
+    apart = pieces(quantize.encode_blocks(weight, bits, by_columns)), pieces(quantize.encode_channels(weight))
+    for a, b in zip([*whole[0], *whole[1]], [*apart[0], *apart[1]], strict=True):
+        assert np.array_equal(a, b)
+    parts = quantize.block_parts(weight.shape, bits, by_columns) + quantize.channel_parts(weight.shape)
+    assert [part.shape for part in parts] == [array.shape for array in [*whole[0], *whole[1]]]
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_kernel_by_channel_multiplies(rows):
+    kernel, x = RNG.standard_normal((96, 40)).astype(np.float32), RNG.standard_normal((2, rows, 96)).astype(np.float32)
+    x[0, 0] *= 1000  # an outlier row costs the others nothing
+    x[1, 0] = 0
+    values, scales = pieces(quantize.encode_channels(kernel))
+    weight = quantize.Channels(*tensors(quantize.channel_parts(kernel.shape), [values, scales]))
+    y = run(lambda op, p, x: layers.linear(op, x, p["weight"]), {"x": x}, weight)
+    expected = x @ (values * scales)
+    off = np.abs(y - expected).max(-1) / np.maximum(np.abs(x).max(-1), 1e-9)
+    assert off.max() < 0.12
+    assert not y[1, 0].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_kernel_in_blocks_multiplies(bits):
+    kernel, x = RNG.standard_normal((256, 40)).astype(np.float32), RNG.standard_normal((2, 1, 256)).astype(np.float32)
+    values, scales = pieces(quantize.encode_blocks(kernel, bits, by_columns=True))
+    stored = tensors(quantize.block_parts(kernel.shape, bits, True), [values, scales])
+    weight = quantize.Blocks(stored[0], None, stored[1], bits)
+    y = run(lambda op, p, x: layers.linear(op, x, p["weight"]), {"x": x}, weight)
+    expected = x @ quantize.dequantize_blocks(values, scales, bits).T
+    assert np.abs(y - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_table_gives_rows_and_multiplies(bits):
+    table, ids = RNG.standard_normal((50, 64)).astype(np.float32), RNG.integers(0, 50, (2, 3))
+    values, scales = pieces(quantize.encode_blocks(table, bits, by_columns=False))
+    stored = tensors(quantize.block_parts(table.shape, bits, False), [values, scales])
+    flat = ir.tensor(values.reshape(50, -1), name="flat")
+    weight = quantize.Blocks(stored[0], flat, stored[1], bits)
+    rounded = quantize.dequantize_blocks(values, scales, bits)
+    rows = run(lambda op, p, ids: layers.embedding(op, ids, p["weight"], ir.DataType.FLOAT), {"ids": ids}, weight)
+    assert np.allclose(rows, rounded[ids], atol=1e-6)
+    x = RNG.standard_normal((3, 64)).astype(np.float32)
+    y = run(lambda op, p, x: layers.linear(op, x, p["weight"]), {"x": x}, weight)
+    assert np.abs(y - x @ rounded.T).max() < 0.02 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("precision", weights.QUANTIZED)
+def test_what_is_stored_in_few_bits(precision):
+    loaded = checkpoint.load()
+    placed = weights.plan(loaded.config, precision)
+    kinds = {(stored.path, stored.form.kind) for stored in placed.values()}
+    for parameter in parameters(loaded.config):
+        path = parameter.path
+        found = {kind for other, kind in kinds if other == path}
+        if path == "text.embedding":
+            assert found == {"blocks"}
+        elif path.startswith("text.blocks.") and path.endswith("kernel"):
+            assert found == ({"channels"} if precision == "int8" else {"channels", "blocks"})
+        elif path.startswith("vision.blocks.") and path.endswith("kernel"):
+            assert found == {"channels"}
+        else:
+            assert found == {"whole"}
+    ends = [(stored.offset, stored.offset + stored.length) for stored in placed.values()]
+    assert all(before[1] <= after[0] for before, after in pairwise(ends))
+
+
+@pytest.fixture(scope="module", params=weights.QUANTIZED)
+def quantized(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("quantized") / request.param
+    bundle.write(checkpoint.load(), path, request.param, verify=verify.verify)
+    return bundle.load(path)
+
+
+def test_the_shipped_model_hardly_drifts(quantized):
+    """The limits that were set: top-1 agreement 99.5 % in eight bits, 98 % in four; fewer scenes than the command takes."""
+    precision = quantized.description["precision"]
+    loaded = checkpoint.load()
+    tokenizer = Tokenizer.load(SHIPPED, loaded.config)
+    engine = Session(quantized, "cpu")
+    found = drift.on_scenes(Session(bundle.shipped(), "cpu"), engine, tokenizer, scenes=12, seed=3)
+    assert found["tokens"] > 500
+    assert found["top_1"] >= {"int8": 0.995, "int4": 0.98}[precision]
+    assert found["kl_mean"] < {"int8": 0.001, "int4": 0.02}[precision]
+    assert found["kl_max"] > 0
+    text = drift.table(precision, found)
+    assert precision in text
+    assert "caption" in text
+
+
+def test_verification_is_kept(quantized):
+    precision = quantized.description["precision"]
+    rows = json.loads((quantized.path / "bundle.json").read_text())["parity"]
+    assert rows[-1]["stage"] == "drift"
+    assert rows[-1]["kl_mean"] <= verify.DIVERGENCES[precision]
+    assert {row["part"] for row in rows} >= {"prefill logits", "decode 1 logits"}
+
+
+def test_it_is_small(quantized):
+    whole = sum(4 * np.prod(parameter.shape) for parameter in parameters(quantized.config))
+    assert quantized.weight_bytes < {"int8": 0.36, "int4": 0.42}[quantized.description["precision"]] * whole
+
+
+def test_drift_sees_a_difference():
+    known = np.array([True, True, True, False])
+    found = drift.Drift()
+    found.add([[1.0, 0, 0, 9]], [[1.0, 0, 0, -9]], known)
+    assert found.divergences == [0]
+    assert found.agreements == [True]
+    found.add([[1.0, 0, 0, 9]], [[0, 1.0, 0, 9]], known)
+    assert found.divergences[1] == pytest.approx((np.e - 1) / (np.e + 2))
+    assert found.agreements == [True, False]
+
+
+def test_a_wrong_graph_is_noticed(tmp_path, monkeypatch):
+    """Nibbles the wrong way round."""
+    pack = quantize.quantize_blocks
+
+    def swapped(rows, bits):
+        values, scales = pack(rows, bits)
+        return values << 4 | values >> 4, scales
+
+    monkeypatch.setattr(quantize, "quantize_blocks", swapped)
+    with pytest.raises(PaliGemmaError, match="differs from the reference by more than"):
+        bundle.write(checkpoint.load(), tmp_path / "out", "int4", verify=verify.verify)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_models_bundle_is_refused(tmp_path, quantized):
+    config = replace(quantized.config, max_length=99)
+    opened = replace(quantized, config=config)
+    assert opened.config != quantized.config
+    small = tmp_path / "small"
+    loaded = checkpoint.load()
+    bundle.write(replace(loaded, config=config), small)
+    with pytest.raises(PaliGemmaError, match="their configurations differ"):
+        drift.main([str(small)])
+
+
+@pytest.mark.parametrize("precision", weights.QUANTIZED)
+def test_the_plan_holds(tmp_path, precision, capsys):
+    assert export_onnx(["--plan", "--precision", precision]) == 0
+    planned = capsys.readouterr().out
+    assert export_onnx(["--output", str(tmp_path / "out"), "--precision", precision]) == 0
+    assert f"{(tmp_path / 'out' / 'weights.bin').stat().st_size:,} bytes" in planned
