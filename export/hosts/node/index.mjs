@@ -15,13 +15,14 @@ export { PaliGemmaError };
 
 // Below this the runtime may repack weights for speed, a private copy a session; from here on both map the one file.
 const MAPPED_FROM = 2 ** 31;
+const QUANTIZED = ["int8", "int4"]; // always repacked: their quick kernels read no other order
 
 /** A bundle's folder, opened. `threads` 0 takes every core. */
 export async function load(folder, { threads = 0 } = {}) {
   if (!(await kindOf(folder))?.isDirectory()) throw new PaliGemmaError(`${folder}: no such bundle directory; export-onnx makes one`);
-  const createSession = (file, { files, graphs }) => {
+  const createSession = (file, { files, graphs, precision }) => {
     const large = [graphs.prefill.file, graphs.decode.file].includes(file);
-    const mapped = large && files["weights.bin"].bytes > MAPPED_FROM;
+    const mapped = large && !QUANTIZED.includes(precision) && files["weights.bin"].bytes > MAPPED_FROM;
     return ort.InferenceSession.create(join(folder, file), {
       intraOpNumThreads: large ? threads : 1,
       logSeverityLevel: 4,
