@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from onnx_ir import DataType
 from tqdm import tqdm
 
 from numpy_ref import __version__, segmentation, storage
@@ -20,6 +21,7 @@ from numpy_ref.tokenizer import Tokenizer, known_ids
 from numpy_ref.tokenizer_json import convert
 
 from . import graphs, weights
+from .layers import FUSED, PORTABLE
 
 FORMAT = "paligemma-onnx"
 VERSION = 1
@@ -60,20 +62,20 @@ class Contents:
         return {**sizes, DESCRIPTION: len(_as_json(self.description))}
 
 
-def plan(checkpoint, precision="float32", max_length=None) -> dict:
+def plan(checkpoint, precision="float32", max_length=None, operators=None) -> dict:
     """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint."""
-    contents = prepare(checkpoint, precision, max_length)
+    contents = prepare(checkpoint, precision, max_length, operators)
     return {"files": contents.sizes, "memory": weights.memory(contents.placed)}
 
 
-def prepare(checkpoint, precision="float32", max_length=None) -> Contents:
+def prepare(checkpoint, precision="float32", max_length=None, operators=None) -> Contents:
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
-    config = checkpoint.config
+    config, operators = checkpoint.config, operators or usual_operators(precision)
     max_length = _check_length(config, max_length)
     copies = {name: checkpoint.folder / name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()}
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
     placed = weights.plan(config, precision)
-    models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision))
+    models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators)
     made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
     if "tokenizer.model" in copies and "tokenizer.json" not in copies:
         converted = convert(copies["tokenizer.model"].read_bytes(), config)
@@ -85,6 +87,7 @@ def prepare(checkpoint, precision="float32", max_length=None) -> Contents:
         "version": VERSION,
         "producer": f"paligemma-onnx {__version__}",
         "precision": precision,
+        "operators": operators,
         "max_length": max_length,
         "config": to_hf(config),
         "tokens": _tokens(config, tokenizer),
@@ -98,14 +101,14 @@ def prepare(checkpoint, precision="float32", max_length=None) -> Contents:
     return Contents(placed, made, copies, description)
 
 
-def write(checkpoint, output, precision="float32", max_length=None, verify=None) -> None:
+def write(checkpoint, output, precision="float32", max_length=None, verify=None, operators=None) -> None:
     """Export a loaded checkpoint into the new directory `output`.
 
     `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
     output = storage.absent(output, "folder")
-    contents = prepare(checkpoint, precision, max_length)
+    contents = prepare(checkpoint, precision, max_length, operators)
     _check_space(output, sum(contents.sizes.values()))
     with storage.new_directory(output) as folder:
         arrays = checkpoints.flatten(checkpoint.params)
@@ -188,12 +191,17 @@ def sha256(file) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _models(checkpoint, tokenizer, placed, dtype) -> dict:
+def usual_operators(precision) -> str:
+    """Fused, but in half precision, which is for CUDA, where the fused operators were not tried."""
+    return PORTABLE if weights.stream_dtype(precision) != DataType.FLOAT else FUSED
+
+
+def _models(checkpoint, tokenizer, placed, dtype, operators) -> dict:
     """The graphs of a bundle by name."""
     config, codec = checkpoint.config, segmentation.find(checkpoint.folder)
     models = {
-        "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype),
-        "decode": graphs.decode_model(config, weights.initializer(placed, graph="decode"), dtype),
+        "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype, operators=operators),
+        "decode": graphs.decode_model(config, weights.initializer(placed, graph="decode"), dtype, operators=operators),
         "preprocess": graphs.preprocess_model(config, checkpoint.resize),
         "sample": graphs.sample_model(known_ids(config, tokenizer.size if tokenizer else None)),
     }

@@ -8,6 +8,7 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref import cli
 
 from . import bundle as bundles
+from .layers import OPERATORS
 
 
 def export_onnx(argv=None):
@@ -24,6 +25,10 @@ def export_onnx(argv=None):
         "--precision", choices=bundles.weights.PRECISIONS, default="float32", help="of the weights (float32)"
     )
     options.add_argument(
+        "--operators", choices=OPERATORS,
+        help="standard ones alone, or ONNX Runtime's own where they are quicker (fused; in half precision portable)",
+    )  # fmt: skip
+    options.add_argument(
         "--max-length", type=int, metavar="C", help="longest prompt and answer together (the model's own limit)"
     )
     options.add_argument(
@@ -35,13 +40,13 @@ def export_onnx(argv=None):
         options.error("--output DIR is required (or --plan, to see what would be written)")
     checkpoint = checkpoints.load(arguments.checkpoint)
     if arguments.plan:
-        return _print_plan(bundles.plan(checkpoint, arguments.precision, arguments.max_length))
+        return _print_plan(bundles.plan(checkpoint, arguments.precision, arguments.max_length, arguments.operators))
     verify = None
     if arguments.verify:
         from .verify import check, verify
 
         check(checkpoint, arguments.precision)  # before gigabytes are written
-    bundles.write(checkpoint, arguments.output, arguments.precision, arguments.max_length, verify)
+    bundles.write(checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators)
     print(f"wrote {arguments.output}")
     return 0
 

@@ -9,6 +9,7 @@ from .layers import (
     cast_like,
     cast_to,
     embedding,
+    fusible,
     gelu,
     is_quantized,
     linear,
@@ -31,6 +32,7 @@ def embed(op, p, config, ids, dtype):
     return cast_to(op, op.Mul(rows, math.sqrt(config.width)), dtype)
 
 
+@fusible
 def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     """Grouped-query attention with rotary positions: [B, T, D] -> [B, T, D] and its (key, value)."""
     query = rope(op, split_heads(op, linear(op, x, **p["query"]), config.heads), *rotary)
@@ -44,6 +46,7 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
     return linear(op, merge_heads(op, tap("context", context)), **p["output"]), (key, value)
 
 
+@fusible
 def mlp(op, p, x):
     """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
     return linear(op, op.Mul(gelu(op, linear(op, x, **p["gate"])), linear(op, x, **p["up"])), **p["down"])

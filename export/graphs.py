@@ -14,14 +14,15 @@ from numpy_ref.layers import identity
 from numpy_ref.segmentation import CELLS, SIDE
 
 from . import image, paligemma, sampling, segmentation
+from .layers import PORTABLE
 
 OPSET = 24  # TensorScatter, the in-place cache write
 IR_VERSION = 11  # what onnxruntime 1.30 and later read
 
 
-def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.Model:
+def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE) -> ir.Model:
     """prefill.onnx: pixel_values, input_ids, lengths, capacity -> logits, present.{i}.key/value."""
-    builder, p = _start("prefill", config, initializer, lambda path: True)
+    builder, p = _start("prefill", config, initializer, lambda path: True, operators)
     size = config.vision.image_size
     inputs = [
         builder.input(
@@ -35,9 +36,9 @@ def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.M
     return _finish(builder, config, logits, cache)
 
 
-def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False) -> ir.Model:
+def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE) -> ir.Model:
     """decode.onnx: input_ids, lengths, past_key_values.{i}.key/value -> logits, present.{i}.key/value."""
-    builder, p = _start("decode", config, initializer, lambda path: path.startswith("text."))
+    builder, p = _start("decode", config, initializer, lambda path: path.startswith("text."), operators)
     input_ids = builder.input("input_ids", DataType.INT64, ["B", 1])
     lengths = builder.input("lengths", DataType.INT32, ["B"])
     cache = [
@@ -140,12 +141,14 @@ def _walk(tree, name, visit, leaf=np.ndarray):
     return tree
 
 
-def _builder(name) -> GraphBuilder:
-    return GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
+def _builder(name, operators=PORTABLE) -> GraphBuilder:
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
+    builder.op.operators = operators
+    return builder
 
 
-def _start(name, config, initializer, used):
-    builder = _builder(name)
+def _start(name, config, initializer, used, operators):
+    builder = _builder(name, operators)
     paths = [parameter.path for parameter in parameters(config) if used(parameter.path)]
     return builder, unflatten({path: _declare(builder, initializer(path)) for path in paths})
 
@@ -186,6 +189,8 @@ def _finish(builder, config, logits, cache) -> ir.Model:
 def _model(builder) -> ir.Model:
     for node in builder.graph:
         node.metadata_props.clear()  # the builder's notes to itself
+    for name in [name for name, value in builder.graph.initializers.items() if not value.uses()]:
+        del builder.graph.initializers[name]  # packed into another
     return ir.Model(builder.graph, ir_version=IR_VERSION, producer_name="paligemma-onnx")
 
 

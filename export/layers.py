@@ -1,17 +1,35 @@
 """Leaf functions that add nodes to a graph, each the twin of its namesake in `numpy_ref/layers.py`.
 
 Only standard operators whose kernels exist in float64 too (convolutions aside, which the model does not use), so that
-ONNX Runtime itself can be refereed in it.
+ONNX Runtime itself can be refereed in it. In a graph that is built with `operators="fused"` the functions marked
+`fusible` give way to their namesakes in `fused.py`.
 """
 
 import math
+from functools import wraps
 
 import onnx_ir as ir
 from onnx_ir import DataType
 
 from numpy_ref.layers import identity
 
+PORTABLE, FUSED = OPERATORS = ("portable", "fused")
 _HALF = (DataType.FLOAT16, DataType.BFLOAT16)
+
+
+def fusible(portable):
+    """Mark a function that has a namesake in `fused.py`: the one place where a graph's operators are chosen."""
+
+    @wraps(portable)
+    def chosen(op, *arguments, **keywords):
+        if op.operators == FUSED:
+            from . import fused
+
+            return getattr(fused, portable.__name__)(op, *arguments, **keywords)
+        return portable(op, *arguments, **keywords)
+
+    chosen.portable = portable
+    return chosen
 
 
 def upcast(op, x):
@@ -54,6 +72,7 @@ def embedding(op, ids, table, dtype):
     return cast_to(op, table.rows(op, ids) if is_quantized(table) else op.Gather(table, ids), dtype)
 
 
+@fusible
 def gelu(op, x):
     """GELU in its tanh form.
 
@@ -75,6 +94,7 @@ def softcap(op, x, cap):
     return x if cap is None else op.Mul(op.Tanh(op.Div(x, cap)), cap)
 
 
+@fusible
 def layer_norm(op, x, scale, bias, eps):
     """LayerNorm: x [..., D], scale [D], bias [D] -> [..., D]. Variance divides by D."""
     x32 = upcast(op, x)
@@ -85,6 +105,7 @@ def layer_norm(op, x, scale, bias, eps):
     return cast_like(op, scaled, x)
 
 
+@fusible
 def rms_norm(op, x, scale, eps):
     """RMSNorm with the scale as an offset from one: x [..., D], scale [D] -> [..., D]."""
     x32 = upcast(op, x)
@@ -101,6 +122,7 @@ def rope_angles(op, positions, head_dim, base, dtype):
     return op.Cos(angles), op.Sin(angles)
 
 
+@fusible
 def rope(op, x, cos, sin):
     """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
     first, second = op.Split(upcast(op, x), axis=-1, num_outputs=2, _outputs=2)
@@ -120,6 +142,7 @@ def merge_heads(op, x):
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, -1])
 
 
+@fusible
 def attend(op, query, key, value, mask=None, cap=None, tap=identity):
     """query [B, N, T, H] (scaled), key and value [B, K, S, H], mask [B, T, S] -> [B, N, T, H]."""
     kv_heads, head_dim = key.shape[1], query.shape[3]

@@ -5,7 +5,7 @@ from onnx_ir import DataType
 from numpy_ref.layers import identity, scoped
 
 from . import gemma, siglip
-from .layers import cast_like, linear, upcast
+from .layers import cast_like, fusible, linear, upcast
 
 
 def encode_image(op, p, config, pixel_values, tap=identity):
@@ -38,6 +38,7 @@ def prefix_mask(op, prefix_lengths, lengths, size, window=None):
     return op.And(op.Or(both_in_prefix, causal), op.Less(key, length))
 
 
+@fusible
 def decode_mask(op, lengths, capacity, window=None):
     """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]."""
     key, position = op.Unsqueeze(op.Range(0, capacity, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2])

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import numpy as np
@@ -27,6 +27,7 @@ ALIGNMENT = 4096  # what the ONNX specification recommends, so that a tensor can
 FLOATS = {"float32": DataType.FLOAT, "float16": DataType.FLOAT16, "bfloat16": DataType.BFLOAT16}
 QUANTIZED = ("int8", "int4")
 PRECISIONS = (*FLOATS, *QUANTIZED)
+SIDE_BY_SIDE = (("query", "key", "value"), ("gate", "up"))
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,38 @@ def _blocks(shape, bits, by_columns):
 
 
 def plan(config, precision="float32") -> dict[str, Stored]:
-    """Place every tensor of a model: name -> Stored, in the order in which they are written."""
+    """Place every tensor of a model: name -> Stored, in the order in which they are written.
+
+    Kernels in blocks that read the same input lie side by side, values and scales apart, so that a graph can take them
+    as one.
+    """
     placed, offset = {}, 0
-    for parameter in parameters(config):
-        for form in forms(parameter, precision):
-            for part in form.parts:
-                length = math.prod(part.shape) * part.dtype.numpy().itemsize  # onnx_ir's own itemsize is a float
-                name = parameter.path + part.suffix
-                placed[name] = Stored(parameter.path, name, form, part.dtype, part.shape, offset, length)
-                offset = -(-(offset + length) // ALIGNMENT) * ALIGNMENT
+    for group in _groups(config, precision):
+        for part in range(len(group[0][1].parts)):
+            offset = -(-offset // ALIGNMENT) * ALIGNMENT
+            for path, form in group:
+                suffix, dtype, shape = astuple(form.parts[part])
+                length = math.prod(shape) * dtype.numpy().itemsize  # onnx_ir's own itemsize is a float
+                placed[path + suffix] = Stored(path, path + suffix, form, dtype, shape, offset, length)
+                offset += length
     return placed
+
+
+def _groups(config, precision) -> list[list[tuple[str, Form]]]:
+    """What is placed together: (path, form) alone, or several in blocks that read the same input."""
+    groups, waiting = [], {}
+    for parameter in parameters(config):
+        layer, _, name = parameter.path.removesuffix(".kernel").rpartition(".")
+        for form in forms(parameter, precision):
+            partners = next((names for names in SIDE_BY_SIDE if name in names), None)
+            if form.kind != "blocks" or not partners:
+                groups.append([(parameter.path, form)])
+                continue
+            group = waiting.setdefault((layer, partners), [])
+            group.append((parameter.path, form))
+            if len(group) == len(partners):
+                groups.append(group)
+    return groups
 
 
 def size(placed) -> int:
@@ -145,13 +168,15 @@ def _contents(placed, arrays) -> Iterator[memoryview]:
 
 
 def _encoded(placed, arrays):
-    """(Stored, its arrays) in order; the parts of one form are made together."""
-    waiting = iter(placed.values())
-    for stored in waiting:
-        parts = stored.form.encode(arrays[stored.path])
-        yield stored, next(parts)
-        for _ in stored.form.parts[1:]:
-            yield next(waiting), next(parts)
+    """(Stored, its arrays) in order; a form's values are made before its scales are known."""
+    begun = {}
+    for stored in placed.values():
+        key = stored.path, stored.form.kind
+        if key not in begun:
+            begun[key] = stored.form.encode(arrays[stored.path])
+        yield stored, next(begun[key])
+        if stored.name.endswith(stored.form.parts[-1].suffix):
+            del begun[key]
 
 
 def initializer(placed, directory="", graph="prefill"):

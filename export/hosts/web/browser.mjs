@@ -19,7 +19,8 @@ export async function visit(browser, url, { requests = [], ...options } = {}) {
   const page = await browser.newPage(options);
   page.on("request", (request) => requests.push(request.url()));
   await page.goto(url);
-  await page.waitForFunction(() => document.body.dataset.state === "ready", null, { timeout: 120_000 });
+  await page.waitForFunction(() => document.querySelector("#loading.done"), null, { timeout: 120_000 });
+  if ((await page.getAttribute("body", "data-state")) !== "ready") throw new Error(await page.textContent("#about"));
   return page;
 }
 

@@ -1,0 +1,131 @@
+"""Graphs of ONNX Runtime's own operators: the same numbers as the reference, with the operators that they are for."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from export import bundle, graphs, verify, weights
+from export.layers import FUSED, PORTABLE
+from export.session import Session
+from numpy_ref import checkpoint
+from numpy_ref.checkpoint import Checkpoint
+from numpy_ref.errors import PaliGemmaError
+
+from .models import CONFIGS, random_params
+
+BUDGET = 1e-5  # of the largest value; measured 1.5e-6
+
+
+def with_heads(name, **changes):
+    """A test config whose head dim GroupQueryAttention takes."""
+    config = CONFIGS[name]
+    return replace(config, text=replace(config.text, head_dim=16, query_scalar=24.0, **changes))
+
+
+MODELS = {
+    "paligemma1": with_heads("paligemma1"),
+    "paligemma2": with_heads("paligemma2"),
+    "short windows": with_heads("paligemma2", windows=tuple([3, None, 1, 2][: CONFIGS["paligemma2"].text.depth])),
+    "odd head dim": CONFIGS["paligemma2"],
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    config = MODELS[request.param]
+    depth = config.text.depth
+    windows = (config.text.windows * depth)[:depth]
+    config = replace(config, text=replace(config.text, windows=windows))
+    return Checkpoint(Path("."), config, random_params(config, 5), np.dtype("f8"))
+
+
+@pytest.mark.parametrize("operators", [PORTABLE, FUSED])
+def test_fused_graphs_keep_the_float32_budget(tmp_path, model, operators, capsys):
+    bundle.write(model, tmp_path / "out", operators=operators)
+    opened = bundle.load(tmp_path / "out")
+    assert opened.description["operators"] == operators
+    for row in verify.compare_stages(model, opened):
+        assert row.error < BUDGET, row
+
+
+def operators_of(model, graph, operators, precision="float32"):
+    placed = weights.plan(model.config, precision)
+    build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
+    made = build(model.config, weights.initializer(placed, graph=graph), operators=operators)
+    return Counter(node.op_type for node in made.graph)
+
+
+def test_the_operators_are_those_that_are_meant():
+    loaded = checkpoint.load()
+    vision, text = loaded.config.vision.depth, loaded.config.text.depth
+    prefill, decode = (operators_of(loaded, graph, FUSED) for graph in ("prefill", "decode"))
+    assert prefill["MultiHeadAttention"] == vision + text
+    assert decode["GroupQueryAttention"] == text
+    assert decode["SimplifiedLayerNormalization"] == 2 * text + 1
+    assert not {"Softmax", "TensorScatter"} & {*prefill, *decode}  # no scores, no copy of the cache
+    portable = operators_of(loaded, "decode", PORTABLE)
+    assert not {"GroupQueryAttention", "MatMulNBits", "SimplifiedLayerNormalization"} & {*portable}
+    assert sum(decode.values()) < 0.4 * sum(portable.values())
+
+
+def test_kernels_side_by_side_are_one():
+    loaded = checkpoint.load()
+    text = loaded.config.text.depth
+    assert (
+        operators_of(loaded, "decode", FUSED, "int4")["MatMulNBits"] == 4 * text + 1
+    )  # qkv, output, gate-up, down; head
+    assert operators_of(loaded, "decode", PORTABLE, "int4")["MatMulNBits"] == 7 * text + 1
+    placed = weights.plan(loaded.config, "int4")
+    model = graphs.decode_model(loaded.config, weights.initializer(placed, graph="decode"), operators=FUSED)
+    names = set(model.graph.initializers)
+    assert "text.blocks.0.mlp.gate.kernel.int4.packed" in names
+    assert "text.blocks.0.mlp.up.kernel.int4" not in names
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_both_kinds_of_operators_run_the_same_file(tmp_path, precision):
+    """One weights file under either; distributions hardly differ."""
+    loaded = checkpoint.load()
+    example = verify.example(loaded.config)
+    found = {}
+    for operators in (PORTABLE, FUSED):
+        bundle.write(loaded, tmp_path / operators, precision, operators=operators)
+        session = Session(bundle.load(tmp_path / operators), "cpu")
+        logits, cache = session.prefill(*example.prefill(np.float32))
+        found[operators] = logits, session.decode(example.steps[0], example.lengths, cache)[0]
+    files = [(tmp_path / operators / weights.FILE).read_bytes() for operators in (PORTABLE, FUSED)]
+    assert files[0] == files[1]
+    for a, b in zip(found[PORTABLE], found[FUSED], strict=True):
+        # A value at the edge of a step of eight bits may be rounded to either side.
+        assert np.abs(a - b).max() < 0.05 * np.abs(a).max()
+
+
+def test_a_cache_that_is_copied_gives_the_same(tmp_path):
+    """Hosts that cannot bind one buffer as past and present feed the outputs back."""
+    loaded = checkpoint.load()
+    bundle.write(loaded, tmp_path / "out")
+    opened, example = bundle.load(tmp_path / "out"), verify.example(loaded.config)
+    session = Session(opened, "cpu")
+    logits, cache = session.prefill(*example.prefill(np.float32))
+    apart = onnxruntime.InferenceSession(opened.path / "decode.onnx", providers=["CPUExecutionProvider"])
+    past = {f"past_key_values.{name}": array for name, array in cache.numpy().items()}
+    names, lengths = [value.name for value in apart.get_outputs()], example.lengths
+    for ids in example.steps:
+        values = dict(zip(names, apart.run(None, {"input_ids": ids, "lengths": lengths, **past}), strict=True))
+        logits, cache = session.decode(ids, lengths, cache)
+        assert np.array_equal(values["logits"], logits)
+        past = {name.replace("present", "past_key_values"): array for name, array in values.items() if name != "logits"}
+        lengths = lengths + 1
+
+
+def test_a_wrong_fused_operator_is_noticed(tmp_path, monkeypatch):
+    from export import fused
+
+    monkeypatch.setattr(fused, "_MASKED", -1.0)  # padding that is hardly masked
+    with pytest.raises(PaliGemmaError, match="prefill logits"):
+        bundle.write(checkpoint.load(), tmp_path / "out", verify=verify.verify)
+    assert not list(tmp_path.iterdir())
