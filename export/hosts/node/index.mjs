@@ -41,7 +41,7 @@ class NodePaliGemma {
     this.model = model;
   }
 
-  /** `picture` is a file's path, a file's bytes, or { data, width, height } with RGB bytes; see index.d.ts. */
+  /** `picture` is a file's path, a file's bytes, or { data, width, height } with RGB bytes; see index.d.mts. */
   async generate(picture, prompt, options) {
     const image = picture?.data && picture.width ? picture : await decodePicture(picture);
     return this.model.generate(image, prompt, options);
