@@ -64,6 +64,7 @@ def attend(op, query, key, value, mask=None, cap=None, tap=identity):
     if mask is not None:
         stacked, keys = _with_padding(op, stacked, keys, key, mask)
     context = op.MultiHeadAttention(stacked, keys, values, num_heads=1, scale=1.0, _domain=CONTRIB, _version=1)
+    context.dtype = query.dtype
     return _like(op.Reshape(context, op.Shape(query)), query)
 
 
