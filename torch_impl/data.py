@@ -25,16 +25,15 @@ class Scenes:
     """
 
     def __init__(
-        self, tokenizer, codec: dict, size: int, seed: int, shares=questions.SHARES, nameless=0.0, misnamed=0.0,
-        misnamed_from=0,
-    ):  # fmt: skip
-        self.tokenizer, self.size, self.seed, self.shares, self.nameless = tokenizer, size, seed, shares, nameless
+        self, tokenizer, codec: dict, size: int, seed: int, shares=questions.SHARES, misnamed=0.0, misnamed_from=0
+    ):
+        self.tokenizer, self.size, self.seed, self.shares = tokenizer, size, seed, shares
         self.misnamed, self.misnamed_from = misnamed, misnamed_from
         self.masks = segmentation.Speller(codec)
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
-        question = questions.random_question(rng, self.masks, shares=self.shares, nameless=self.nameless)
+        question = questions.random_question(rng, self.masks, shares=self.shares)
         pixels, suffix = preprocess(scenes.draw(question.scene, self.size), self.size)[0], question.suffix
         if index >= self.misnamed_from and question.task in ("caption", "answer"):  # elsewhere names are only repeated
             suffix = questions.misname(rng, suffix, self.misnamed)
@@ -45,11 +44,11 @@ class Scenes:
 class Captions:
     """(pixel values [3, S, S], caption ids [L]) of random scenes, for contrastive learning."""
 
-    def __init__(self, tokenizer, size: int, length: int, seed: int, nameless=0.0):
-        self.tokenizer, self.size, self.length, self.seed, self.nameless = tokenizer, size, length, seed, nameless
+    def __init__(self, tokenizer, size: int, length: int, seed: int):
+        self.tokenizer, self.size, self.length, self.seed = tokenizer, size, length, seed
 
     def __getitem__(self, index):
-        scene = scenes.random_scene(np.random.default_rng([self.seed, index]), nameless=self.nameless)
+        scene = scenes.random_scene(np.random.default_rng([self.seed, index]))
         ids = self.tokenizer.encode(questions.caption(scene))[: self.length]
         row = np.full(self.length, self.tokenizer.config.pad, np.int64)
         row[: len(ids)] = ids

@@ -61,17 +61,17 @@ def loss_of(name: str):
     return loss
 
 
-def pretrain(config, tokenizer, settings, folder, loss="siglip", nameless=0.0) -> tuple[Contrastive, list]:
+def pretrain(config, tokenizer, settings, folder, loss="siglip") -> tuple[Contrastive, list]:
     """Teach the towers by pictures and captions of scenes, with the state in `folder`; them, and the curve."""
     torch.manual_seed(settings.seed)
     model = Contrastive(contrastive_config(config))
     initialise(model)
     if loss == "clip":
         model.log_temperature.data.fill_(math.log(1 / 0.07))
-    examples = data.Captions(tokenizer, config.vision.image_size, CAPTION_LENGTH, settings.seed, nameless)
+    examples = data.Captions(tokenizer, config.vision.image_size, CAPTION_LENGTH, settings.seed)
     curve = fit(
         model, loss_of(loss), examples, data.collate_pairs, settings, folder, f"contrastive ({loss})",
-        about={"loss": loss, "config": repr(model.config), "nameless": nameless},
+        about={"loss": loss, "config": repr(model.config)},
     )  # fmt: skip
     return model.eval(), curve
 

@@ -36,18 +36,15 @@ class Question:
     target: int | None = None
 
 
-def random_question(
-    rng: np.random.Generator, masks, task=None, compositional=False, shares=SHARES, nameless=0.0
-) -> Question:
+def random_question(rng: np.random.Generator, masks, task=None, compositional=False, shares=SHARES) -> Question:
     """A random scene with a random question.
 
     `masks(mask bool [S, S], box) -> str` spells a mask in segmentation tokens. In the compositional split questions
-    are about things of held-out pairs where the task has a subject. A share `nameless` of the things is of a color
-    without a name, and called by its shape alone.
+    are about things of held-out pairs where the task has a subject.
     """
     task = task or str(rng.choice(TASKS, p=shares))
     while True:
-        scene = random_scene(rng, compositional=compositional, nameless=nameless)
+        scene = random_scene(rng, compositional=compositional)
         subjects = [i for i, thing in enumerate(scene.things) if thing.is_held_out or not compositional]
         question = _ASK[task](rng, scene, subjects, masks)
         if question is not None:
@@ -56,7 +53,7 @@ def random_question(
 
 def caption(scene: Scene) -> str:
     """The one caption of a scene, things from left to right."""
-    named = [f"{'an' if thing.name[0] in 'aeio' else 'a'} {thing.name}" for thing in scene.things]
+    named = [f"{'an' if thing.color[0] in 'aeio' else 'a'} {thing.name}" for thing in scene.things]
     listed = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
     return f"{listed} on a {scene.ground} ground"
 
@@ -93,13 +90,13 @@ def _ask_answer(rng, scene, subjects, masks):
     thing = things[subjects[rng.integers(len(subjects))]]
     shapes, colors = Counter(t.shape for t in things), Counter(t.color for t in things)
     kind = rng.random()
-    if kind < 0.35 and thing.color and shapes[thing.shape] == 1:
+    if kind < 0.35 and shapes[thing.shape] == 1:
         return f"answer en what color is the {thing.shape}?", thing.color
-    if kind < 0.6 and thing.color and colors[thing.color] == 1:
+    if kind < 0.6 and colors[thing.color] == 1:
         return f"answer en what shape is {thing.color}?", thing.shape
     if kind < 0.7:
         return f"answer en how many {_plural(thing.shape)} are there?", str(shapes[thing.shape])
-    if kind < 0.8 and thing.color:
+    if kind < 0.8:
         return f"answer en how many {thing.color} shapes are there?", str(colors[thing.color])
     return ALL, str(len(things))
 
@@ -122,7 +119,7 @@ def _ask_segment(rng, scene, subjects, masks):
     names, shapes = Counter(t.name for t in scene.things), Counter(t.shape for t in scene.things)
     index = subjects[rng.integers(len(subjects))]
     thing = scene.things[index]
-    if names[thing.name] > 1 or (not thing.color and shapes[thing.shape] > 1):
+    if names[thing.name] > 1:
         return None
     name = thing.shape if shapes[thing.shape] == 1 and rng.random() < 0.4 else thing.name
     mask = masks(visible(scene, index, MASK_DRAWN_AT), thing.box)

@@ -4,7 +4,6 @@ A scene is coloured shapes on a patterned ground, on a grid of GRID units a side
 further right lies on top. What can be asked of a scene is in questions.py.
 """
 
-from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from functools import cache
 
@@ -51,8 +50,6 @@ HELD_OUT = frozenset(
     [("red", "star"), ("green", "circle"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "square"),
      ("orange", "ring"), ("white", "diamond")]
 )  # fmt: skip
-NAMELESS = ""  # the color of a thing that is painted unlike all of COLORS, and called by its shape alone
-NAMELESS_HUES = ((170, 195), (312, 332))  # degrees: turquoise and pink, which are none of COLORS
 SEEN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
 
 
@@ -60,20 +57,15 @@ SEEN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, s
 class Thing:
     """One shape; x, y (of its upper left corner) and side in grid units."""
 
-    color: str  # of COLORS, or NAMELESS
+    color: str
     shape: str
     x: int
     y: int
     side: int
-    nameless_paint: tuple[int, int, int] | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.color} {self.shape}".lstrip()
-
-    @property
-    def paint(self) -> tuple[int, int, int]:
-        return COLORS.get(self.color, self.nameless_paint)
+        return f"{self.color} {self.shape}"
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -103,14 +95,8 @@ class Scene:
     seed: int  # of texture and noise
 
 
-def random_scene(
-    rng: np.random.Generator, most: int = MOST, compositional: bool = False, nameless: float = 0.0
-) -> Scene:
-    """Draw the contents of a scene: of seen pairs only, or with held-out pairs among them.
-
-    A share `nameless` of the things is painted in colors that have no name here: whoever knows stars of many paints
-    knows one in a color that no star had before.
-    """
+def random_scene(rng: np.random.Generator, most: int = MOST, compositional: bool = False) -> Scene:
+    """Draw the contents of a scene: of seen pairs only, or with held-out pairs among them."""
     wanted = int(rng.integers(1, most + 1))
     low, high = SIDES if wanted < 4 else CROWDED_SIDES
     things: list[Thing] = []
@@ -121,20 +107,11 @@ def random_scene(
         x, y = (int(v) for v in rng.integers(0, GRID - side + 1, 2))
         held_out = compositional and (not things or rng.random() < 0.5)
         thing = Thing(*pick(rng, sorted(HELD_OUT) if held_out else SEEN), x, y, side)
-        if nameless and rng.random() < nameless:
-            thing = Thing(NAMELESS, pick(rng, SHAPES), x, y, side, _nameless_paint(rng))
         if all(thing.leaves_room_for(other) for other in things):
             things.append(thing)
     things.sort(key=lambda thing: thing.x)
     noise = float(rng.uniform(0, 8))
     return Scene(tuple(things), pick(rng, GROUNDS), _tones(rng), noise, int(rng.integers(2**31)))
-
-
-def _nameless_paint(rng):
-    """A turquoise or a pink, deep or pale."""
-    hue = rng.uniform(*pick(rng, NAMELESS_HUES))
-    red, green, blue = hsv_to_rgb(hue / 360, rng.uniform(0.3, 1), rng.uniform(0.8, 1))
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def pick(rng, options):
@@ -153,9 +130,9 @@ def draw(scene: Scene, size: int = 224) -> Image.Image:
     picture = ground.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
     for thing in scene.things:
         if thing.shape == "ring":  # what is seen through it
-            picture.paste(thing.paint, (0, 0), silhouette(thing, 2 * size))
+            picture.paste(COLORS[thing.color], (0, 0), silhouette(thing, 2 * size))
         else:
-            _fill(ImageDraw.Draw(picture), thing, 2 * size / GRID, thing.paint)
+            _fill(ImageDraw.Draw(picture), thing, 2 * size / GRID, COLORS[thing.color])
     pixels = np.asarray(picture.reduce(2), np.float32)
     noise = rng.standard_normal((size, size, 1), np.float32) * np.float32(scene.noise)
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
