@@ -20,7 +20,7 @@ from onnx_ir import DataType
 from numpy_ref.layers import identity
 
 from . import gemma, layers, paligemma
-from .quantize import CONTRIB, Blocks
+from .quantize import CONTRIB, Blocks, Channels
 
 _MASKED = -1e9  # a score that leaves a weight of zero
 
@@ -54,7 +54,7 @@ def rope(op, x, cos, sin):
 
 
 def attend(op, query, key, value, mask=None, cap=None, tap=identity):
-    """query [B, N, T, H] (scaled), key and value [B, K, S, H], mask [B, T, S] alike for all T -> [B, N, T, H]."""
+    """query [B, N, T, H] (scaled), key and value [B, K, S, H], mask [B, 1, S] -> [B, N, T, H]."""
     if cap is not None:  # the operator has none
         return layers.attend.portable(op, query, key, value, mask, cap, tap)
     size = query.shape[3]
@@ -76,8 +76,7 @@ def _rows(op, x):
 def _with_padding(op, query, keys, key, mask):
     """One more column, by which every query scores a key that is masked down: both [B * K, ..., H + 1]."""
     one = op.Expand(_constant(op, 1.0, query), op.Concat(op.Shape(query, start=0, end=2), [1], axis=0))
-    first = op.Slice(mask, [0], [1], [1])  # [B, 1, S], the same for every position of the prefix
-    score = op.Where(first, _constant(op, 0.0, query), _constant(op, _MASKED, query))
+    score = op.Where(mask, _constant(op, 0.0, query), _constant(op, _MASKED, query))
     heads = op.Expand(score, op.Concat(op.Shape(key, start=0, end=3), axis=0))
     column = op.Reshape(heads, op.Concat(op.Shape(keys, start=0, end=2), [1], axis=0))
     return op.Concat(query, one, axis=-1), op.Concat(keys, column, axis=-1)
@@ -114,8 +113,55 @@ def _rotate(op, x, cos, sin, heads):
 
 def mlp(op, p, x):
     """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
+    up = p["up"]["kernel"]
+    if isinstance(up, Channels):  # the factors of its rows go through the last product: that is narrower
+        hidden, factors = up.multiply_apart(op, x)
+        hidden = op.Mul(gelu(op, layers.linear(op, x, **p["gate"])), hidden)
+        return op.Mul(layers.linear(op, hidden, **p["down"]), factors)
     gate, up = _project(op, x, p, ("gate", "up"))
     return layers.linear(op, op.Mul(gelu(op, gate), up), **p["down"])
+
+
+def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
+    """All layers and the final norm; of prefill only each row's last position, [B, 1, D]: the rest is not asked for."""
+    if cache is not None:
+        return gemma.decoder.portable(op, p, config, x, positions, masks, cache, start, tap)
+    dtype, caches = layers.upcast(op, x).dtype, []
+    rotary = layers.rope_angles(op, positions, config.head_dim, config.rope_base, dtype)
+    for i, weights in enumerate(p["blocks"][:-1]):
+        x, layer_cache = gemma.block(op, weights, config, x, rotary, masks[config.window(i)])
+        caches.append(layer_cache)
+    mask = masks[config.window(config.depth - 1)]
+    last = op.Sub(op.ReduceSum(op.Cast(mask, to=DataType.INT64), [2], keepdims=0), 1)  # [B, 1]
+    there = layers.rope_angles(op, last, config.head_dim, config.rope_base, dtype)
+    x, layer_cache = _last_block(op, p["blocks"][-1], config, x, rotary, there, mask, last)
+    return layers.rms_norm(op, x, **p["norm"], eps=config.eps), [*caches, layer_cache]
+
+
+def _last_block(op, p, config, x, rotary, there, mask, last):
+    """A layer whose output is wanted at one position a row: x [B, T, D] -> [B, 1, D], and all keys and values."""
+    normed = layers.rms_norm(op, x, **p["attention_norm"], eps=config.eps)
+    x, asking = (op.GatherND(each, op.Unsqueeze(last, [2]), batch_dims=1) for each in (x, normed))
+    query, key, value = (
+        layers.split_heads(op, layers.linear(op, each, **p["attention"][name]), heads)
+        for each, name, heads in ((asking, "query", config.heads), (normed, "key", config.kv_heads),
+                                  (normed, "value", config.kv_heads))
+    )  # fmt: skip
+    query, key = op.Mul(rope(op, query, *there), config.query_scale), rope(op, key, *rotary)
+    context = attend(op, query, key, value, mask, config.attn_softcap)
+    update = layers.linear(op, layers.merge_heads(op, context), **p["attention"]["output"])
+    if config.post_norms:
+        update = layers.rms_norm(op, update, **p["post_attention_norm"], eps=config.eps)
+    x = layers.residual(op, x, update)
+    update = gemma.mlp(op, p["mlp"], layers.rms_norm(op, x, **p["mlp_norm"], eps=config.eps))
+    if config.post_norms:
+        update = layers.rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps)
+    return layers.residual(op, x, update), (key, value)
+
+
+def last_position(op, x, lengths):
+    """What stands at each row's last token: x [B, 1, D], which has nothing else, -> [B, D]."""
+    return op.Squeeze(x, [1])
 
 
 def _project(op, x, p, names):
@@ -163,6 +209,11 @@ class Window:
 
     size: int | None
     built: Callable
+
+
+def prefix_mask(op, prefix_lengths, lengths, size, window=None):
+    """Who may be attended to: [B, 1, size], True = may. In prefill all is prefix, and every token sees all of it."""
+    return op.Less(op.Unsqueeze(op.Range(0, size, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2]))
 
 
 def decode_mask(op, lengths, capacity, window=None):

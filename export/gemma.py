@@ -67,6 +67,7 @@ def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     return residual(op, x, update), cache
 
 
+@fusible
 def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
     """All layers and the final norm: x [B, T, D] -> [B, T, D] and one (key, value) a layer."""
     rotary = rope_angles(op, positions, config.head_dim, config.rope_base, upcast(op, x).dtype)

@@ -25,6 +25,7 @@ def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
     return tap("embed_prefix", op.Concat(image, tap("embed", text), axis=1))
 
 
+@fusible
 def prefix_mask(op, prefix_lengths, lengths, size, window=None):
     """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may."""
     steps = op.Range(0, size, 1)
@@ -60,9 +61,15 @@ def prefill(op, p, config, pixel_values, input_ids, lengths, capacity, tap=ident
     """Read picture and prompt: the logits after each row's last token [B, V], and the filled cache."""
     lengths = op.Cast(lengths, to=DataType.INT64)
     x, cache = hidden_states(op, p, config, pixel_values, input_ids, lengths, lengths, tap)
-    last = op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
+    last = last_position(op, x, lengths)
     cache = [tuple(pad_cache(op, value, capacity) for value in layer) for layer in cache]
     return tap("logits", gemma.logits(op, p["text"], config.text, last)), cache
+
+
+@fusible
+def last_position(op, x, lengths):
+    """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
+    return op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
 
 
 def pad_cache(op, array, capacity):

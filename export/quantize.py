@@ -44,6 +44,10 @@ class Channels:
 
     def multiply(self, op, x):
         """x [..., in] float32 -> [..., out]."""
+        return op.Mul(*self.multiply_apart(op, x))
+
+    def multiply_apart(self, op, x):
+        """The product but for a factor a row, and the factors: [..., out] and [..., 1]."""
         largest = op.Max(op.ReduceMax(op.Abs(x), [-1]), LEAST)
         # Around 128 in uint8, where the kernels are quickest.
         rounded = op.QuantizeLinear(op.Mul(x, op.Div(127.0, largest)), 1.0, op.Constant(value=_scalar(128, np.uint8)))
@@ -57,7 +61,7 @@ class Channels:
             _version=1,
         )
         y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, self.values.shape[-1])
-        return op.Mul(y, op.Div(largest, 127.0))
+        return y, op.Div(largest, 127.0)
 
 
 @dataclass(frozen=True)

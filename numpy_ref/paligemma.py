@@ -80,9 +80,14 @@ def prefill(p, config, pixel_values, input_ids, lengths, capacity, tap=identity)
     -> [B, V] and one (key, value) a layer, each [B, K, C, H]. Slots from lengths on hold no meaning.
     """
     x, cache = hidden_states(p, config, pixel_values, input_ids, lengths, lengths, tap)
-    last = x[np.arange(len(lengths)), lengths - 1]
+    last = last_position(x, lengths)
     cache = [tuple(pad_cache(array, capacity) for array in layer) for layer in cache]
     return tap("logits", gemma.logits(p["text"], config.text, last)), cache
+
+
+def last_position(x, lengths):
+    """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
+    return x[np.arange(len(lengths)), lengths - 1]
 
 
 def pad_cache(array, capacity):

@@ -28,6 +28,11 @@ def decode_mask(lengths, capacity, window=None):
     return mask if window is None else mask & (key > position - window)
 
 
+def last_position(x, lengths):
+    """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
+    return x[torch.arange(len(lengths)), lengths.long() - 1]
+
+
 def pad_cache(array, capacity):
     """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
     return nn.functional.pad(array, (0, 0, 0, capacity - array.shape[2]))
@@ -71,7 +76,7 @@ class PaliGemma(nn.Module):
     def prefill(self, pixel_values, input_ids, lengths, capacity, tap=identity):
         """Read picture and prompt: the logits after each row's last token [B, V], and the filled cache."""
         x, cache = self.hidden_states(pixel_values, input_ids, lengths, lengths, tap)
-        last = x[torch.arange(len(lengths)), lengths.long() - 1]
+        last = last_position(x, lengths)
         cache = [tuple(pad_cache(tensor, capacity) for tensor in layer) for layer in cache]
         return tap("logits", self.text.logits(last)), cache
 
