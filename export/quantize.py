@@ -48,20 +48,19 @@ class Channels:
 
     def multiply_apart(self, op, x):
         """The product but for a factor a row, and the factors: [..., out] and [..., 1]."""
-        largest = op.Max(op.ReduceMax(op.Abs(x), [-1]), LEAST)
+        size, out = self.values.shape
+        rows = op.Reshape(x, [-1, size])
+        largest = op.Max(op.ReduceMax(rows, [-1]), op.Neg(op.ReduceMin(rows, [-1])), LEAST)
+        factors = op.Div(largest, 127.0)
+        scales, middle = op.Reshape(factors, [-1]), op.Constant(value=_scalar(128, np.uint8))
         # Around 128 in uint8, where the kernels are quickest.
-        rounded = op.QuantizeLinear(op.Mul(x, op.Div(127.0, largest)), 1.0, op.Constant(value=_scalar(128, np.uint8)))
-        y = op.MatMulIntegerToFloat(
-            rounded,
-            self.values,
-            1.0,
-            self.scales,
-            op.Constant(value=_scalar(128, np.uint8)),
-            _domain=CONTRIB,
-            _version=1,
-        )
-        y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, self.values.shape[-1])
-        return y, op.Div(largest, 127.0)
+        rounded = op.QuantizeLinear(rows, scales, op.Expand(middle, op.Shape(scales)), axis=0)
+        y = op.MatMulIntegerToFloat(rounded, self.values, 1.0, self.scales, middle, _domain=CONTRIB, _version=1)
+        y.dtype = DataType.FLOAT
+        y, factors = (op.Reshape(each, op.Concat(op.Shape(x, end=-1), [last], axis=0))
+                      for each, last in ((y, out), (factors, 1)))  # fmt: skip
+        y.shape = _with_last(x.shape, out)
+        return y, factors
 
 
 @dataclass(frozen=True)
