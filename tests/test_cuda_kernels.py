@@ -24,6 +24,7 @@ MODELS = {
 NAMES = {  # as the documentation calls them
     ir.DataType.FLOAT: "float", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.DOUBLE: "double", ir.DataType.INT64: "int64", ir.DataType.INT32: "int32", ir.DataType.BOOL: "bool",
+    ir.DataType.UINT8: "uint8", ir.DataType.INT8: "int8",
 }  # fmt: skip
 
 
