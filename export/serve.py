@@ -5,12 +5,13 @@ that the bundle's description lists, and the example picture.
 """
 
 import mimetypes
+import shutil
+import subprocess
 import sys
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from shutil import copyfileobj
 from urllib.parse import unquote, urlsplit
 
 from numpy_ref import checkpoint as checkpoints
@@ -50,12 +51,25 @@ def serve(path: Path | None, port: int = 0) -> None:
 
 def open_server(bundle, port: int = 0) -> ThreadingHTTPServer:
     """A server that listens, port 0 being any that is free."""
-    if missing := [folder for folder in LIBRARIES if not (HOSTS / folder).is_dir()]:
-        raise PaliGemmaError(f"{HOSTS / missing[0]} is missing; run: npm ci --prefix {HOSTS / 'web'}")
+    if not all((HOSTS / folder).is_dir() for folder in LIBRARIES):
+        _fetch_libraries()
+    handler = partial(_Handler, files_of(bundle))
     try:
-        return _Server((ADDRESS, port), partial(_Handler, files_of(bundle)))
+        return _Server((ADDRESS, port), handler)
     except OSError as error:
         raise PaliGemmaError(f"--port {port}: cannot listen on {ADDRESS} ({error.strerror})") from None
+
+
+def _fetch_libraries() -> None:
+    """Have npm put the page's libraries where they belong: the versions, and checksums, of package-lock.json."""
+    command = ["npm", "ci", "--omit=dev", "--no-audit", "--no-fund", "--prefix", str(HOSTS / "web")]
+    if not (npm := shutil.which("npm")):
+        raise PaliGemmaError(f"the page's libraries are missing, and so is npm (nodejs.org); then: {' '.join(command)}")
+    print(f"fetching the page's libraries: {' '.join(command)}", file=sys.stderr)
+    done = subprocess.run([npm, *command[1:]], capture_output=True, text=True)
+    if done.returncode:
+        reason = [line for line in done.stderr.splitlines() if "error" in line] or ["it gave no reason"]
+        raise PaliGemmaError(f"{' '.join(command)} failed: {reason[0].strip()}")
 
 
 def files_of(bundle) -> dict[str, Path]:
@@ -118,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             kind = _TYPES.get(file.suffix) or mimetypes.guess_type(file.name)[0] or "application/octet-stream"
             self._head(HTTPStatus.OK, {"Content-Type": kind, "Content-Length": str(file.stat().st_size)})
             if with_body:
-                copyfileobj(stream, self.wfile, 2**20)
+                shutil.copyfileobj(stream, self.wfile, 2**20)
 
     def _refuse(self, status):
         self._head(status, {"Content-Length": "0"})

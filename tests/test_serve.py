@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import shutil
 import socket
 import threading
 from contextlib import closing
@@ -10,6 +11,7 @@ from urllib.parse import urljoin
 import pytest
 
 from export import bundle, cli, serve
+from numpy_ref.cli import run
 from numpy_ref.errors import PaliGemmaError
 
 
@@ -139,18 +141,44 @@ def test_a_port_that_is_taken(port, libraries, monkeypatch):
         serve.open_server(bundle.shipped(), port)
 
 
-def test_without_the_libraries_it_says_what_to_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "HOSTS", tmp_path)
-    from numpy_ref.cli import run
+def without_libraries(tmp_path, monkeypatch, npm):
+    """A folder of hosts in which npm ci was not run, and an npm that is a script, or none."""
+    shutil.copytree(serve.HOSTS, tmp_path / "hosts", ignore=shutil.ignore_patterns("node_modules"))
+    monkeypatch.setattr(serve, "HOSTS", tmp_path / "hosts")
+    (tmp_path / "bin").mkdir()
+    if npm:
+        (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\n{npm}\n")
+        (tmp_path / "bin" / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin" if npm else str(tmp_path / "bin"))
 
+
+def test_without_npm_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    bundle.shipped()
+    without_libraries(tmp_path, monkeypatch, npm=None)
     assert run("run-onnx", cli.run_onnx, ["--serve", "--port", "0"]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "npm ci --prefix" in error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "npm (nodejs.org)" in line
+
+
+def test_an_npm_that_fails_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    bundle.shipped()
+    without_libraries(tmp_path, monkeypatch, npm="echo npm error no network >&2; exit 1")
+    assert run("run-onnx", cli.run_onnx, ["--serve", "--port", "0"]) == 1
+    _, line = capsys.readouterr().err.splitlines()
+    assert line.endswith("failed: npm error no network")
+
+
+def test_libraries_are_fetched_once(tmp_path, monkeypatch, capsys):
+    opened = bundle.shipped()
+    folders = " ".join(f'"$6/../{folder}"' for folder in serve.LIBRARIES)
+    without_libraries(tmp_path, monkeypatch, npm=f"mkdir -p {folders}")
+    for _ in range(2):
+        with serve.open_server(opened):
+            pass
+    assert capsys.readouterr().err.count("fetching") == 1
 
 
 def test_bad_bundles_and_ports_are_named(tmp_path, capsys):
-    from numpy_ref.cli import run
-
     assert run("run-onnx", cli.run_onnx, ["--serve", str(tmp_path / "none")]) == 1
     assert "no such bundle" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit_:
