@@ -77,7 +77,7 @@ def _with_padding(op, query, keys, key, mask):
     """One more column, by which every query scores a key that is masked down: both [B * K, ..., H + 1]."""
     one = op.Expand(_constant(op, 1.0, query), op.Concat(op.Shape(query, start=0, end=2), [1], axis=0))
     score = op.Where(mask, _constant(op, 0.0, query), _constant(op, _MASKED, query))
-    heads = op.Expand(score, op.Concat(op.Shape(key, start=0, end=3), axis=0))
+    heads = op.Expand(score, op.Shape(key, start=0, end=3))  # [B, K, S]
     column = op.Reshape(heads, op.Concat(op.Shape(keys, start=0, end=2), [1], axis=0))
     return op.Concat(query, one, axis=-1), op.Concat(keys, column, axis=-1)
 
