@@ -158,8 +158,7 @@ def write(file, placed, arrays, progress=lambda size: None) -> str:
 def _contents(placed, arrays) -> Iterator[memoryview]:
     """The file's bytes, block by block, zeros between the tensors."""
     end = 0
-    for part in _encoded(placed, arrays):
-        stored, pieces = part
+    for stored, pieces in _encoded(placed, arrays):
         if stored.offset > end:
             yield memoryview(bytes(stored.offset - end))
         for piece in pieces:

@@ -46,10 +46,7 @@ def test_channels_are_half_a_step_off_at_most(size, out, scale):
     kernel = (scale * np.random.default_rng(size).standard_normal((size, out))).astype(np.float32)
     values, scales = quantize.quantize_channels(kernel)
     assert values.dtype == np.int8
-    assert (
-        np.abs(values * scales - kernel).max(0) == pytest.approx(np.zeros(out), abs=0)
-        or (np.abs(values * scales - kernel) <= 0.5001 * scales).all()
-    )
+    assert (np.abs(values * scales - kernel) <= 0.5001 * scales).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
