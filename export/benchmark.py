@@ -209,9 +209,9 @@ def _ours(folder, threads):
     from numpy_ref.tokenizer import known_ids
 
     from . import bundle
-    from .session import Session
+    from .session import open_session
 
-    engine = Session(bundle.load(folder), "cpu", threads)
+    engine = open_session(bundle.load_but_weights(folder), "cpu", threads)
     config, known = engine.config, known_ids(engine.config)
     known[config.eos] = False  # every answer has its full length
 

@@ -22,6 +22,7 @@ from numpy_ref.tokenizer_json import convert
 
 from . import graphs, weights
 from .layers import FUSED, PORTABLE
+from .prepack import prepack, processor
 
 FORMAT = "paligemma-onnx"
 VERSION = 1
@@ -40,6 +41,11 @@ class Bundle:
     @property
     def max_length(self) -> int:
         return self.description["max_length"]
+
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether the weights are there in the order of this machine's kernels too."""
+        return self.description.get("prepacked") == processor()
 
     @property
     def weight_bytes(self) -> int:
@@ -101,15 +107,18 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None) ->
     return Contents(placed, made, copies, description)
 
 
-def write(checkpoint, output, precision="float32", max_length=None, verify=None, operators=None) -> None:
+def write(
+    checkpoint, output, precision="float32", max_length=None, verify=None, operators=None, prepacked=False
+) -> None:
     """Export a loaded checkpoint into the new directory `output`.
 
+    With `prepacked` the weights are there once more, in the order of this machine's kernels (prepack.py).
     `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
     output = storage.absent(output, "folder")
     contents = prepare(checkpoint, precision, max_length, operators)
-    _check_space(output, sum(contents.sizes.values()))
+    _check_space(output, sum(contents.sizes.values()) * (4 if prepacked else 1))
     with storage.new_directory(output) as folder:
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(contents.placed)) as bar:
@@ -119,7 +128,11 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None,
         for name, source in contents.copies.items():
             shutil.copyfile(source, folder / name)
         description = contents.description
+        if prepacked:
+            prepack(folder, {name: folder / description["graphs"][name]["file"] for name in ("prefill", "decode")})
+            description["prepacked"], digests = processor(), {}
         for name, entry in description["files"].items():
+            entry["bytes"] = (folder / name).stat().st_size
             entry["sha256"] = digests.get(name) or sha256(folder / name)
         if verify:
             description["parity"] = verify(Bundle(folder, checkpoint.config, description), checkpoint)
@@ -135,6 +148,13 @@ def load(path) -> Bundle:
 
     Raises PaliGemmaError that names the first difference.
     """
+    bundle = load_but_weights(path)
+    check_weights(bundle)
+    return bundle
+
+
+def load_but_weights(path) -> Bundle:
+    """Open a bundle with all of its files checked, but of the weights only the size: their SHA-256 takes long."""
     path = Path(path)
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
@@ -161,8 +181,16 @@ def load(path) -> Bundle:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} names a precision or preprocessing that this program lacks")
     if missing := {weights.FILE, *graphs_listed} - files.keys():
         raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
-    _check_files(path, files)
+    for name, (size, digest) in files.items():
+        _check_size(path / name, name, size)
+        if name != weights.FILE:
+            _check_digest(path / name, digest)
     return Bundle(path, config, description)
+
+
+def check_weights(bundle: Bundle) -> None:
+    """Raises PaliGemmaError unless the weights file has the SHA-256 that it had."""
+    _check_digest(bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"])
 
 
 def shipped() -> Bundle:
@@ -233,15 +261,16 @@ def _amount(size) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _check_files(path, files) -> None:
-    for name, (size, digest) in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise PaliGemmaError(f"{file}: this file of the bundle is missing; copy or export the bundle again")
-        if file.stat().st_size != size:
-            raise PaliGemmaError(f"{file}: {file.stat().st_size} bytes where {DESCRIPTION} says {size}; copy it again")
-        if sha256(file) != digest:
-            raise PaliGemmaError(f"{file}: contents differ from their SHA-256 in {DESCRIPTION}; copy it again")
+def _check_size(file, name, size) -> None:
+    if Path(name).name != name or not file.is_file():
+        raise PaliGemmaError(f"{file}: this file of the bundle is missing; copy or export the bundle again")
+    if file.stat().st_size != size:
+        raise PaliGemmaError(f"{file}: {file.stat().st_size} bytes where {DESCRIPTION} says {size}; copy it again")
+
+
+def _check_digest(file, digest) -> None:
+    if sha256(file) != digest:
+        raise PaliGemmaError(f"{file}: contents differ from their SHA-256 in {DESCRIPTION}; copy it again")
 
 
 def _check_length(config, max_length) -> int:

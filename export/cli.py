@@ -34,6 +34,10 @@ def export_onnx(argv=None):
     options.add_argument(
         "--verify", action="store_true", help="compare every stage with the NumPy reference, print the table"
     )
+    options.add_argument(
+        "--prepack", action="store_true",
+        help="keep the weights in the order of this processor's kernels too: sessions share them, for twice the disk",
+    )  # fmt: skip
     options.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
     arguments = options.parse_args(argv)
     if not arguments.output and not arguments.plan:
@@ -46,7 +50,10 @@ def export_onnx(argv=None):
         from .verify import check, verify
 
         check(checkpoint, arguments.precision)  # before gigabytes are written
-    bundles.write(checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators)
+    bundles.write(
+        checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators,
+        arguments.prepack,
+    )  # fmt: skip
     print(f"wrote {arguments.output}")
     return 0
 

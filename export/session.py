@@ -6,8 +6,9 @@ as past and as present, so the runtime updates it in place. The same code drives
 
 import ctypes
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import onnxruntime
@@ -24,17 +25,27 @@ from .weights import FLOATS, stream_dtype
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _INSTALL = "it needs a driver for CUDA 13 and pip install 'onnxruntime-gpu[cuda,cudnn]'"
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
-# float32 prefill, little in decode). From here on both sessions map the one file. Quantized weights are always
-# repacked: their quick kernels read no other order, and hardly any weight is in both graphs.
+# float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
+# too (prepack.py). Quantized weights are always repacked: their quick kernels read no other order.
 MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
 
 def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False):
     """A bundle, or the shipped model's, as engine and tokenizer; `host_graphs` makes it a HostSession."""
-    bundle = bundles.load(path) if path else bundles.shipped()
+    bundle = bundles.load_but_weights(path) if path else bundles.shipped()
     tokenizer = Tokenizer.load(bundle.path, bundle.config)
-    return (HostSession if host_graphs else Session)(bundle, provider, threads), tokenizer
+    return open_session(bundle, provider, threads, HostSession if host_graphs else Session), tokenizer
+
+
+def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None):
+    """A session, with the weights checked while the runtime opens the graphs: either takes seconds."""
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(bundles.check_weights, bundle)
+        try:
+            return (kind or Session)(bundle, provider, threads)
+        finally:
+            checked.result()  # raises what is wrong with the file, which says more than the runtime did
 
 
 class Session:
@@ -48,12 +59,13 @@ class Session:
         self.provider = choose_provider(provider)
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
-        self._prefill = self._open("prefill", threads)
+        # Repacking weights takes one core each. What CUDA misses is printed, and our output may have to be JSON alone.
+        with redirect_stdout(sys.stderr), ThreadPoolExecutor(2) as pool:
+            self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
         if self.provider not in self._prefill.get_providers():  # the device is there, but not CUDA's libraries
             if provider == "cuda":
                 raise PaliGemmaError(f"--provider cuda: its libraries do not load; {_INSTALL}")
             self.provider = CPU
-        self._decode = self._open("decode", threads)
         self.masks = self._paint if "masks" in bundle.description["graphs"] else None
         self.device = "cuda" if self.provider == CUDA else "cpu"
 
@@ -96,13 +108,13 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
-        if self.bundle.description["precision"] in FLOATS and self.bundle.weight_bytes > MAPPED_FROM:
+        floats = self.bundle.description["precision"] in FLOATS
+        if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
             options.add_session_config_entry("session.disable_prepacking", "1")
         file = self.bundle.path / self.bundle.description["graphs"][name]["file"]
         providers = [CUDA, CPU] if self.provider == CUDA else [CPU]
         try:
-            with redirect_stdout(sys.stderr):
-                return onnxruntime.InferenceSession(file, options, providers=providers)
+            return onnxruntime.InferenceSession(file, options, providers=providers)
         except Exception as error:  # the runtime's exceptions have no common class
             raise PaliGemmaError(f"{file}: ONNX Runtime cannot load it ({error})") from None
 
@@ -174,7 +186,7 @@ def choose_provider(wanted: str) -> str:
     elif not _cuda_devices():
         missing = "no NVIDIA device answers"
     else:
-        with redirect_stdout(sys.stderr):  # it prints what it misses, and our output may have to be JSON alone
+        with redirect_stdout(sys.stderr):  # it prints what it misses
             onnxruntime.preload_dlls()
         return CUDA
     if wanted == "cuda":

@@ -1,0 +1,104 @@
+"""Weights in the order of this machine's kernels: what a bundle with them holds, and that it is what runs."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from export import bundle, prepack, verify, weights
+from export.session import Session, open_session
+from numpy_ref import checkpoint
+from numpy_ref.errors import PaliGemmaError
+
+GRAPHS = ("prefill", "decode")
+
+
+@pytest.fixture(scope="module", params=["float32", "int8", "int4"])
+def exported(request, tmp_path_factory):
+    """The shipped model as a plain bundle and as one with repacked weights."""
+    folder, loaded = tmp_path_factory.mktemp(request.param), checkpoint.load()
+    for name, prepacked in (("plain", False), ("prepacked", True)):
+        bundle.write(loaded, folder / name, request.param, prepacked=prepacked)
+    return folder
+
+
+def entries(folder) -> dict[str, dict[str, str]]:
+    """By graph: weight -> where its repacked bytes are."""
+    found = {}
+    for name in GRAPHS:
+        tensors = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.initializer
+        told = [(t.name, pair) for t in tensors for pair in t.external_data if pair.key.startswith(prepack.ENTRY)]
+        found[name] = {name: pair.value for name, pair in told}
+    return found
+
+
+def answers(session):
+    """Logits of a prefill and of a decode step."""
+    example = verify.example(session.config)
+    logits, cache = session.prefill(*example.prefill(np.float32))
+    return logits, session.decode(example.steps[0], example.lengths, cache)[0]
+
+
+def test_nothing_else_changes(exported):
+    """The plain weights come first, the graphs have the same nodes, the numbers are the same to the bit."""
+    plain, prepacked = exported / "plain", exported / "prepacked"
+    before, after = ((folder / weights.FILE).read_bytes() for folder in (plain, prepacked))
+    assert after.startswith(before)
+    assert len(after) > 1.5 * len(before)
+    for name in GRAPHS:
+        graphs = [onnx.load(folder / f"{name}.onnx", load_external_data=False).graph for folder in (plain, prepacked)]
+        assert graphs[0].node == graphs[1].node
+    opened = [bundle.load(folder) for folder in (plain, prepacked)]
+    assert [each.is_prepacked for each in opened] == [False, True]
+    for a, b in zip(*(answers(Session(each, "cpu")) for each in opened), strict=True):
+        assert np.array_equal(a, b)
+    assert not list(prepacked.glob("tmp*"))
+
+
+def test_a_weight_of_two_graphs_is_there_once(exported):
+    found = entries(exported / "prepacked")
+    shared = found["prefill"].keys() & found["decode"].keys()
+    assert shared >= ({"text.embedding.int4"} if "text.embedding.int4" in found["decode"] else set())
+    assert all(found["prefill"][name] == found["decode"][name] for name in shared)
+    places = {value for each in found.values() for value in each.values()}
+    regions = sorted(tuple(int(n) for n in value.split("|")[1].split(";")[:2]) for value in places)
+    assert len(regions) == len({start for start, _ in regions}) > 20
+    assert all(start % prepack.PAGE == 0 for start, _ in regions)
+    assert all(a + length <= b for (a, length), (b, _) in zip(regions, regions[1:], strict=False))
+
+
+def test_the_repacked_bytes_are_what_runs(exported, tmp_path):
+    """Other bytes there, other numbers: the runtime does not use a copy of its own."""
+    folder = tmp_path / "changed"
+    shutil.copytree(exported / "prepacked", folder)
+    expected = answers(Session(bundle.load(folder), "cpu"))
+    start, length, _ = (int(n) for n in next(iter(entries(folder)["decode"].values())).split("|")[1].split(";"))
+    with open(folder / weights.FILE, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(length))
+    found = answers(Session(bundle.load_but_weights(folder), "cpu"))
+    assert not np.array_equal(expected[1], found[1])
+    with pytest.raises(PaliGemmaError, match=r"weights\.bin: contents differ from their SHA-256"):
+        open_session(bundle.load_but_weights(folder), "cpu")
+
+
+def test_another_processor(exported, tmp_path):
+    """Its kernels want another order: the runtime does not find it, and makes its own."""
+    folder = tmp_path / "moved"
+    shutil.copytree(exported / "prepacked", folder)
+    told = json.loads((folder / "bundle.json").read_text())
+    (folder / "bundle.json").write_text(json.dumps({**told, "prepacked": "another"}))
+    for name in GRAPHS:
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            for pair in tensor.external_data:
+                if pair.key.startswith(prepack.ENTRY):
+                    pair.value = pair.value.replace("+", "+1")  # another hash
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    expected = answers(Session(bundle.load(exported / "plain"), "cpu"))
+    moved = bundle.Bundle(folder, bundle.load(exported / "plain").config, {**told, "prepacked": "another"})
+    assert not moved.is_prepacked
+    for a, b in zip(expected, answers(Session(moved, "cpu")), strict=True):
+        assert np.array_equal(a, b)
