@@ -76,12 +76,17 @@ def run_onnx(argv=None):
     options.add_argument(
         "--host-graphs", action="store_true", help="prepare the picture and draw tokens by the bundle's own graphs"
     )
+    options.add_argument(
+        "--provider-option", action="append", default=[], type=_pair, metavar="KEY=VALUE",
+        help="an option of the CUDA provider, such as device_id=1, gpu_mem_limit=BYTES or enable_cuda_graph=1",
+    )  # fmt: skip
     arguments = cli.parse(options, argv)
 
     def load(path):
         from . import session
 
-        return session.load(path, arguments.provider, arguments.threads, arguments.host_graphs)
+        chosen = dict(arguments.provider_option)
+        return session.load(path, arguments.provider, arguments.threads, arguments.host_graphs, chosen)
 
     return cli.answer(arguments, load)
 
@@ -98,6 +103,13 @@ def _serve(argv):
     from .serve import serve
 
     serve(arguments.bundle, arguments.port)
+
+
+def _pair(text):
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError
+    return key, value
 
 
 def _port(text):

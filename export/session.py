@@ -31,19 +31,25 @@ MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
 
-def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False):
-    """A bundle, or the shipped model's, as engine and tokenizer; `host_graphs` makes it a HostSession."""
+def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False, provider_options=None):
+    """A bundle, or the shipped model's, as engine and tokenizer.
+
+    On CUDA it is a DeviceSession; `host_graphs` makes it a HostSession.
+    """
     bundle = bundles.load_but_weights(path) if path else bundles.shipped()
     tokenizer = Tokenizer.load(bundle.path, bundle.config)
-    return open_session(bundle, provider, threads, HostSession if host_graphs else Session), tokenizer
+    kind = HostSession if host_graphs else Session
+    if not host_graphs and choose_provider(provider) == CUDA:
+        from .device import DeviceSession as kind  # noqa: N813 - one of the three
+    return open_session(bundle, provider, threads, kind, provider_options), tokenizer
 
 
-def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None):
+def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
     """A session, with the weights checked while the runtime opens the graphs: either takes seconds."""
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(bundles.check_weights, bundle)
         try:
-            return (kind or Session)(bundle, provider, threads)
+            return (kind or Session)(bundle, provider, threads, provider_options)
         finally:
             checked.result()  # raises what is wrong with the file, which says more than the runtime did
 
@@ -53,48 +59,60 @@ class Session:
 
     name = "onnx"
 
-    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0):
+    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
         self.resize = bundle.description["image"]["resize"]
-        self.provider = choose_provider(provider)
+        self.provider, self.provider_options = choose_provider(provider), dict(provider_options or {})
+        self.device = "cuda" if self.provider == CUDA else "cpu"
+        if self.provider == CPU and self.provider_options:
+            raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
         # Repacking weights takes one core each. What CUDA misses is printed, and our output may have to be JSON alone.
         with redirect_stdout(sys.stderr), ThreadPoolExecutor(2) as pool:
+            self._prepare()
             self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
         if self.provider not in self._prefill.get_providers():  # the device is there, but not CUDA's libraries
             if provider == "cuda":
                 raise PaliGemmaError(f"--provider cuda: its libraries do not load; {_INSTALL}")
-            self.provider = CPU
+            self.provider, self.device = CPU, "cpu"
         self.masks = self._paint if "masks" in bundle.description["graphs"] else None
-        self.device = "cuda" if self.provider == CUDA else "cpu"
 
     def prefill(self, pixel_values, input_ids, lengths, capacity):
         """pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
         check_room(input_ids.shape[1], capacity)
-        cache = Cache(self, len(lengths), capacity)
+        cache = self._cache(len(lengths), capacity)
         binding = self._prefill.io_binding()
         feeds = {
             "pixel_values": np.ascontiguousarray(pixel_values, np.float32),
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "lengths": np.ascontiguousarray(lengths, np.int32),
-            "capacity": np.array(capacity, np.int64),
+            "capacity": np.array(cache.capacity, np.int64),
         }
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        binding.bind_output("logits", "cpu")
+        binding.bind_ortvalue_output("logits", cache.logits)
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_output(f"present.{name}", buffer)
         self._prefill.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0], cache
+        return self._logits(cache), cache
 
     def decode(self, input_ids, lengths, cache):
         """input_ids [B, 1] at position lengths [B] -> logits [B, V]; the cache is updated in place."""
         check_room(lengths.max() + 1, cache.capacity)
         cache.input_ids.update_inplace(np.ascontiguousarray(input_ids, np.int64))
         cache.lengths.update_inplace(np.ascontiguousarray(lengths, np.int32))
-        self._decode.run_with_iobinding(cache.binding)
-        return cache.logits.numpy().copy(), cache  # on the CPU .numpy() is a view of the buffer
+        self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
+        return self._logits(cache), cache
+
+    def _logits(self, cache):
+        return cache.logits.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+
+    def _cache(self, batch, capacity):
+        return Cache(self, batch, capacity)
+
+    def _run_options(self, cache):
+        return None
 
     @cached_property
     def _masks(self):
@@ -104,19 +122,29 @@ class Session:
         """Mask codes [B, 16] -> [B, 64, 64], positive inside."""
         return self._masks.run(None, {"codes": np.ascontiguousarray(codes, np.int64)})[0]
 
+    def _prepare(self):
+        """What comes before the graphs are opened."""
+
     def _open(self, name, threads):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
+        options = self._options_of(name)
         options.intra_op_num_threads = threads
-        floats = self.bundle.description["precision"] in FLOATS
-        if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
-            options.add_session_config_entry("session.disable_prepacking", "1")
         file = self.bundle.path / self.bundle.description["graphs"][name]["file"]
-        providers = [CUDA, CPU] if self.provider == CUDA else [CPU]
+        providers = [(CUDA, self._provider_options_of(name)), CPU] if self.provider == CUDA else [CPU]
         try:
             return onnxruntime.InferenceSession(file, options, providers=providers)
         except Exception as error:  # the runtime's exceptions have no common class
             raise PaliGemmaError(f"{file}: ONNX Runtime cannot load it ({error})") from None
+
+    def _options_of(self, name):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        floats = self.bundle.description["precision"] in FLOATS
+        if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        return options
+
+    def _provider_options_of(self, name):
+        return self.provider_options
 
 
 class HostSession(Session):
@@ -148,7 +176,7 @@ class Cache:
 
     def __init__(self, session: Session, batch: int, capacity: int):
         text, device = session.config.text, session.device
-        self.capacity = capacity
+        self.batch, self.capacity = batch, capacity
 
         def buffer(shape, dtype):
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)

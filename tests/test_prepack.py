@@ -1,5 +1,6 @@
 """Weights in the order of this machine's kernels: what a bundle with them holds, and that it is what runs."""
 
+import itertools
 import json
 import shutil
 
@@ -66,7 +67,7 @@ def test_a_weight_of_two_graphs_is_there_once(exported):
     regions = sorted(tuple(int(n) for n in value.split("|")[1].split(";")[:2]) for value in places)
     assert len(regions) == len({start for start, _ in regions}) > 20
     assert all(start % prepack.PAGE == 0 for start, _ in regions)
-    assert all(a + length <= b for (a, length), (b, _) in zip(regions, regions[1:], strict=False))
+    assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(regions))
 
 
 def test_the_repacked_bytes_are_what_runs(exported, tmp_path):

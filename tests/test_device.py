@@ -1,0 +1,127 @@
+"""The path that CUDA takes, on the CPU provider: one copy of the weights, logits and sampling beside them."""
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from export import bundle, device, session
+from export.cli import run_onnx
+from export.device import DeviceSession
+from export.session import CPU, CUDA, Session
+from numpy_ref import checkpoint
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.generate import generate
+from numpy_ref.image import open_image, preprocess
+from numpy_ref.sampling import Sampling
+from numpy_ref.tokenizer import Tokenizer, known_ids
+
+PROMPTS = ("caption en", "answer en how many shapes are there?")
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def opened(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("device") / request.param
+    bundle.write(checkpoint.load(), folder, request.param)
+    return bundle.load(folder)
+
+
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch):
+    monkeypatch.setattr(device, "SHARED_FROM", 1024)
+
+
+def draw(engine, sampling, count=12):
+    config = engine.config
+    tokenizer = Tokenizer.load(engine.bundle.path, config)
+    picture = preprocess(open_image(checkpoint.SHIPPED / "example.png"), config.vision.image_size)
+    pictures, prompts = np.repeat(picture, len(PROMPTS), 0), [tokenizer.prompt(prompt) for prompt in PROMPTS]
+    return np.stack(list(generate(engine, pictures, prompts, known_ids(config, tokenizer.size), count, sampling)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=2.0, top_k=40, top_p=0.95, seed=7)])
+def test_the_same_tokens(opened, sampling):
+    """As with logits on the host and NumPy's sampling."""
+    assert np.array_equal(draw(DeviceSession(opened, "cpu"), sampling), draw(Session(opened, "cpu"), sampling))
+
+
+def test_logits_stay_where_they_are(opened):
+    engine = DeviceSession(opened, "cpu")
+    config = engine.config
+    ids = np.array([[config.image_token] * config.vision.patches + [config.bos, 5, 6]])
+    pixels, lengths = np.zeros((1, 3, config.vision.image_size, config.vision.image_size)), np.array([ids.shape[1]])
+    logits, cache = engine.prefill(pixels, ids, lengths, 80)
+    assert isinstance(logits, onnxruntime.OrtValue)
+    place = logits.data_ptr()
+    logits, cache = engine.decode(ids[:, -1:], lengths, cache)
+    assert logits.data_ptr() == place
+    assert not np.array_equal(logits.numpy(), 0 * logits.numpy())
+
+
+def test_weights_are_uploaded_once_with_their_values(opened):
+    """What both graphs use has one place, and its bytes are the file's."""
+    values = DeviceSession(opened, "cpu")._shared
+    weights = checkpoint.flatten(checkpoint.load().params)
+    assert values.keys() <= weights.keys()
+    for name in ("text.embedding", "vision.blocks.0.mlp.up.kernel", "text.blocks.3.attention.output.kernel"):
+        found = values[name].numpy()
+        assert np.array_equal(found, np.asarray(weights[name], found.dtype))
+
+
+@pytest.mark.parametrize("opened", ["float32"], indirect=True)  # float16 the CPU widens ahead of time, from the file
+def test_the_uploaded_weights_are_what_runs(opened, monkeypatch):
+    """Others there, other numbers."""
+    usual, original = draw(DeviceSession(opened, "cpu"), Sampling(), 3), device.upload
+
+    def other(*arguments):
+        values = original(*arguments)
+        for name in ("text.blocks.0.mlp.down.kernel", "text.blocks.1.mlp.down.kernel"):
+            values[name].update_inplace(-10 * values[name].numpy())
+        return values
+
+    monkeypatch.setattr(device, "upload", other)
+    assert not np.array_equal(draw(DeviceSession(opened, "cpu"), Sampling(), 3), usual)
+
+
+def test_bfloat16_goes_up_as_its_bits(tmp_path):
+    bundle.write(checkpoint.load(), tmp_path / "out", "bfloat16")
+    values = device.upload(bundle.load(tmp_path / "out"), "cpu")
+    assert values["text.embedding"].data_type() == "tensor(bfloat16)"
+
+
+def test_options_reach_the_graphs_that_they_are_for(opened, monkeypatch):
+    """A captured decode step, on one stream with the others, and nothing captured but it."""
+    asked = []
+
+    def open_graph(file, options, providers):
+        asked.append((file.stem, providers[0]))
+        return original(file, options, providers=[CPU])
+
+    original = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_graph)
+    monkeypatch.setattr(session, "choose_provider", lambda wanted: CUDA)
+    monkeypatch.setattr(device, "upload", lambda *arguments: {})
+    monkeypatch.setattr(device, "stream", lambda: 4096)
+    engine = DeviceSession(opened, "auto", provider_options={"enable_cuda_graph": "1", "device_id": "0"})
+    assert engine.provider == CPU  # since the graphs say so
+    engine.provider = CUDA
+    _ = engine._sample
+    stream = {"user_compute_stream": "4096", "device_id": "0"}
+    assert dict(asked) == {
+        "prefill": (CUDA, stream), "decode": (CUDA, stream | {"enable_cuda_graph": "1"}), "sample": (CUDA, stream)
+    }  # fmt: skip
+    first = engine._cache(2, 70)
+    assert first.capacity == engine.max_length
+    assert engine._cache(2, 75) is first
+    assert engine._cache(1, 75) is not first
+    assert engine._run_options(first).get_run_config_entry("gpu_graph_id") == "2"
+    with pytest.raises(PaliGemmaError, match="too small"):
+        engine._cache(2, engine.max_length + 1)
+
+
+def test_options_are_for_cuda(opened, capsys):
+    with pytest.raises(PaliGemmaError, match="--provider-option device_id: options are for CUDA"):
+        Session(opened, "cpu", provider_options={"device_id": "1"})
+    arguments = [str(checkpoint.SHIPPED / "example.png"), "caption en", "--provider", "cpu", "--provider-option"]
+    with pytest.raises(SystemExit):
+        run_onnx([*arguments, "device_id"])
+    assert "argument --provider-option" in capsys.readouterr().err
