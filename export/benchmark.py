@@ -1,14 +1,14 @@
 """python -m export.benchmark: this project's bundle against Hugging Face transformers, on this machine in one run.
 
 Writes a random checkpoint of the shape asked for, exports it, and lets two processes answer about a picture in turns,
-one with the bundle, one with transformers (bfloat16, SDPA) on the same weights. Prints medians and ratios: the time
-from the picture to the first token, the time of a further token, load time, and the peak of memory (proportional set
-size: a page that is mapped twice counts once; Linux only). What decoding reads, over the time it takes, is put beside
-the read bandwidth that plain dot products over large arrays reach.
+one with the bundle, one with transformers (SDPA) on the same weights; where llama-cpp-python and gguf are installed a
+third runs the decoder alone, with random Q4_0 weights. Prints medians and ratios: the time from the picture to the
+first token, the time of a further token, load time, and the peak of memory (proportional set size: a page that is
+mapped twice counts once; Linux only). What decoding reads, over the time it takes, is put beside the read bandwidth
+that plain dot products over large arrays reach in the same round.
 """
 
 import argparse
-import importlib
 import json
 import os
 import shutil
@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,42 +30,60 @@ from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
+from . import peers
 from .measure import entry, module, watch
 from .weights import PRECISIONS
 
 PROG = "python -m export.benchmark"
-PROMPT_TOKENS = 7  # bos, a prefix of five, the newline
-SIDES = ("ours", "transformers")
+OURS, PEER, DECODER = "ours", "transformers", "llama.cpp"
+ANSWER = 32  # tokens of the answer whose work outside of the graphs is timed
 
 
-def measure(folder: Path, variant: str, layers, precision: str, rounds: int, tokens: int, threads: int) -> dict:
+def measure(folder: Path, arguments, threads: int) -> dict:
     """Everything, into one dict."""
-    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
+    checkpoint, bundle, gguf = folder / "checkpoint", folder / "bundle", folder / "decoder.gguf"
+    folders = {OURS: bundle, PEER: checkpoint}
     with tqdm(total=2, desc="checkpoint and bundle", leave=False, disable=None) as bar:
-        options = ["--layers", layers] if layers else []
-        watch(module("numpy_ref.synthetic", variant, checkpoint, "--dtype", "bfloat16", *options))
+        options = ["--layers", arguments.layers] if arguments.layers else []
+        watch(module("numpy_ref.synthetic", arguments.variant, checkpoint, "--dtype", "bfloat16", *options))
         bar.update()
-        export_s, _, _ = watch(entry("export_main", checkpoint, "--output", bundle, "--precision", precision))
+        options = ["--precision", arguments.precision, *(["--prepack"] if arguments.prepack else [])]
+        export_s, _, _ = watch(entry("export_main", checkpoint, "--output", bundle, *options))
         bar.update()
-    compared = compare({"ours": bundle, "transformers": checkpoint}, rounds, tokens, threads)
-    compared["ours"]["export_s"] = round(export_s, 1)
-    return {"variant": variant, "layers": layers, "precision": precision, "threads": threads, **compared}
+        if peers.has_llama_cpp() and not load_config(checkpoint).text.post_norms:
+            peers.write_gguf(gguf, load_config(checkpoint).text)
+            folders[DECODER] = gguf
+    compared = compare(folders, arguments.rounds, arguments.tokens, threads, arguments.against)
+    compared[OURS]["export_s"] = round(export_s, 1)
+    told = {key: getattr(arguments, key) for key in ("variant", "layers", "precision", "prepack", "against")}
+    return {**told, "threads": threads, **compared}
 
 
-def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int) -> dict:
-    """Both sides in turns, since the machine's speed drifts: figures of each, and ratios."""
-    bandwidth, runs = read_bandwidth(threads), {side: [] for side in SIDES}
+def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, against="bfloat16") -> dict:
+    """All sides in turns, since the machine's speed drifts: figures of each, and ratios."""
+    runs, bandwidths = {side: [] for side in folders}, []
     with ExitStack() as stack:
-        workers = {side: stack.enter_context(Worker(side, folders[side], tokens, threads)) for side in SIDES}
+        workers = {
+            side: stack.enter_context(Worker(side, folder, tokens, threads, against))
+            for side, folder in folders.items()
+        }
         for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
+            bandwidths.append(read_bandwidth(threads))
             for side, worker in workers.items():
                 runs[side].append(worker.ask())
-    results = {side: {**workers[side].told, **medians(runs[side])} for side in SIDES}
-    read = decode_bytes(folders["ours"])
-    share = read / 1e6 / results["ours"]["ms_per_token"] / bandwidth
+    results = {side: {**workers[side].told, **medians(runs[side])} for side in folders}
+    read = weight_bytes(folders[OURS], "decode")
+    shares = [read / 1e6 / run["ms_per_token"] / width for run, width in zip(runs[OURS], bandwidths, strict=True)]
+    results[OURS]["beyond_weights_gib"] = round(
+        results[OURS]["peak_gib"] - weight_bytes(folders[OURS], "prefill", "decode") / 2**30, 3
+    )
+    compared = {side: faster(runs[side], runs[OURS]) for side in folders if side != OURS}
+    memory = {side: round(results[OURS]["peak_gib"] / results[side]["peak_gib"], 3) for side in compared}
     return {
-        "rounds": rounds, **results, "ratios": ratios(results, runs), "bandwidth_gb_per_s": round(bandwidth, 1),
-        "decode_bytes": read, "bandwidth_share": round(share, 3),
+        "rounds": rounds, **results, "ratios": {**compared[PEER], "memory": memory[PEER]},
+        **({DECODER + " ratios": compared[DECODER]} if DECODER in compared else {}),
+        "bandwidth_gb_per_s": round(float(np.median(bandwidths)), 1), "decode_bytes": read,
+        "bandwidth_share": round(float(np.median(shares)), 3),
     }  # fmt: skip
 
 
@@ -73,50 +92,50 @@ def medians(runs) -> dict:
     return {name: round(float(np.median([run[name] for run in runs])), 4) for name in runs[0]}
 
 
-def ratios(results, runs) -> dict:
-    """How many times faster than transformers, as medians over rounds; memory as our peak over theirs."""
+def faster(theirs, ours) -> dict:
+    """How many times faster ours are, as medians over rounds."""
 
-    def faster(name):
-        pairs = zip(runs["ours"], runs["transformers"], strict=True)
-        return round(float(np.median([theirs[name] / ours[name] for ours, theirs in pairs])), 3)
+    def ratio(name):
+        return round(float(np.median([a[name] / b[name] for a, b in zip(theirs, ours, strict=True)])), 3)
 
-    memory = results["ours"]["peak_gib"] / results["transformers"]["peak_gib"]
-    return {"decode": faster("ms_per_token"), "prefill": faster("first_token_s"), "memory": round(memory, 3)}
+    return {"decode": ratio("ms_per_token"), "prefill": ratio("first_token_s")}
 
 
 def read_bandwidth(threads: int) -> float:
     """GB/s of `threads` dot products side by side over arrays that no cache holds; the best of several."""
-    arrays = [np.ones(2**27, np.float32) for _ in range(threads)]
+    arrays = [np.ones(2**26, np.float32) for _ in range(threads)]
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
+        for _ in range(4):
             started = time.perf_counter()
             list(pool.map(lambda array: np.dot(array, array), arrays))
             best = max(best, sum(array.nbytes for array in arrays) / 1e9 / (time.perf_counter() - started))
     return best
 
 
-def decode_bytes(bundle: Path) -> int:
-    """Bytes of weights that one decode step reads: what decode.onnx refers to in the weights file, each place once."""
+def weight_bytes(bundle: Path, *names: str) -> int:
+    """Bytes that the graphs of these names refer to in the weights file, each place once."""
     import onnx
 
-    model = onnx.load(bundle / "decode.onnx", load_external_data=False)
     places = {}
-    for tensor in model.graph.initializer:
-        entry = {pair.key: pair.value for pair in tensor.external_data}
-        if entry:
-            places[entry["offset"]] = int(entry["length"])
+    for name in names:
+        for tensor in onnx.load(bundle / f"{name}.onnx", load_external_data=False).graph.initializer:
+            entry = {pair.key: pair.value for pair in tensor.external_data}
+            if entry:
+                places[entry["offset"]] = int(entry["length"])
     return sum(places.values())
 
 
-# --- the two processes -------------------------------------------------------------------------------------
+# --- the processes -----------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A process that holds one of the two models: `told` is what loading cost, `ask` one timed answer."""
+    """A process that holds one of the models: `told` is what loading cost, `ask` one timed answer."""
 
-    def __init__(self, side: str, folder: Path, tokens: int, threads: int):
-        command = module("export.benchmark", "--worker", side, folder, "--tokens", tokens, "--threads", threads)
+    def __init__(self, side: str, folder: Path, tokens: int, threads: int, against: str = "bfloat16"):
+        command = module(
+            "export.benchmark", "--worker", side, folder, "--tokens", tokens, "--threads", threads, "--against", against
+        )
         self.side, self.errors = side, tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
@@ -185,13 +204,14 @@ def proportional(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
-def work(side: str, folder: Path, tokens: int, threads: int) -> None:
+def work(side: str, folder: Path, tokens: int, threads: int, against: str) -> None:
     """What a worker does: load, warm up, then time an answer a line of standard input."""
     started = time.perf_counter()
-    answer = {"ours": _ours, "transformers": _transformers}[side](folder, threads)
+    opened = {OURS: _ours, PEER: partial(peers.transformers, against), DECODER: peers.llama_cpp}[side]
+    answer, told = opened(folder, threads)
     load_s = time.perf_counter() - started
     answer(2)
-    print(json.dumps({"load_s": round(load_s, 2)}), flush=True)
+    print(json.dumps({"load_s": round(load_s, 2), **told()}), flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         answer(1)
@@ -203,10 +223,10 @@ def work(side: str, folder: Path, tokens: int, threads: int) -> None:
 
 
 def _ours(folder, threads):
-    """`answer(count)`, by the bundle: from the picture file to `count` tokens."""
-    from numpy_ref.generate import generate
+    """`answer(count)`, by the bundle, from the picture file to `count` tokens; and what else is to be told."""
+    from numpy_ref.generate import Timings, generate
     from numpy_ref.image import open_image, preprocess
-    from numpy_ref.tokenizer import known_ids
+    from numpy_ref.tokenizer import Tokenizer, known_ids
 
     from . import bundle
     from .session import open_session
@@ -214,42 +234,22 @@ def _ours(folder, threads):
     engine = open_session(bundle.load_but_weights(folder), "cpu", threads)
     config, known = engine.config, known_ids(engine.config)
     known[config.eos] = False  # every answer has its full length
+    tokenizer = Tokenizer.load(SHIPPED, load_config(SHIPPED))  # the synthetic checkpoint has none
 
-    def answer(count):
+    def answer(count, timings=None):
         picture = preprocess(open_image(SHIPPED / "example.png"), config.vision.image_size)
-        for _ in generate(engine, picture, [_prompt(config)], known, count):
+        tokenizer.prompt("answer en how many shapes are there?")
+        for _ in generate(engine, picture, [peers.prompt(config)], known, count, timings=timings):
             pass
 
-    return answer
+    def told():
+        """The share of an answer's time that is not spent in prefill and decode."""
+        started, timings = time.perf_counter(), Timings()
+        answer(ANSWER, timings)
+        whole = time.perf_counter() - started
+        return {"outside_share": round(1 - (timings.prefill_s + timings.decode_s) / whole, 4)}
 
-
-def _transformers(folder, threads):
-    """`answer(count)`, by transformers: bfloat16, SDPA, its own cache."""
-    # Named, not imported: nothing else of this package needs them.
-    torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))
-    from numpy_ref.image import open_image, preprocess
-
-    torch.set_num_threads(threads)
-    model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).eval()
-    config = load_config(folder)
-    ids = torch.tensor([_prompt(config)])
-
-    @torch.inference_mode()
-    def answer(count):
-        picture = preprocess(open_image(SHIPPED / "example.png"), config.vision.image_size)
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids),
-            pixel_values=torch.from_numpy(picture).to(torch.bfloat16), do_sample=False,
-            min_new_tokens=count, max_new_tokens=count,
-        )  # fmt: skip
-
-    return answer
-
-
-def _prompt(config):
-    return [config.image_token] * config.vision.patches + [config.bos, *range(10, 10 + PROMPT_TOKENS - 1)]
+    return answer, told
 
 
 # --- the command -------------------------------------------------------------------------------------------
@@ -261,19 +261,30 @@ def table(results) -> str:
         "picture to first token, s": "first_token_s", "a further token, ms": "ms_per_token", "load, s": "load_s",
         "peak memory, GiB": "peak_gib",
     }  # fmt: skip
-    faster = {"first_token_s": "prefill", "ms_per_token": "decode", "peak_gib": "memory"}
+    ratio = {"first_token_s": "prefill", "ms_per_token": "decode", "peak_gib": "memory"}
     layers = f" with {results['layers']} layers a tower" if results["layers"] else ""
     shape = f"{results['variant']}{layers}, {results['threads']} threads"
-    lines = [f"{shape}: {results['precision']} bundle against transformers in bfloat16"]
-    lines.append(f"{'':<28}{'ours':>10}{'transformers':>14}{'ratio':>8}")
+    prepacked = ", prepacked" if results["prepack"] else ""
+    lines = [f"{shape}: {results['precision']} bundle{prepacked} against transformers in {results['against']}"]
+    others = f"{DECODER:>12}{'ratio':>8}" if DECODER in results else ""
+    lines.append(f"{'':<28}{OURS:>10}{PEER:>14}{'ratio':>8}{others}")
     for label, name in rows.items():
-        ratio = f"{results['ratios'][faster[name]]:>8.2f}" if name in faster else ""
-        lines.append(f"{label:<28}{results['ours'][name]:>10.3f}{results['transformers'][name]:>14.3f}{ratio}")
-    ours, theirs = (1000 / results[side]["ms_per_token"] for side in SIDES)
+        line = f"{label:<28}{results[OURS][name]:>10.3f}{results[PEER][name]:>14.3f}"
+        line += f"{results['ratios'][ratio[name]]:>8.2f}" if name in ratio else f"{'':>8}"
+        if DECODER in results:
+            line += f"{results[DECODER][name]:>12.3f}"
+            found = results[DECODER + " ratios"].get(ratio.get(name))
+            line += f"{found:>8.2f}" if found else ""
+        lines.append(line.rstrip())
+    ours, theirs = (1000 / results[side]["ms_per_token"] for side in (OURS, PEER))
     lines.append(f"{'tokens/s':<28}{ours:>10.2f}{theirs:>14.2f}")
-    lines.append(f"{'export, s':<28}{results['ours']['export_s']:>10.1f}")
+    lines.append(f"{'export, s':<28}{results[OURS]['export_s']:>10.1f}")
+    lines.append(f"{'peak beyond the weights, GiB':<28}{results[OURS]['beyond_weights_gib']:>10.3f}")
     read, bandwidth = results["decode_bytes"] / 1e9, results["bandwidth_gb_per_s"]
     lines.append(f"a token reads {read:.2f} GB of weights: {results['bandwidth_share']:.0%} of {bandwidth} GB/s")
+    lines.append(f"outside of the graphs: {results[OURS]['outside_share']:.1%} of an answer of {ANSWER} tokens")
+    if DECODER in results:
+        lines.append(f"{DECODER}: Q4_0, the decoder alone, so its first token is without a picture's features")
     return "\n".join(lines)
 
 
@@ -282,6 +293,13 @@ def main(argv=None):
     options.add_argument("--variant", choices=VARIANTS, default="paligemma-3b-224", help="the shape (paligemma-3b-224)")
     options.add_argument("--layers", type=cli.whole(1), help="keep only so many layers of each tower")
     options.add_argument("--precision", choices=PRECISIONS, default="float32", help="of our bundle (float32)")
+    options.add_argument("--prepack", action="store_true", help="export with --prepack")
+    options.add_argument(
+        "--against",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="what transformers computes in (bfloat16)",
+    )
     options.add_argument("--rounds", type=cli.whole(1), default=5, help="timed answers of each side (5)")
     options.add_argument("--tokens", type=cli.whole(1), default=16, help="further tokens a timed answer (16)")
     options.add_argument("--threads", type=cli.whole(1), default=None, help="of each side (all cores)")
@@ -294,7 +312,7 @@ def main(argv=None):
     threads = arguments.threads or os.cpu_count()
     if arguments.worker:
         side, folder = arguments.worker
-        work(side, Path(folder), arguments.tokens, threads)
+        work(side, Path(folder), arguments.tokens, threads, arguments.against)
         return 0
     if arguments.precision == "bfloat16":
         raise PaliGemmaError("a bfloat16 bundle needs CUDA; this benchmark is about the CPU")
@@ -303,15 +321,7 @@ def main(argv=None):
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="paligemma-benchmark-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results = measure(
-            folder,
-            arguments.variant,
-            arguments.layers,
-            arguments.precision,
-            arguments.rounds,
-            arguments.tokens,
-            threads,
-        )
+        results = measure(folder, arguments, threads)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(results) if arguments.json else table(results))
