@@ -47,18 +47,23 @@ def parser(prog, model, description) -> argparse.ArgumentParser:
         help=f"[{model}] IMAGE PROMPT; without {model} the model that ships is used; "
         "a PROMPT of @FILE is read from that file",
     )
+    add_answer_options(options)
+    options.add_argument("--json", action="store_true", help="print one JSON object")
+    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the picture")
+    return options
+
+
+def add_answer_options(options: argparse.ArgumentParser) -> None:
+    """The options that say how to answer, one picture or many."""
     options.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="longest answer (64)")
     options.add_argument("--temperature", type=real(0, math.inf), default=0.0, metavar="T", help="0 is greedy (0)")
     options.add_argument("--top-p", type=real(0, 1), default=1.0, metavar="P", help="keep the head that sums to P (1)")
     options.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="keep the K likeliest, 0 for all (0)")
     options.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the draws (0)")
-    options.add_argument("--json", action="store_true", help="print one JSON object")
-    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the picture")
     options.add_argument(
         "--boxes", choices=detection.CONVENTIONS, default="big_vision", help="what a location token counts (big_vision)"
     )
     options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
-    return options
 
 
 def on_the_cpu(arguments, prog) -> None:
@@ -74,7 +79,7 @@ def parse(options: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         options.error(f"expected IMAGE PROMPT, optionally a model before them; got {len(arguments.inputs)} arguments")
     *model, image, prompt = arguments.inputs
     arguments.model, arguments.image = (Path(model[0]) if model else None), Path(image)
-    arguments.prompt = _read_prompt(prompt)
+    arguments.prompt = read_prompt(prompt)
     return arguments
 
 
@@ -90,7 +95,7 @@ def answer(arguments, load, look=None) -> int:
 
     config = engine.config
     prompt = tokenizer.prompt(arguments.prompt)
-    new_tokens, capacity = _budget(engine, prompt, arguments.max_new_tokens)
+    new_tokens, capacity = budget(engine, prompt, arguments.max_new_tokens)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     timings, stream, tokens = Timings(), Stream(tokenizer), []
     if hasattr(engine, "preprocess"):
@@ -142,7 +147,8 @@ def _run_lengths(mask) -> dict:
     return {} if mask is None else {"size": list(mask.shape), "counts": segmentation.run_lengths(mask)}
 
 
-def _read_prompt(prompt: str) -> str:
+def read_prompt(prompt: str) -> str:
+    """A PROMPT as it was given, or the contents of @FILE. Raises PaliGemmaError if there is nothing in it."""
     source = "the prompt"
     if prompt.startswith("@"):
         source = prompt[1:]
@@ -155,8 +161,11 @@ def _read_prompt(prompt: str) -> str:
     return prompt
 
 
-def _budget(engine, prompt, max_new_tokens):
-    """How many tokens to generate, and the cache slots that takes."""
+def budget(engine, prompt, max_new_tokens):
+    """How many tokens to generate for a prompt of ids, and the cache slots that takes.
+
+    Raises PaliGemmaError if the prompt, or what was asked for, does not fit.
+    """
     lengths = np.array([len(prompt)])
     limit = getattr(engine, "max_length", engine.config.max_length)
     if max_new_tokens is None:

@@ -62,16 +62,19 @@ def pad_prompts(prompts, pad):
 
 
 def choose_capacity(config, lengths, max_new_tokens, limit=None):
-    """Cache slots for the longest prompt and its answer (the last token is never fed back).
+    """Cache slots for the longest prompt and answer (the last token is never fed back); lengths [B].
 
-    Raises PaliGemmaError if that is more than the model, or the bundle, has positions for.
+    `max_new_tokens` is one number, or [B]. Raises PaliGemmaError if that is more than the model, or the bundle, has
+    positions for.
     """
-    limit = limit or config.max_length
-    needed = int(lengths.max()) + max_new_tokens - 1
+    limit, new_tokens = limit or config.max_length, np.broadcast_to(max_new_tokens, lengths.shape)
+    longest = int((lengths + new_tokens).argmax())
+    needed = int(lengths[longest] + new_tokens[longest]) - 1
     if needed > limit:
         raise PaliGemmaError(
-            f"the prompt has {lengths.max()} tokens ({config.vision.patches} of them the picture), which with "
-            f"{max_new_tokens} new ones exceeds the capacity of {limit}; shorten the prompt or lower --max-new-tokens"
+            f"the prompt has {lengths[longest]} tokens ({config.vision.patches} of them the picture), which with "
+            f"{new_tokens[longest]} new ones exceeds the capacity of {limit}; shorten the prompt or lower "
+            "--max-new-tokens"
         )
     return needed
 
@@ -82,10 +85,13 @@ def check_room(needed, capacity) -> None:
         raise PaliGemmaError(f"a cache of {capacity} slots is too small for {needed} positions")
 
 
-def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, capacity=None, timings=None):
-    """Yield one token a row [B] at a time until every row has ended or has max_new_tokens.
+def generate(
+    engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, capacity=None, timings=None, seeds=None
+):
+    """Yield one token a row [B] at a time until every row has ended or has max_new_tokens, one number or one a row.
 
-    A row that has ended (its eos was yielded) yields pad from then on. Raises PaliGemmaError if `capacity`, or the
+    A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
+    place of the sampling's own, a row draws the same in any company. Raises PaliGemmaError if `capacity`, or the
     engine, has too few positions.
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
@@ -94,26 +100,36 @@ def generate(engine, pixel_values, prompts, known, max_new_tokens=64, sampling=N
     if capacity is not None:
         check_room(needed, capacity)
     capacity = capacity or needed
-    random, draw = np.random.default_rng(sampling.seed), getattr(engine, "sample", sample)
+    draws, draw = uniforms(len(prompts), sampling.seed, seeds), getattr(engine, "sample", sample)
     alive = np.ones(len(prompts), bool)
 
     started = time.perf_counter()
     logits, cache = engine.prefill(pixel_values, input_ids, lengths, capacity)
     timings.prefill_s = time.perf_counter() - started
-    for step in range(max_new_tokens):
-        uniform = random.random(len(prompts), np.float32)
-        token = draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, uniform)
+    for step in range(np.max(max_new_tokens)):
+        token = draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
         token = np.where(alive, token, config.pad)
         yield token
-        alive = alive & (token != config.eos)
-        if not alive.any() or step == max_new_tokens - 1:
+        alive = alive & (token != config.eos) & (step + 1 < np.asarray(max_new_tokens))
+        if not alive.any():
             return
         started = time.perf_counter()
         logits, cache = engine.decode(token[:, None], lengths, cache)
         timings.decode_s += time.perf_counter() - started
         timings.decode_tokens += int(alive.sum())
-        # A finished row stays where it is and overwrites one slot that nobody reads.
-        lengths = np.where(alive, lengths + 1, lengths).astype(np.int32)
+        # A finished row stays where it is, or on the last slot, and overwrites one that nobody reads.
+        lengths = np.minimum(lengths + alive, capacity - 1).astype(np.int32)
+
+
+def uniforms(rows, seed, seeds=None):
+    """Without end, uniform [B] float32 in [0, 1): from one generator, or each row's from one of its own."""
+    if seeds is None:
+        generator = np.random.default_rng(seed)
+        while True:
+            yield generator.random(rows, np.float32)
+    generators = [np.random.default_rng(own) for own in seeds]
+    while True:
+        yield np.array([generator.random(dtype=np.float32) for generator in generators])
 
 
 def answers(tokens, eos):

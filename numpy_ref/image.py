@@ -13,18 +13,23 @@ from .errors import PaliGemmaError
 
 def open_image(path):
     """A picture file as an upright RGB Pillow image; PaliGemmaError if it is absent, broken or not a picture."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     path = Path(path)
     if not path.is_file():
         raise PaliGemmaError(f"{path}: no such picture")
+    return decode_image(path, path)
+
+
+def decode_image(file, name):
+    """A path, or an open binary file, as an upright RGB Pillow image; PaliGemmaError that begins with `name`."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise PaliGemmaError(f"{path}: not a picture that Pillow can read") from None
+        raise PaliGemmaError(f"{name}: not a picture that Pillow can read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PaliGemmaError(f"{path}: the picture is broken ({error})") from None
+        raise PaliGemmaError(f"{name}: the picture is broken ({error})") from None
 
 
 def to_rgb(image):
