@@ -1,11 +1,13 @@
-"""The commands `export-onnx` and `run-onnx`."""
+"""The commands `export-onnx`, `run-onnx` and `run-onnx-batch`."""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref import cli
+from numpy_ref import cli, storage
+from numpy_ref.sampling import Sampling
 
 from . import bundle as bundles
 from .layers import OPERATORS
@@ -119,9 +121,59 @@ def _port(text):
     return port
 
 
+def run_onnx_batch(argv=None):
+    """run-onnx-batch [BUNDLE] --input ROWS --prompt PROMPT --output OUT.jsonl: answer about every row of a data set."""
+    options = argparse.ArgumentParser(
+        prog="run-onnx-batch", description="Answer about every picture of a data set with an ONNX bundle. The same "
+        "command again goes on where one was stopped.", allow_abbrev=False,
+    )  # fmt: skip
+    options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
+    options.add_argument(
+        "--input", type=Path, required=True, metavar="ROWS",
+        help='a folder of pictures; or a .jsonl or .parquet file of rows with "image" and perhaps "prompt" or "prefix"',
+    )  # fmt: skip
+    options.add_argument("--prompt", metavar="PROMPT", help="for rows without; @FILE is read from that file")
+    options.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl", help="the new file to write")
+    options.add_argument("--batch-size", type=cli.whole(1), default=8, metavar="N", help="rows answered at once (8)")
+    options.add_argument("--workers", type=cli.whole(1), default=1, metavar="N", help="processes, a session each (1)")
+    options.add_argument(
+        "--threads",
+        type=cli.whole(0),
+        default=0,
+        metavar="N",
+        help="on the CPU, the workers' together, 0 for all (0)",
+    )
+    options.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="workers on this machine, or Ray's (local)"
+    )
+    cli.add_answer_options(options)
+    arguments = options.parse_args(argv)
+    storage.absent(arguments.output, "file")
+    prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
+
+    from . import batch, dataset
+
+    rows = dataset.open_dataset(arguments.input, prompt)
+    if arguments.engine == "ray":
+        from .batch_ray import workers
+    else:
+        from .batch import workers
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    bundle = bundles.load(arguments.bundle) if arguments.bundle else bundles.shipped()
+    job = batch.Job(rows, bundle, prompt, arguments.max_new_tokens, sampling, arguments.boxes, arguments.provider)
+    start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
+    count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
+    print(f"wrote {arguments.output}: {count} rows" + (f", {errors} of them errors" if errors else ""))
+    return 0
+
+
 def export_main():
     sys.exit(cli.run("export-onnx", export_onnx))
 
 
 def run_main():
     sys.exit(cli.run("run-onnx", run_onnx))
+
+
+def batch_main():
+    sys.exit(cli.run("run-onnx-batch", run_onnx_batch))

@@ -1,0 +1,95 @@
+"""The workers of `export.batch` as actors of Ray Data, on one machine or on a cluster.
+
+RAY_ADDRESS names a running cluster, whose machines must see the input and the bundle at the same paths; without it Ray
+is started on this machine. What an actor had not handed over when it was lost is answered again by another.
+"""
+
+import json
+import logging
+import os
+from contextlib import contextmanager
+from functools import partial
+
+from numpy_ref.errors import PaliGemmaError
+
+from .batch import Job, Worker
+
+BLOCKS = 10_000  # at most, of a run: tasks that Ray keeps account of, each one batch where there are not more batches
+OBJECT_STORE = 2**28  # bytes: only numbers and lines go through it
+
+
+@contextmanager
+def workers(job: Job, count: int = 1, threads: int = 0):
+    """As `batch.workers`: `count` actors that share `threads` (0: every core of the cluster) evenly."""
+    ray = _import_ray()
+    started = not ray.is_initialized()
+    if started:
+        _start(ray)
+    try:
+        share = max(1, int(threads or ray.cluster_resources().get("CPU", 1)) // count)
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        share = min(share, largest)  # an actor lives on one machine
+        gpus = 0 if job.provider == "cpu" else min(1.0, ray.cluster_resources().get("GPU", 0) / count)
+        yield partial(_answers, ray, job, count, share, gpus)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _answers(ray, job, count, share, gpus, begins, size):
+    """Yield the answers of each batch, in order."""
+    _quiet(ray)
+    batches = [{"begin": begin, "size": size} for begin in begins]
+    if not batches:
+        return
+    answered = ray.data.from_items(batches, override_num_blocks=min(len(batches), BLOCKS)).map_batches(
+        Actor, fn_constructor_args=(job, share), batch_size=1, compute=ray.data.ActorPoolStrategy(size=count),
+        num_cpus=share, num_gpus=gpus,
+    )  # fmt: skip
+    try:
+        for begin, batch in zip(begins, answered.iter_rows(), strict=True):
+            if batch["begin"] != begin:
+                raise PaliGemmaError(f"Ray gave the answers from row {batch['begin']} in place of row {begin}")
+            yield json.loads(batch["answers"])
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise PaliGemmaError(f"Ray stopped: {reason}; the same command again goes on") from None
+
+
+class Actor:
+    """A worker that Ray hands one batch at a time."""
+
+    def __init__(self, job: Job, threads: int):
+        self.worker = Worker(job, threads)
+
+    def __call__(self, batch: dict) -> dict:
+        (answers,) = self.worker.answers(batch["begin"].tolist(), int(batch["size"][0]))
+        return {"begin": batch["begin"], "answers": [json.dumps(answers)]}
+
+
+def _import_ray():
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised, and told in one line
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise PaliGemmaError("--engine ray needs Ray: pip install 'paligemma-onnx[ray]'") from None
+    return ray
+
+
+def _start(ray) -> None:
+    """Join the cluster of RAY_ADDRESS, or start Ray here."""
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+
+
+def _quiet(ray) -> None:
+    """In the order of the rows, and without Ray's own bars and messages."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
