@@ -6,6 +6,7 @@ is started on this machine. What an actor had not handed over when it was lost i
 
 import json
 import logging
+import math
 import os
 from contextlib import contextmanager
 from functools import partial
@@ -26,17 +27,29 @@ def workers(job: Job, count: int = 1, threads: int = 0):
     if started:
         _start(ray)
     try:
-        share = max(1, int(threads or ray.cluster_resources().get("CPU", 1)) // count)
-        largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        share = min(share, largest)  # an actor lives on one machine
-        gpus = 0 if job.provider == "cpu" else min(1.0, ray.cluster_resources().get("GPU", 0) / count)
-        yield partial(_answers, ray, job, count, share, gpus)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        share = share_out([int(machine.get("CPU", 0)) for machine in machines], count, threads)
+        cards = 0 if job.provider == "cpu" else sum(machine.get("GPU", 0) for machine in machines)
+        card = 1 / math.ceil(count / cards) if cards else 0  # of an actor: a whole one, or one over a whole number
+        yield partial(_answers, ray, job, count, share, card)
     finally:
         if started:
             ray.shutdown()
 
 
-def _answers(ray, job, count, share, gpus, begins, size):
+def share_out(cores, count: int, threads: int = 0) -> int:
+    """Threads of each of `count` workers: as many as leave room for all on machines of so many cores.
+
+    `threads`, if given, is the most for all together. Raises PaliGemmaError if there are fewer cores than workers.
+    """
+    most = max(1, threads // count) if threads else max(cores)
+    for share in range(most, 0, -1):
+        if sum(each // share for each in cores) >= count:
+            return share
+    raise PaliGemmaError(f"--workers {count}: Ray has {sum(cores)} cores, and a worker takes one at least")
+
+
+def _answers(ray, job, count, share, card, begins, size):
     """Yield the answers of each batch, in order."""
     _quiet(ray)
     batches = [{"begin": begin, "size": size} for begin in begins]
@@ -44,10 +57,12 @@ def _answers(ray, job, count, share, gpus, begins, size):
         return
     answered = ray.data.from_items(batches, override_num_blocks=min(len(batches), BLOCKS)).map_batches(
         Actor, fn_constructor_args=(job, share), batch_size=1, compute=ray.data.ActorPoolStrategy(size=count),
-        num_cpus=share, num_gpus=gpus,
+        num_cpus=share, num_gpus=card,
     )  # fmt: skip
     try:
         for begin, batch in zip(begins, answered.iter_rows(), strict=True):
+            if batch["error"]:
+                raise PaliGemmaError(batch["error"])
             if batch["begin"] != begin:
                 raise PaliGemmaError(f"Ray gave the answers from row {batch['begin']} in place of row {begin}")
             yield json.loads(batch["answers"])
@@ -57,14 +72,23 @@ def _answers(ray, job, count, share, gpus, begins, size):
 
 
 class Actor:
-    """A worker that Ray hands one batch at a time."""
+    """A worker that Ray hands one batch at a time. Its PaliGemmaError is an answer: Ray would try it again."""
 
     def __init__(self, job: Job, threads: int):
-        self.worker = Worker(job, threads)
+        self.worker, self.error = None, ""
+        try:
+            self.worker = Worker(job, threads)
+        except PaliGemmaError as error:
+            self.error = str(error)
 
     def __call__(self, batch: dict) -> dict:
-        (answers,) = self.worker.answers(batch["begin"].tolist(), int(batch["size"][0]))
-        return {"begin": batch["begin"], "answers": [json.dumps(answers)]}
+        answers: list[dict] = []
+        if self.worker:
+            try:
+                (answers,) = self.worker.answers(batch["begin"].tolist(), int(batch["size"][0]))
+            except PaliGemmaError as error:
+                self.error = str(error)
+        return {"begin": batch["begin"], "answers": [json.dumps(answers)], "error": [self.error]}
 
 
 def _import_ray():
@@ -92,4 +116,4 @@ def _quiet(ray) -> None:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # an error is raised as well
