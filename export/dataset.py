@@ -66,6 +66,8 @@ class Row:
 
 def open_dataset(path: Path, default_prompt: str | None):
     """The data set at a path. Raises PaliGemmaError if it is none, is empty, or lacks a prompt and the default too."""
+    if not path.exists():
+        raise PaliGemmaError(f"{path}: no such folder or file")
     if path.is_dir():
         rows = Folder(path, default_prompt)
     elif path.suffix == ".jsonl":
@@ -73,8 +75,7 @@ def open_dataset(path: Path, default_prompt: str | None):
     elif path.suffix == ".parquet":
         rows = Parquet(path, default_prompt)
     else:
-        reason = "a folder, FILE.jsonl or FILE.parquet is needed" if path.exists() else "no such folder or file"
-        raise PaliGemmaError(f"{path}: {reason}")
+        raise PaliGemmaError(f"{path}: a folder, FILE.jsonl or FILE.parquet is needed")
     if not len(rows):
         raise PaliGemmaError(f"{path}: no pictures in it")
     return rows

@@ -73,8 +73,30 @@ def test_seeds_repeat_and_differ():
     assert draw(1) != draw(2)
 
 
+def test_each_row_has_its_own_budget():
+    """A row that has had its tokens is silent, and its last slot is the farthest that it writes to."""
+    engine = Script([9, 8, 7, 6], [9, 8, 7, 6])
+    tokens = run(engine, 6, 4, max_new_tokens=np.array([2, 4]))
+    assert tokens == [[9, 8, 0, 0], [9, 8, 7, 6]]
+    assert engine.capacity == 7
+    assert max(max(lengths) for lengths in engine.lengths[1:]) < engine.capacity
+    assert engine.lengths[1:] == [[6, 4], [6, 5], [6, 6]]
+
+
+def test_a_row_with_a_seed_draws_the_same_in_any_company():
+    def draw(*seeds):
+        engine, sampling = Script(*[[9, 8, 7]] * len(seeds)), Sampling(temperature=9.0, seed=5)
+        return run(engine, *[4] * len(seeds), max_new_tokens=9, sampling=sampling, seeds=seeds)
+
+    apart = [draw([3, row])[0] for row in range(3)]
+    assert draw([3, 0], [3, 1], [3, 2])[:3] == apart
+    assert draw([3, 2], [3, 0]) == [apart[2], apart[0]]
+    assert apart[0] != apart[1] != apart[2]
+
+
 def test_capacity():
     assert choose_capacity(CONFIG, np.array([12, 20]), 5) == 24
+    assert choose_capacity(CONFIG, np.array([12, 20]), np.array([15, 5])) == 26
     with pytest.raises(PaliGemmaError, match=r"the prompt has 90 tokens .9 of them the picture.*capacity of 97"):
         choose_capacity(CONFIG, np.array([90]), 9)
 

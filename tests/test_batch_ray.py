@@ -1,0 +1,91 @@
+"""run-onnx-batch --engine ray: the same answers on a cluster of this machine, an actor of which is killed mid-way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from export import batch_ray, cli
+from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.cli import run
+from numpy_ref.errors import PaliGemmaError
+
+COMMAND = [sys.executable, "-c", "from export.cli import batch_main; batch_main()"]
+ACTOR = "ray::MapWorker"  # what Ray calls the process of one
+
+
+def processes():
+    """Process id -> parent's id and command line, of all."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            found[int(folder.name)] = parent, (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # gone meanwhile
+    return found
+
+
+def actors(ancestor):
+    """The processes of Ray's actors below a process."""
+    found = processes()
+
+    def below(pid):
+        return pid == ancestor or (pid in found and below(found[pid][0]))
+
+    return [pid for pid, (_, command) in found.items() if command.startswith(ACTOR) and below(pid)]
+
+
+def test_an_actor_is_killed_and_every_row_is_there_once(tmp_path):
+    file, output, part = tmp_path / "rows.jsonl", tmp_path / "ray.jsonl", tmp_path / "ray.jsonl.part"
+    prompts = ["caption en", "detect star", " "]
+    rows = [{"image": str(SHIPPED / "example.png"), "prompt": prompts[i % 3]} for i in range(240)]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = ["--input", str(file), "--provider", "cpu", "--temperature", "1", "--threads", "2"]
+    options += ["--max-new-tokens", "16"]
+
+    command = [*COMMAND, *options, "--engine", "ray", "--workers", "2", "--batch-size", "2", "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    victims = actors(process.pid)
+    assert victims, process.communicate()[0]
+    os.kill(victims[0], signal.SIGKILL)
+    done = part.read_bytes().count(b"\n")
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert done < len(rows)  # it was killed mid-way
+
+    assert run("run-onnx-batch", cli.run_onnx_batch, [*options, "--output", str(tmp_path / "local.jsonl")]) == 0
+    assert output.read_bytes() == (tmp_path / "local.jsonl").read_bytes()
+    assert [json.loads(line)["row"] for line in output.read_text().splitlines()] == list(range(len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "threads", "share"),
+    [([8], 2, 0, 4), ([8], 3, 0, 2), ([2], 2, 0, 1), ([4, 4], 2, 0, 4), ([4, 4], 3, 0, 2), ([3, 3], 4, 0, 1), ([8], 2, 2, 1),
+     ([8], 2, 1, 1), ([8], 1, 6, 6), ([4, 4], 1, 8, 4)],
+)  # fmt: skip
+def test_cores_are_shared_out(cores, count, threads, share):
+    assert batch_ray.share_out(cores, count, threads) == share
+
+
+def test_more_workers_than_cores():
+    with pytest.raises(PaliGemmaError, match="--workers 3: Ray has 2 cores"):
+        batch_ray.share_out([1, 1], 3)
+
+
+def test_an_actor_tells_what_is_wrong(monkeypatch):
+    """As an answer: an exception would be tried again, and told in a hundred lines."""
+
+    def fail(*arguments):
+        raise PaliGemmaError("the session does not open")
+
+    monkeypatch.setattr(batch_ray, "Worker", fail)
+    told = batch_ray.Actor(None, 1)({"begin": [0], "size": [2]})
+    assert told == {"begin": [0], "answers": ["[]"], "error": ["the session does not open"]}
