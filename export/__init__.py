@@ -5,6 +5,7 @@
     weights.py    the shared weights file, written tensor by tensor
     bundle.py     the directory that a host is given
     session.py    running it
+    batch.py      running it over a data set
     verify.py     proving it
 
 `op.Add(x, y)` adds a node and returns its output value.

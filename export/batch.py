@@ -191,7 +191,7 @@ def in_turn(crew, begins, size):
     A worker that is ahead of its turn is stopped by its pipe when that is full, so nothing piles up.
     """
     for i, process in enumerate(crew):
-        process.line.send((begins[i :: len(crew)], size))
+        process.tell(begins[i :: len(crew)], size)
     for i in range(len(begins)):
         yield crew[i % len(crew)].hear()
 
@@ -206,17 +206,27 @@ class Process:
         self.process.start()
         theirs.close()
 
+    def tell(self, begins, size) -> None:
+        """Which batches to answer."""
+        with self._alive():
+            self.line.send((begins, size))
+
     def hear(self):
         """What it says next: None once it is ready, then the answers of its batches."""
-        try:
+        with self._alive():
             told = self.line.recv()
+        if isinstance(told, PaliGemmaError):
+            raise told
+        return told
+
+    @contextmanager
+    def _alive(self):
+        try:
+            yield
         except (EOFError, ConnectionError):
             self.process.join()
             code = self.process.exitcode
             raise PaliGemmaError(f"a worker stopped (exit code {code}); the same command again goes on") from None
-        if isinstance(told, PaliGemmaError):
-            raise told
-        return told
 
     def __enter__(self):
         return self
@@ -267,6 +277,7 @@ def work_file(output: Path, settings: dict):
             yield work
         finally:
             if not work.rows:
+                file.close()
                 part.unlink()
                 notes.unlink()
 

@@ -1,4 +1,4 @@
-"""The workers of `export.batch` as actors of Ray Data, on one machine or on a cluster.
+"""The workers of `batch.py` as actors of Ray Data, on one machine or on a cluster.
 
 RAY_ADDRESS names a running cluster, whose machines must see the input and the bundle at the same paths; without it Ray
 is started on this machine. What an actor had not handed over when it was lost is answered again by another.
@@ -15,7 +15,7 @@ from numpy_ref.errors import PaliGemmaError
 
 from .batch import Job, Worker
 
-BLOCKS = 10_000  # at most, of a run: tasks that Ray keeps account of, each one batch where there are not more batches
+TASKS = 10_000  # at most, that Ray keeps account of: each is one batch, or several where there are more batches
 OBJECT_STORE = 2**28  # bytes: only numbers and lines go through it
 
 
@@ -52,27 +52,32 @@ def share_out(cores, count: int, threads: int = 0) -> int:
 def _answers(ray, job, count, share, card, begins, size):
     """Yield the answers of each batch, in order."""
     _quiet(ray)
-    batches = [{"begin": begin, "size": size} for begin in begins]
-    if not batches:
+    if not begins:
         return
-    answered = ray.data.from_items(batches, override_num_blocks=min(len(batches), BLOCKS)).map_batches(
+    several = math.ceil(len(begins) / TASKS)
+    tasks = [begins[i : i + several] for i in range(0, len(begins), several)]
+    items = [{"begin": task.start, "end": task.stop, "size": size} for task in tasks]
+    answered = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Actor, fn_constructor_args=(job, share), batch_size=1, compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=share, num_gpus=card,
     )  # fmt: skip
     try:
-        for begin, batch in zip(begins, answered.iter_rows(), strict=True):
-            if batch["error"]:
-                raise PaliGemmaError(batch["error"])
-            if batch["begin"] != begin:
-                raise PaliGemmaError(f"Ray gave the answers from row {batch['begin']} in place of row {begin}")
-            yield json.loads(batch["answers"])
+        for task, told in zip(tasks, answered.iter_rows(), strict=True):
+            if told["error"]:
+                raise PaliGemmaError(told["error"])
+            if told["begin"] != task.start:
+                raise PaliGemmaError(f"Ray gave the answers from row {told['begin']} in place of row {task.start}")
+            yield from json.loads(told["answers"])
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
         raise PaliGemmaError(f"Ray stopped: {reason}; the same command again goes on") from None
 
 
 class Actor:
-    """A worker that Ray hands one batch at a time. Its PaliGemmaError is an answer: Ray would try it again."""
+    """A worker that Ray hands one task at a time, as columns of one row.
+
+    A PaliGemmaError is an answer: an exception Ray would try again, and tell in a hundred lines.
+    """
 
     def __init__(self, job: Job, threads: int):
         self.worker, self.error = None, ""
@@ -81,14 +86,15 @@ class Actor:
         except PaliGemmaError as error:
             self.error = str(error)
 
-    def __call__(self, batch: dict) -> dict:
-        answers: list[dict] = []
+    def __call__(self, task: dict) -> dict:
+        answers: list = []
         if self.worker:
+            begin, end, size = (int(task[name][0]) for name in ("begin", "end", "size"))
             try:
-                (answers,) = self.worker.answers(batch["begin"].tolist(), int(batch["size"][0]))
+                answers = list(self.worker.answers(range(begin, end, size), size))
             except PaliGemmaError as error:
                 self.error = str(error)
-        return {"begin": batch["begin"], "answers": [json.dumps(answers)], "error": [self.error]}
+        return {"begin": task["begin"], "answers": [json.dumps(answers)], "error": [self.error]}
 
 
 def _import_ray():

@@ -147,7 +147,8 @@ class JsonLines:
 class Parquet:
     """Rows of a parquet file with a column `image` and perhaps `prompt` or `prefix`; needs pyarrow.
 
-    Rows are read on from where the last ones ended, a row group that is skipped unread.
+    Reading goes on where it ended, and past row groups unread. At most a page of the file is held, which pyarrow
+    makes of a thousand rows unless it is told a smaller `row_group_size` or `write_batch_size`.
     """
 
     def __init__(self, path: Path, default_prompt: str | None):
@@ -210,7 +211,7 @@ def _open_parquet(path):
         import pyarrow.parquet
     except ImportError:
         raise PaliGemmaError(f"{path}: reading it needs pyarrow: pip install 'paligemma-onnx[parquet]'") from None
-    return pyarrow.parquet.ParquetFile(path, memory_map=True)  # mapped: a row group need not fit in memory
+    return pyarrow.parquet.ParquetFile(path, memory_map=True)  # else it would hold a whole row group
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from export import batch, bundle, cli, dataset, measure_batch
@@ -119,6 +121,14 @@ def test_a_folder_is_asked_one_prompt(rows, greedy, tmp_path):
     told = answer(rows.parent, tmp_path / "out.jsonl", prompt="caption en")
     assert [each["image"] for each in told] == [f"{i:02}.png" for i in range(COUNT)]
     assert [told[i] for i in range(0, COUNT, len(PROMPTS))] == greedy[:: len(PROMPTS)]
+
+
+def test_parquet_holds_the_pictures_themselves(rows, greedy, tmp_path):
+    asked = read(rows)
+    pictures = [{"bytes": (rows.parent / row["image"]).read_bytes(), "path": row["image"]} for row in asked]
+    prompts = [row.get("prompt") or row.get("prefix") for row in asked]
+    pq.write_table(pa.table({"image": pictures, "prompt": prompts}), tmp_path / "rows.parquet", row_group_size=4)
+    assert answer(tmp_path / "rows.parquet", tmp_path / "out.jsonl", "--batch-size", "4") == greedy
 
 
 def test_answers_stop_where_the_model_does(tmp_path, rows):

@@ -57,7 +57,7 @@ def test_an_actor_is_killed_and_every_row_is_there_once(tmp_path):
     assert victims, process.communicate()[0]
     os.kill(victims[0], signal.SIGKILL)
     done = part.read_bytes().count(b"\n")
-    told, _ = process.communicate(timeout=240)
+    told, _ = process.communicate(timeout=600)
     assert process.returncode == 0, told
     assert done < len(rows)  # it was killed mid-way
 
@@ -81,11 +81,23 @@ def test_more_workers_than_cores():
 
 
 def test_an_actor_tells_what_is_wrong(monkeypatch):
-    """As an answer: an exception would be tried again, and told in a hundred lines."""
-
     def fail(*arguments):
         raise PaliGemmaError("the session does not open")
 
     monkeypatch.setattr(batch_ray, "Worker", fail)
-    told = batch_ray.Actor(None, 1)({"begin": [0], "size": [2]})
+    told = batch_ray.Actor(None, 1)({"begin": [0], "end": [4], "size": [2]})
     assert told == {"begin": [0], "answers": ["[]"], "error": ["the session does not open"]}
+
+
+def test_an_actor_answers_a_task_batch_by_batch(monkeypatch):
+    class Worker:
+        def __init__(self, job, threads):
+            assert (job, threads) == ("job", 3)
+
+        def answers(self, begins, size):
+            yield from ([{"row": row} for row in range(begin, begin + size)] for begin in begins)
+
+    monkeypatch.setattr(batch_ray, "Worker", Worker)
+    told = batch_ray.Actor("job", 3)({"begin": [4], "end": [8], "size": [2]})
+    assert json.loads(told["answers"][0]) == [[{"row": 4}, {"row": 5}], [{"row": 6}, {"row": 7}]]
+    assert told["error"] == [""]
