@@ -110,11 +110,13 @@ def _import_ray():
 
 def _start(ray) -> None:
     """Join the cluster of RAY_ADDRESS, or start Ray here."""
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
-    else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    here = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == "local" else {}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **here)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise PaliGemmaError(f"--engine ray: Ray does not start, or RAY_ADDRESS is not a cluster ({reason})") from None
 
 
 def _quiet(ray) -> None:

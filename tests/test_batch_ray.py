@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,22 @@ def test_cores_are_shared_out(cores, count, threads, share):
 def test_more_workers_than_cores():
     with pytest.raises(PaliGemmaError, match="--workers 3: Ray has 2 cores"):
         batch_ray.share_out([1, 1], 3)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError, ValueError])
+def test_a_cluster_that_does_not_answer(monkeypatch, error):
+    asked = []
+
+    def init(**options):
+        asked.append(options)
+        raise error("a long story\nno such cluster")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    ray = SimpleNamespace(init=init, exceptions=SimpleNamespace(RayError=PaliGemmaError))
+    with pytest.raises(PaliGemmaError, match=r"RAY_ADDRESS is not a cluster \(no such cluster\)$"):
+        batch_ray._start(ray)
+    assert asked[0]["address"] == "10.0.0.1:6379"
+    assert "object_store_memory" not in asked[0]  # a running cluster refuses to be told
 
 
 def test_an_actor_tells_what_is_wrong(monkeypatch):
