@@ -29,7 +29,7 @@ from numpy_ref.tokenizer import Tokenizer
 from . import bundle as bundles
 from .bundle import Bundle
 from .dataset import Folder, JsonLines, Parquet, Row
-from .session import Session
+from .session import kind_for
 
 PROG = "run-onnx-batch"
 _BAR = {
@@ -98,7 +98,7 @@ class Worker:
     """A session that answers batches."""
 
     def __init__(self, job: Job, threads: int):
-        self.job, self.engine = job, Session(job.bundle, job.provider, threads)
+        self.job, self.engine = job, kind_for(job.provider)(job.bundle, job.provider, threads)
         self.tokenizer = Tokenizer.load(job.bundle.path, job.bundle.config)
         self.known = self.tokenizer.known()
 

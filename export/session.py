@@ -38,10 +38,17 @@ def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool 
     """
     bundle = bundles.load_but_weights(path) if path else bundles.shipped()
     tokenizer = Tokenizer.load(bundle.path, bundle.config)
-    kind = HostSession if host_graphs else Session
-    if not host_graphs and choose_provider(provider) == CUDA:
-        from .device import DeviceSession as kind  # noqa: N813 - one of the three
+    kind = HostSession if host_graphs else kind_for(provider)
     return open_session(bundle, provider, threads, kind, provider_options), tokenizer
+
+
+def kind_for(provider: str):
+    """The class of session that suits a provider; PaliGemmaError as `choose_provider`."""
+    if choose_provider(provider) != CUDA:
+        return Session
+    from .device import DeviceSession
+
+    return DeviceSession
 
 
 def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):

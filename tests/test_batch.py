@@ -361,7 +361,7 @@ def test_nothing_is_left_where_nothing_was_answered(rows, tmp_path, capsys, monk
     def fail(*arguments):
         raise PaliGemmaError("the session does not open")
 
-    monkeypatch.setattr(batch, "Session", fail)
+    monkeypatch.setattr(batch, "kind_for", fail)
     assert "does not open" in refused(capsys, rows, tmp_path / "out.jsonl")
     assert not list(tmp_path.iterdir())
 
