@@ -26,7 +26,7 @@ def run(prog, main, argv=None) -> int:
     try:
         return main(argv) or 0
     except PaliGemmaError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
