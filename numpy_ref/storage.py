@@ -33,11 +33,11 @@ def within(folder, name: str) -> Path:
     """
     file = Path(folder) / name
     try:
-        home, target = file.parent.resolve(), file.resolve()
+        home, target = Path(folder).resolve(), file.resolve()
         file.is_file()  # which a name that is too long fails
     except (OSError, ValueError, RuntimeError):  # the last is a circle of links
         target = None
-    if target is None or Path(name).name != name or name == "..":
+    if target is None or Path(name).name != name or name in ("", ".."):
         raise PaliGemmaError(f"{folder}: {quote(name)} is not a file name of this folder")
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if target.parent not in homes:

@@ -25,6 +25,7 @@ from .worker import BAD
 HANG = 60  # seconds for one input, on a machine that has other work too
 MEMORY = 2 * 2**30  # bytes of a process that reads, libraries and all
 KEPT = Path(".fuzz")
+WORKER = (sys.executable, "-m", "tests.fuzz.worker")
 LIST = (
     "config", "preprocessor", "safetensors", "index", "npz", "vae", "tokenizer.model", "tokenizer.json", "bundle.json", "graph",
     "picture", "prompt", "prompt_file", "json_lines", "request",
@@ -43,16 +44,16 @@ class Result:
     input: str | None = None  # and the file that holds with what
 
 
-def watch(target: str, seconds: float, seed: int, hang=HANG, memory=MEMORY) -> Result:
+def watch(target: str, seconds: float, seed: int, hang=HANG, memory=MEMORY, program=WORKER) -> Result:
     """Fuzz one target in a process of its own, and stop it where it leaves its bounds."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         folder, begun = Path(place), time.monotonic()
-        command = [sys.executable, "-m", "tests.fuzz.worker", target, place, str(seconds), str(seed)]
+        command = [*program, target, place, str(seconds), str(seed)]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
             finding = _watch(process, folder, hang, memory)
             usage = os.wait4(process.pid, 0)
-        code = os.waitstatus_to_exitcode(usage[1])
+        code = process.returncode = os.waitstatus_to_exitcode(usage[1])  # Popen does not see that it was waited for
         if not finding and code:
             finding = _reason(folder, code)
         kept = _keep(folder, target, finding) if finding else None

@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import struct
+import warnings
 import zipfile
 import zlib
 
@@ -112,7 +113,8 @@ def archive(data: bytes, rng) -> bytes:
         contents = raw(contents, rng)
     members[place] = name, contents, compression
     made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as target:
+    with warnings.catch_warnings(), zipfile.ZipFile(made, "w") as target:
+        warnings.simplefilter("ignore")  # a name that is there twice
         for name, contents, compression in members:
             target.writestr(zipfile.ZipInfo(name), contents, compression)
     return made.getvalue()
