@@ -168,6 +168,21 @@ def test_external_data_lies_in_the_folder(copy, secret, name, location):
         session.load(copy, "cpu")
 
 
+@pytest.mark.parametrize("where", ["folder", "cache"])
+def test_external_data_does_not_follow_links_out(copy, secret, tmp_path, where):
+    """Of a file, that is, which bundle.json does not list, so that nothing else looks at it."""
+
+    def redirect(graph):
+        for entry in (entry for tensor in graph.initializer for entry in tensor.external_data):
+            entry.value = "extra.bin" if entry.key == "location" else entry.value
+
+    change_graph(copy, "prefill", redirect)
+    folder = copy if where == "folder" else as_in_a_cache(copy, tmp_path / "cache")
+    (folder / "extra.bin").symlink_to(secret)
+    with pytest.raises(PaliGemmaError, match=r"prefill\.onnx: ONNX Runtime cannot load"):
+        session.load(folder, "cpu")
+
+
 @pytest.mark.parametrize("offset", ["999999999999", "-1"])
 def test_external_data_ends_with_its_file(copy, offset):
     def move(graph):

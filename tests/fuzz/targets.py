@@ -1,6 +1,7 @@
 """The readers: each target makes what it needs in a folder and returns read(data), which ends well or in PaliGemmaError."""
 
 import contextlib
+import copy
 import io
 import shutil
 import socket
@@ -139,17 +140,24 @@ def tokenizer_json(folder):
     return read
 
 
+CODES = np.zeros((1, 16), np.int64)
+
+
 def answer(folder: Path, host_graphs: bool) -> None:
     """Two tokens and a mask from a bundle, as run-onnx has them."""
     engine, speaker = session.load(folder, "cpu", 1, host_graphs)
-    prompt = speaker.prompt("caption en")
-    picture = image.open_image(PICTURE)
-    prepare = getattr(engine, "preprocess", None)
-    pixels = prepare(picture) if prepare else image.preprocess(picture, engine.config.vision.image_size)
-    for _ in generate(engine, pixels, [prompt], speaker.known(), 2, Sampling(1.0)):
-        pass
+    speak(engine, speaker)
     if engine.masks:
-        engine.masks(np.zeros((1, 16), np.int64))
+        engine.masks(CODES)
+
+
+def speak(engine, speaker) -> None:
+    """Two tokens, from prefill and decode."""
+    drawn = image.open_image(PICTURE)
+    prepare = getattr(engine, "preprocess", None)
+    pixels = prepare(drawn) if prepare else image.preprocess(drawn, engine.config.vision.image_size)
+    for _ in generate(engine, pixels, [speaker.prompt("caption en")], speaker.known(), 2, Sampling(1.0)):
+        pass
 
 
 def description(folder):
@@ -164,18 +172,29 @@ def description(folder):
 
 
 def graph(folder):
-    """The .onnx files of a bundle whose checksums are right. The first byte says which."""
-    folder = corpus.bundle_folder(folder / "bundle")
-    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    """The .onnx files of a bundle whose checksums were right. The first byte says which."""
+    engine, speaker = session.load(corpus.bundle_folder(folder / "bundle"), "cpu", 1, host_graphs=True)
+    speak(engine, speaker)  # now all of its graphs are open
+    drawn, logits = image.open_image(PICTURE), np.zeros((1, engine.config.text.vocab), np.float32)
+    uses = {
+        "prefill": lambda fresh: speak(fresh, speaker),
+        "decode": lambda fresh: speak(fresh, speaker),
+        "masks": lambda fresh: fresh._paint(CODES),
+        "preprocess": lambda fresh: fresh.preprocess(drawn),
+        "sample": lambda fresh: fresh.sample(logits, None, uniform=np.zeros(1, np.float32)),
+    }
 
     def read(data):
         name = corpus.GRAPHS[data[0] % len(corpus.GRAPHS)] if data else "prefill"
-        corpus.sealed(folder, f"{name}.onnx", data[1:])
+        file = engine._file(name)
+        whole = file.read_bytes()
+        file.write_bytes(data[1:])
         try:
-            answer(folder, host_graphs=name in ("preprocess", "sample"))
+            fresh = copy.copy(engine)  # the one graph is opened anew, the others stay open
+            vars(fresh)[f"_{name}"] = fresh._open(name, 1)
+            uses[name](fresh)
         finally:
-            for file in (f"{name}.onnx", bundle.DESCRIPTION):
-                (folder / file).write_bytes(whole[file])
+            file.write_bytes(whole)
 
     return read
 
