@@ -23,6 +23,7 @@ from pathlib import Path
 from .worker import BAD
 
 HANG = 60  # seconds for one input, on a machine that has other work too
+START = 10  # times as long until the first input, for loading libraries
 MEMORY = 2 * 2**30  # bytes of a process that reads, libraries and all
 KEPT = Path(".fuzz")
 WORKER = (sys.executable, "-m", "tests.fuzz.worker")
@@ -72,7 +73,7 @@ def _watch(process, folder, hang, memory) -> str | None:
         problem = None
         if (taken := _resident(process.pid)) > memory:
             problem = f"memory: {taken / 2**20:.0f} MiB"
-        elif time.monotonic() - since > hang:
+        elif time.monotonic() - since > (hang if seen else START * hang):
             problem = f"hang: no end after {hang} s"
         if problem:
             process.kill()
