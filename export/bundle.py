@@ -15,7 +15,7 @@ from tqdm import tqdm
 from numpy_ref import __version__, segmentation, storage
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, quote
 from numpy_ref.image import RESIZES
 from numpy_ref.tokenizer import Tokenizer, known_ids
 from numpy_ref.tokenizer_json import convert
@@ -28,6 +28,7 @@ FORMAT = "paligemma-onnx"
 VERSION = 1
 DESCRIPTION = "bundle.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+GRAPHS = ("prefill", "decode", "preprocess", "sample")  # that every bundle has
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None) ->
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
     config, operators = checkpoint.config, operators or usual_operators(precision)
     max_length = _check_length(config, max_length)
-    copies = {name: checkpoint.folder / name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()}
+    files = {name: storage.within(checkpoint.folder, name) for name in TOKENIZER_FILES}
+    copies = {name: file for name, file in files.items() if file.is_file()}
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
     placed = weights.plan(config, precision)
     models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators)
@@ -158,33 +160,41 @@ def load_but_weights(path) -> Bundle:
     path = Path(path)
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
+    file = storage.within(path, DESCRIPTION)
     try:
-        description = storage.read_json(path / DESCRIPTION)
+        description = storage.read_json(file)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}; is this a bundle written by export-onnx?") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} does not describe a {FORMAT} bundle")
     if description.get("version") != VERSION:
-        raise PaliGemmaError(
-            f"{path}: bundle version {description.get('version')!r}, but this program reads {VERSION}; export it again"
-        )
+        found = quote(description.get("version"))
+        raise PaliGemmaError(f"{path}: bundle version {found}, but this program reads {VERSION}; export it again")
     try:
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in description["files"].items()}
         config = from_hf(description["config"])
         description["max_length"] = int(description["max_length"])
+        if not 0 < description["max_length"] <= config.max_length:
+            raise ValueError(f"max_length is {description['max_length']}")
         known_settings = description["image"]["resize"] in RESIZES and description["precision"] in weights.PRECISIONS
+        files = {
+            name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in description["files"].items()
+        }
+        description["files"] = files
         listed = description["graphs"]
-        graphs_listed = {listed[name]["file"] for name in {"prefill", "decode", *listed}}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        graphs_listed = {str(listed[name]["file"]) for name in {*GRAPHS, *listed}}
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} is damaged ({error!r}); export the bundle again") from None
     if not known_settings:
         raise PaliGemmaError(f"{path}: {DESCRIPTION} names a precision or preprocessing that this program lacks")
     if missing := {weights.FILE, *graphs_listed} - files.keys():
         raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
-    for name, (size, digest) in files.items():
-        _check_size(path / name, name, size)
+    for name, entry in files.items():
+        file = storage.within(path, name)
+        _check_size(file, entry["bytes"])
         if name != weights.FILE:
-            _check_digest(path / name, digest)
+            _check_digest(file, entry["sha256"])
     return Bundle(path, config, description)
 
 
@@ -261,8 +271,8 @@ def _amount(size) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _check_size(file, name, size) -> None:
-    if Path(name).name != name or not file.is_file():
+def _check_size(file, size) -> None:
+    if not file.is_file():
         raise PaliGemmaError(f"{file}: this file of the bundle is missing; copy or export the bundle again")
     if file.stat().st_size != size:
         raise PaliGemmaError(f"{file}: {file.stat().st_size} bytes where {DESCRIPTION} says {size}; copy it again")

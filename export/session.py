@@ -7,7 +7,7 @@ as past and as present, so the runtime updates it in place. The same code drives
 import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import cached_property, partial
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnxruntime
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import check_room
 from numpy_ref.image import to_rgb
+from numpy_ref.segmentation import CELLS, SIDE
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
@@ -101,7 +102,8 @@ class Session:
         binding.bind_ortvalue_output("logits", cache.logits)
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_output(f"present.{name}", buffer)
-        self._prefill.run_with_iobinding(binding)
+        with self._told("prefill"):
+            self._prefill.run_with_iobinding(binding)
         return self._logits(cache), cache
 
     def decode(self, input_ids, lengths, cache):
@@ -109,7 +111,8 @@ class Session:
         check_room(lengths.max() + 1, cache.capacity)
         cache.input_ids.update_inplace(np.ascontiguousarray(input_ids, np.int64))
         cache.lengths.update_inplace(np.ascontiguousarray(lengths, np.int32))
-        self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
+        with self._told("decode"):
+            self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
         return self._logits(cache), cache
 
     def _logits(self, cache):
@@ -127,7 +130,7 @@ class Session:
 
     def _paint(self, codes):
         """Mask codes [B, 16] -> [B, 64, 64], positive inside."""
-        return self._masks.run(None, {"codes": np.ascontiguousarray(codes, np.int64)})[0]
+        return self._run("masks", self._masks, {"codes": np.ascontiguousarray(codes, np.int64)})
 
     def _prepare(self):
         """What comes before the graphs are opened."""
@@ -135,12 +138,33 @@ class Session:
     def _open(self, name, threads):
         options = self._options_of(name)
         options.intra_op_num_threads = threads
-        file = self.bundle.path / self.bundle.description["graphs"][name]["file"]
         providers = [(CUDA, self._provider_options_of(name)), CPU] if self.provider == CUDA else [CPU]
+        with self._told(name):
+            opened = onnxruntime.InferenceSession(self._file(name), options, providers=providers)
+        found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
+        for value, shape in graph_io(name, self.config).items():
+            if not _fits(found.get(value), shape):
+                raise PaliGemmaError(
+                    f"{self._file(name)}: {value} is {found.get(value, 'missing')}, not {list(shape)} as "
+                    f"{bundles.DESCRIPTION} has it; export the bundle again"
+                )
+        return opened
+
+    def _run(self, name, opened, feeds):
+        """The one output of a graph."""
+        with self._told(name):
+            return opened.run(None, feeds)[0]
+
+    def _file(self, name):
+        return self.bundle.path / self.bundle.description["graphs"][name]["file"]
+
+    @contextmanager
+    def _told(self, name):
+        """Turn what ONNX Runtime raises, which has no common class, into a line that names the graph."""
         try:
-            return onnxruntime.InferenceSession(file, options, providers=providers)
-        except Exception as error:  # the runtime's exceptions have no common class
-            raise PaliGemmaError(f"{file}: ONNX Runtime cannot load it ({error})") from None
+            yield
+        except Exception as error:
+            raise PaliGemmaError(f"{self._file(name)}: ONNX Runtime cannot load or run it ({error})") from None
 
     def _options_of(self, name):
         options = onnxruntime.SessionOptions()
@@ -159,7 +183,7 @@ class HostSession(Session):
 
     def preprocess(self, image):
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
-        return self._preprocess.run(None, {"image": np.asarray(to_rgb(image))})[0]
+        return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})
 
     def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
         """Draw a token a row, as `numpy_ref.sampling.sample` does; which ids are `known` is in the graph."""
@@ -167,7 +191,7 @@ class HostSession(Session):
             "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
             "top_p": np.array(top_p, np.float32), "uniform": uniform,
         }  # fmt: skip
-        return self._sample.run(None, feeds)[0]
+        return self._run("sample", self._sample, feeds)
 
     @cached_property
     def _preprocess(self):
@@ -206,6 +230,35 @@ class Cache:
     def numpy(self) -> dict[str, np.ndarray]:
         """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]; not of bfloat16."""
         return {name: value.numpy().copy() for name, value in self.buffers.items()}
+
+
+def graph_io(name: str, config) -> dict[str, tuple]:
+    """The inputs and outputs of a graph of a bundle -> their shapes; None for a size that is the caller's.
+
+    A graph that has others is refused before anything is made in the sizes that bundle.json claims.
+    """
+    text, size = config.text, config.vision.image_size
+    layers, cache = range(text.depth), (None, text.kv_heads, None, text.head_dim)
+    present = {f"present.{i}.{kind}": cache for i in layers for kind in ("key", "value")}
+    past = {f"past_key_values.{i}.{kind}": cache for i in layers for kind in ("key", "value")}
+    pixel_values, logits = {"pixel_values": (None, 3, size, size)}, {"logits": (None, text.vocab)}
+    ids, lengths = {"input_ids": (None, None)}, {"lengths": (None,)}
+    return {
+        "prefill": {**pixel_values, **ids, **lengths, "capacity": (), **logits, **present},
+        "decode": {**ids, **lengths, **past, **logits, **present},
+        "preprocess": {"image": (None, None, 3), "pixel_values": (1, 3, size, size)},
+        "sample": {**logits, "temperature": (), "top_k": (), "top_p": (), "uniform": (None,), "token": (None,)},
+        "masks": {"codes": (None, CELLS * CELLS), "masks": (None, SIDE, SIDE)},
+    }[name]
+
+
+def _fits(found, shape) -> bool:
+    """Whether a graph's shape, in which names stand for free sizes, is the one that is wanted."""
+    return (
+        found is not None
+        and len(found) == len(shape)
+        and all(size is None or have == size for have, size in zip(found, shape, strict=True))
+    )
 
 
 def choose_provider(wanted: str) -> str:

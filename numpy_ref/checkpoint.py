@@ -30,7 +30,16 @@ from .layouts import (
     saved_name,
     split_fused,
 )
-from .storage import map_npz, map_safetensors, new_directory, new_file, read_json, write_npz, write_safetensors
+from .storage import (
+    map_npz,
+    map_safetensors,
+    new_directory,
+    new_file,
+    read_json,
+    within,
+    write_npz,
+    write_safetensors,
+)
 
 PROG = "python -m numpy_ref.checkpoint"
 #: The trained model that ships with the package.
@@ -102,8 +111,9 @@ def load_config(path) -> PaliGemmaConfig:
     """Read `config.json` of a directory."""
     if not Path(path).is_dir():
         raise PaliGemmaError(f"{path}: no such checkpoint directory")
+    file = within(path, "config.json")
     try:
-        return from_hf(read_json(Path(path) / "config.json"))
+        return from_hf(read_json(file))
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}") from None
 
@@ -150,13 +160,14 @@ def load_resize(path, size) -> str:
     """
     from .image import resize_from_hf
 
+    processor, preprocessor = (within(path, name) for name in ("processor_config.json", "preprocessor_config.json"))
     try:
-        for name, key in [("processor_config.json", "image_processor"), ("preprocessor_config.json", None)]:
-            settings = read_json(Path(path) / name) if (Path(path) / name).exists() else None
+        for file, key in [(processor, "image_processor"), (preprocessor, None)]:
+            settings = read_json(file) if file.exists() else None
             if key and isinstance(settings, dict):
                 settings = settings.get(key)
             if settings is not None:
-                return resize_from_hf(settings, size, name)
+                return resize_from_hf(settings, size, file.name)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}") from None
     return "bicubic"
@@ -326,7 +337,7 @@ def companions(checkpoint, tokenizer=None) -> dict[str, bytes]:
 
     from_npz = checkpoint.path.suffix == ".npz"
     names = _TOKENIZERS if from_npz else COMPANIONS  # a npz lies among files that may not be its own
-    found = [checkpoint.folder / name for name in names if (checkpoint.folder / name).is_file()]
+    found = [file for name in names if (file := within(checkpoint.folder, name)).is_file()]
     files = {file.name: file.read_bytes() for file in found}
     if from_npz:
         picture = resize_to_hf(checkpoint.resize, checkpoint.config.vision)

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from .sampling import Sampling
 from .tokenizer import Stream
 
 DEFAULT_NEW_TOKENS = 64
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def run(prog, main, argv=None) -> int:
@@ -26,7 +28,7 @@ def run(prog, main, argv=None) -> int:
     try:
         return main(argv) or 0
     except PaliGemmaError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -105,9 +107,9 @@ def answer(arguments, load, look=None) -> int:
     for token in generate(engine, pixel_values, [prompt], tokenizer.known(), new_tokens, sampling, capacity, timings):
         tokens.append(token)
         if not arguments.json and token[0] != config.eos:
-            print(stream.push(int(token[0])), end="", flush=True)
+            print(printable(stream.push(int(token[0]))), end="", flush=True)
     if not arguments.json:
-        print(stream.close())
+        print(printable(stream.close()))
 
     ids = answers(tokens, config.eos)[0]
     text = tokenizer.decode(ids)
@@ -128,6 +130,11 @@ def answer(arguments, load, look=None) -> int:
         outlined = [{**box, **_run_lengths(mask)} for box, mask in zip(found, masks, strict=True) if "codes" in box]
         print(json.dumps({"text": text, "tokens": ids, "boxes": found, "masks": outlined, "timings": times}))
     return 0
+
+
+def printable(text: str) -> str:
+    """A model's text without what a terminal would obey: line breaks and tabs stay, other controls do not."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def paint(decode, boxes, width, height) -> list:

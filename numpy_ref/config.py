@@ -5,10 +5,11 @@ Sources: big_vision `models/ppp/gemma.py` and `models/vit.py`; transformers `con
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .errors import PaliGemmaError
+from .errors import PaliGemmaError, quote
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,15 @@ def from_hf(hf: Mapping) -> PaliGemmaConfig:
     Raises PaliGemmaError for anything whose mathematics this project does not have.
     """
     _require(isinstance(hf, Mapping), "it is not a JSON object")
-    _require(hf.get("model_type") == "paligemma", f"model_type is {hf.get('model_type')!r}, not 'paligemma'")
+    _require(hf.get("model_type") == "paligemma", f"model_type is {quote(hf.get('model_type'))}, not 'paligemma'")
     vision = {**_VISION_DEFAULTS, **_section(hf, "vision_config", _VISION_ABSENT)}
     text = _section(hf, "text_config", _TEXT_ABSENT)
     kind = text.get("model_type", "gemma")
-    _require(kind in list(_TEXT_DEFAULTS), f"text_config.model_type is {kind!r}; gemma and gemma2 are known")
+    _require(kind in list(_TEXT_DEFAULTS), f"text_config.model_type is {quote(kind)}; gemma and gemma2 are known")
     text = {**_TEXT_DEFAULTS[kind], **text}
     # The sub-config's own flag counts only where the top level is silent.
     tied = hf.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-    _require(isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, not true or false")
+    _require(isinstance(tied, bool), f"tie_word_embeddings is {quote(tied)}, not true or false")
     config = PaliGemmaConfig(
         vision=_vision_from_hf(vision),
         text=_text_from_hf(text, kind, tied),
@@ -164,8 +165,10 @@ def from_hf(hf: Mapping) -> PaliGemmaConfig:
 
 def _vision_from_hf(vision: Mapping) -> SiglipConfig:
     activation = vision["hidden_act"]
-    _require(activation in _GELU_TANH, f"vision_config.hidden_act is {activation!r}; only gelu_pytorch_tanh is known")
-    _require(vision["num_channels"] == 3, f"vision_config.num_channels is {vision['num_channels']}, not 3")
+    _require(
+        activation in _GELU_TANH, f"vision_config.hidden_act is {quote(activation)}; only gelu_pytorch_tanh is known"
+    )
+    _require(vision["num_channels"] == 3, f"vision_config.num_channels is {quote(vision['num_channels'])}, not 3")
     return SiglipConfig(
         image_size=_integer(vision, "image_size"),
         patch_size=_integer(vision, "patch_size"),
@@ -183,13 +186,13 @@ def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
     activation = text.get(key) or "gelu_pytorch_tanh"
     _require(
         activation in _GELU_TANH or (activation == "gelu" and kind == "gemma"),
-        f"text_config.{key} is {activation!r}; only gelu_pytorch_tanh is known",
+        f"text_config.{key} is {quote(activation)}; only gelu_pytorch_tanh is known",
     )
     _require(not text.get("attention_bias"), "text_config.attention_bias is true; Gemma has no attention bias")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    _require(isinstance(rope, Mapping), f"text_config.rope_parameters is {rope!r}, not an object")
+    _require(isinstance(rope, Mapping), f"text_config.rope_parameters is {quote(rope)}, not an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _require(rope_type == "default", f"text_config rope type is {rope_type!r}; only 'default' is known")
+    _require(rope_type == "default", f"text_config rope type is {quote(rope_type)}; only 'default' is known")
     depth, head_dim = _integer(text, "num_hidden_layers", most=_MOST_LAYERS), _integer(text, "head_dim")
     config = GemmaConfig(
         vocab=_integer(text, "vocab_size"),
@@ -300,6 +303,10 @@ def check(config: PaliGemmaConfig, source="config.json") -> None:
         (vision.width % vision.heads == 0, f"{vision.heads} vision heads do not divide the width {vision.width}"),
         (text.heads % text.kv_heads == 0, f"{text.kv_heads} key/value heads do not divide {text.heads} heads"),
         (text.head_dim % 2 == 0, f"head_dim {text.head_dim} is odd; the rotary embedding needs pairs"),
+        (
+            vision.patches < config.max_length,
+            f"the {vision.patches} patches of a picture do not fit into {config.max_length} positions",
+        ),
         (max(config.bos, config.pad) < text.vocab, f"bos or pad lies past the {text.vocab} embeddings"),
     ]
     for holds, problem in table:
@@ -313,14 +320,14 @@ def _require(holds: bool, problem: str, source="config.json") -> None:
 
 def _section(hf: Mapping, key: str, absent: Mapping) -> Mapping:
     section = absent if hf.get(key) is None else hf[key]
-    _require(isinstance(section, Mapping), f"{key} is {section!r}, not an object")
+    _require(isinstance(section, Mapping), f"{key} is {quote(section)}, not an object")
     return section
 
 
 def _integer(section: Mapping, key: str, most: int = 2**31 - 1) -> int:
     value = section.get(key)
     is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
-    _require(is_count, f"{key} must be a whole number from 1 to {most}, not {value!r}")
+    _require(is_count, f"{key} must be a whole number from 1 to {most}, not {quote(value)}")
     return value
 
 
@@ -332,7 +339,7 @@ def _image_token(hf: Mapping) -> int:
 def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
     value = hf.get(key) if hf.get(key) is not None else text.get(key)
     if isinstance(value, list):
-        _require(len(value) == 1, f"{key} is {value!r}; one such token is known, not several")
+        _require(len(value) == 1, f"{key} is {quote(value)}; one such token is known, not several")
         value = value[0]
     value = default if value is None else value
     if key == "pad_token_id" and value == -1:  # "none": what fills the places that nobody reads does not matter
@@ -342,15 +349,15 @@ def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
 
 def _id(key: str, value: object) -> int:
     is_id = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-    _require(is_id, f"{key} must be a token id, not {value!r}")
+    _require(is_id, f"{key} must be a token id, not {quote(value)}")
     return value
 
 
 def _number(section: Mapping, key: str) -> float:
     value = section.get(key)
     _require(
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
-        f"{key} must be a positive number, not {value!r}",
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max,
+        f"{key} must be a positive number, not {quote(value)}",
     )
     return float(value)
 

@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 #: which inverts its encoder; the Hugging Face demo and many tools divide by 1024. The difference is 0.1 %.
 CONVENTIONS = {"big_vision": 1023, "huggingface": 1024}
 
+# Nothing is given back once it is matched (`*+`): an answer full of spaces would be tried in a million ways.
 _OBJECT = re.compile(
-    r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>\s*((?:<seg(?:0\d\d|1[01]\d|12[0-7])>){16})?\s*([^;<>]*?)\s*(?=;|<|$)"
+    r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>"
+    r"\s*+((?:<seg(?:0\d\d|1[01]\d|12[0-7])>){16})?+([^;<>]*+)(?=[;<]|\Z)"
 )
 
 

@@ -4,15 +4,24 @@ Decode to RGB, resize to a square (the aspect ratio is not kept), then (x / 255 
 named setting, since the projects differ: transformers takes the bicubic filter, big_vision the bilinear one.
 """
 
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from .errors import PaliGemmaError
+from .errors import PaliGemmaError, quote
+
+#: What is opened, by Pillow's names. It knows many more, some of which start other programs or are seldom looked after.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_ONE_AT_A_TIME = threading.Lock()  # what is done with warnings holds for all threads
 
 
 def open_image(path):
-    """A picture file as an upright RGB Pillow image; PaliGemmaError if it is absent, broken or not a picture."""
+    """A picture file as an upright RGB Pillow image; PaliGemmaError if it is absent, broken or not a picture.
+
+    A file that unfolds to more pixels than Pillow's limit (about 89 million) is refused before it is decoded.
+    """
     path = Path(path)
     if not path.is_file():
         raise PaliGemmaError(f"{path}: no such picture")
@@ -24,11 +33,18 @@ def decode_image(file, name):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(file) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        with _ONE_AT_A_TIME, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of oddities in its notes; what is drawn counts
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise PaliGemmaError(f"{name}: not a picture that Pillow can read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PaliGemmaError(f"{name}: not a picture of a known format ({', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise PaliGemmaError(
+            f"{name}: the picture has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller first"
+        ) from None
+    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged bytes
         raise PaliGemmaError(f"{name}: the picture is broken ({error})") from None
 
 
@@ -37,7 +53,8 @@ def to_rgb(image):
     from PIL import Image
 
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
+        deep = np.clip(np.asarray(image, np.int32), 0, 65535)
+        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))  # rounded: 257 is odd, so no value is halfway
     return image.convert("RGB")
 
 
@@ -87,17 +104,17 @@ def resize_from_hf(hf, size: int | None = None, source="preprocessor_config.json
     hf = {key: value for key, value in hf.items() if value is not None}  # null means the default
     for key, allowed in _KNOWN_SETTINGS.items():
         if key in hf and hf[key] not in allowed:
-            raise PaliGemmaError(f"{source}: {key} is {hf[key]!r}; only {allowed[0]!r} is known")
+            raise PaliGemmaError(f"{source}: {key} is {quote(hf[key])}; only {allowed[0]!r} is known")
     factor = hf.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
-        raise PaliGemmaError(f"{source}: rescale_factor is {factor!r}; only 1/255 is known")
+        raise PaliGemmaError(f"{source}: rescale_factor is {quote(factor)}; only 1/255 is known")
     if size and hf.get("size", size) not in (size, {"height": size, "width": size}):
-        raise PaliGemmaError(f"{source}: size is {hf['size']!r}, but the model takes {size} by {size}")
+        raise PaliGemmaError(f"{source}: size is {quote(hf['size'])}, but the model takes {size} by {size}")
     resample = hf.get("resample", _PILLOW_FILTERS["bicubic"])
     for name, number in _PILLOW_FILTERS.items():
         if resample == number:
             return name
-    raise PaliGemmaError(f"{source}: resample is {resample!r}; 3 (bicubic) and 2 (bilinear) are known")
+    raise PaliGemmaError(f"{source}: resample is {quote(resample)}; 3 (bicubic) and 2 (bilinear) are known")
 
 
 def resize_to_hf(resize: str, vision) -> dict:

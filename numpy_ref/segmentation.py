@@ -13,7 +13,7 @@ import numpy as np
 from .checkpoint import unflatten
 from .errors import PaliGemmaError
 from .layers import conv, conv_transpose, relu
-from .storage import map_npz
+from .storage import map_npz, within
 
 #: The file beside a checkpoint's weights; big_vision's own is called by the second name.
 FILES = ("vae.npz", "vae-oid.npz")
@@ -146,7 +146,7 @@ def load(file) -> dict:
 
 def find(folder) -> Path | None:
     """The file of mask weights beside a checkpoint, None where there is none."""
-    return next((file for name in FILES if (file := Path(folder) / name).is_file()), None)
+    return next((file for name in FILES if (file := within(folder, name)).is_file()), None)
 
 
 def decoder_of(checkpoint):

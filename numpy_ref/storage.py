@@ -16,16 +16,40 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import PaliGemmaError
+from .errors import PaliGemmaError, quote
 
 BLOCK = 32 * 2**20  # bytes converted at once
+JSON_MOST = 16 * 2**20  # bytes of a JSON file; the largest that there is, an index of shards, has a tenth
+INFLATION_MOST = 100  # how often its own size a compressed npz may unfold to; weights hardly shrink at all
 STRIP = 128  # columns of a transposed matrix turned at once
 SHARD = 5 * 10**9  # bytes of a safetensors file before the next one is begun
 
 
-def read_json(file: Path):
-    """Parse a JSON file; PaliGemmaError if it is absent or not JSON."""
+def within(folder, name: str) -> Path:
+    """The path of a file of a folder that may come from a stranger; whether it exists is another question.
+
+    A link may not lead out of the folder, except as in a Hugging Face cache: from snapshots/<revision> to blobs.
+    Raises PaliGemmaError for a link that does, and for a name that is more than a name.
+    """
+    file = Path(folder) / name
     try:
+        home, target = Path(folder).resolve(), file.resolve()
+        file.is_file()  # which a name that is too long fails
+    except (OSError, ValueError, RuntimeError):  # the last is a circle of links
+        target = None
+    if target is None or Path(name).name != name or name in ("", ".."):
+        raise PaliGemmaError(f"{folder}: {quote(name)} is not a file name of this folder")
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if target.parent not in homes:
+        raise PaliGemmaError(f"{file}: this link leads out of its folder; put a copy of the file in its place")
+    return file
+
+
+def read_json(file: Path):
+    """Parse a JSON file; PaliGemmaError if it is absent, larger than JSON_MOST, or not JSON."""
+    try:
+        if (size := Path(file).stat().st_size) > JSON_MOST:
+            raise PaliGemmaError(f"{Path(file).name} has {size} bytes, more than the {JSON_MOST} that are read")
         return json.loads(Path(file).read_bytes())
     except FileNotFoundError:
         raise PaliGemmaError(f"{Path(file).name} is missing") from None
@@ -53,7 +77,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     Where both are, the single file counts, as in transformers.
     """
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single, index = within(path, "model.safetensors"), within(path, "model.safetensors.index.json")
     if single.exists():
         return map_safetensors_file(single)
     if not index.exists():
@@ -66,9 +90,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise PaliGemmaError(f"{index}: no weight_map of tensor name to file")
     tensors: dict = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise PaliGemmaError(f"{index}: shard {file!r} is not a file name of this folder")
-        shard = map_safetensors_file(path / file)
+        shard = map_safetensors_file(within(path, file))
         listed = {name for name, target in weight_map.items() if target == file}
         if listed != shard.keys():
             names = ", ".join(sorted(listed ^ shard.keys()))
@@ -212,7 +234,7 @@ def map_npz(file: Path) -> dict[str, np.ndarray]:
     tensors = {}
     try:
         with zipfile.ZipFile(file) as archive:
-            _check_inflated_size(file, archive)
+            _check_compression(file, archive)
             whole = np.memmap(file, np.uint8, "r")
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
@@ -227,9 +249,17 @@ def map_npz(file: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _check_inflated_size(file, archive) -> None:
-    members = archive.infolist()
-    needed = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+def _check_compression(file, archive) -> None:
+    """Before anything is inflated: NumPy's own way of compressing, not to absurd sizes, and room on the disk."""
+    packed = [member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+    if odd := [member.filename for member in packed if member.compress_type != zipfile.ZIP_DEFLATED]:
+        raise PaliGemmaError(f"{file}: {odd[0]} is compressed as NumPy never does (numpy.savez_compressed)")
+    needed = sum(member.file_size for member in packed)
+    if needed > INFLATION_MOST * file.stat().st_size:
+        raise PaliGemmaError(
+            f"{file}: its compressed arrays unfold to {needed / 1e9:.1f} GB, {INFLATION_MOST} times the file or more, "
+            "which weights never do; store it uncompressed (numpy.savez) if it is sound"
+        )
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if needed > free:
         raise PaliGemmaError(
@@ -241,10 +271,9 @@ def _check_inflated_size(file, archive) -> None:
 def _npz_member(whole, archive, member):
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in read_header:
+        if version != (1, 0):  # later ones are for headers of more than 64 KiB, which no plain array has
             raise ValueError(f"{member.filename} has npy version {version}")
-        shape, fortran, dtype = read_header[version](stream)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         if dtype.hasobject:
             raise ValueError(f"{member.filename} holds objects, not numbers")
         begin, size = stream.tell(), math.prod(shape) * dtype.itemsize

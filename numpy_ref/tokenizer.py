@@ -6,12 +6,13 @@ Control tokens never come out of text: `<image>`, `<bos>` and the like in a prom
 """
 
 import re
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 
 from .config import PADDING, PaliGemmaConfig
 from .errors import PaliGemmaError
+from .storage import within
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
@@ -33,9 +34,10 @@ class SentencePiece:
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(contents)
-        except RuntimeError as error:
-            raise PaliGemmaError(f"{source}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
-        self.size = self.processor.get_piece_size()
+            self.size = self.processor.get_piece_size()
+            self.processor.id_to_piece(list(range(self.size)))  # fails here, and not later, if one is not UTF-8
+        except (RuntimeError, ValueError) as error:
+            raise PaliGemmaError(f"{source}: not a SentencePiece model ({error})") from None
         self.encode, self.decode = self.processor.encode, self.processor.decode
 
     def find(self, piece: str) -> int | None:
@@ -58,10 +60,9 @@ class Json:
     def __init__(self, contents: bytes, source=FILE):
         import tokenizers
 
-        try:
+        self.source = source
+        with _told(source):
             self.library = tokenizers.Tokenizer.from_buffer(contents)
-        except Exception as error:  # the library raises bare Exception
-            raise PaliGemmaError(f"{source}: not a tokenizer ({str(error).splitlines()[0]})") from None
         # "<bos>" in a text is spelled, not obeyed. So is "<start_of_turn>", which tokenizer.model takes for text.
         self.library.encode_special_tokens = True
         vocab = self.library.get_vocab(with_added_tokens=True)
@@ -73,7 +74,8 @@ class Json:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos."""
-        return self.library.encode(text, add_special_tokens=False).ids
+        with _told(self.source):
+            return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
         """Text of ids, each byte that is not UTF-8 a replacement character, as SentencePiece has it.
@@ -86,6 +88,17 @@ class Json:
     def is_text(self, token: int) -> bool:
         """Whether an id stands for text, and not for control."""
         return token in self.text
+
+
+@contextmanager
+def _told(source):
+    """Turn what the `tokenizers` library raises into a line: bare Exception, and panics that are not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise PaliGemmaError(f"{source}: not a tokenizer ({error})") from None
 
 
 def _bytes_of(piece: str) -> bytes:
@@ -117,7 +130,7 @@ class Tokenizer:
     def load(cls, path, config: PaliGemmaConfig) -> "Tokenizer":
         """Read `tokenizer.model`, or `tokenizer.json` where there is none, of a checkpoint or bundle directory."""
         for backend in (SentencePiece, Json):
-            file = Path(path) / backend.FILE
+            file = within(path, backend.FILE)
             if file.is_file():
                 return cls(backend(file.read_bytes(), file), config)
         raise PaliGemmaError(f"{path}: neither tokenizer.model nor tokenizer.json; text needs one of them")

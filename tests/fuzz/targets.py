@@ -1,0 +1,309 @@
+"""The readers: each target makes what it needs in a folder and returns read(data), which ends well or in PaliGemmaError."""
+
+import contextlib
+import copy
+import io
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from sentencepiece import sentencepiece_model_pb2
+
+from export import bundle, serve, session
+from numpy_ref import checkpoint, cli, detection, image, segmentation, tokenizer
+from numpy_ref.checkpoint import SHIPPED, flatten
+from numpy_ref.generate import generate
+from numpy_ref.sampling import Sampling
+
+from . import corpus, mutate
+
+PICTURE = SHIPPED / "example.png"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to fuzz: `prepare(folder) -> read(data)`, inputs to start from, and how one of them is changed."""
+
+    prepare: object
+    seeds: object
+    mutate: object
+
+
+def use(arrays) -> None:
+    """Touch every byte, as a model would: a view that reaches past its file would crash here."""
+    for array in arrays:
+        array.tobytes()
+
+
+def config(folder):
+    """config.json."""
+
+    def read(data):
+        (folder / "config.json").write_bytes(data)
+        checkpoint.parameters(checkpoint.load_config(folder))
+
+    return read
+
+
+def preprocessor(folder):
+    """preprocessor_config.json and processor_config.json."""
+
+    def read(data):
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            (folder / name).write_bytes(data)
+            checkpoint.load_resize(folder, 4)
+            (folder / name).unlink()
+
+    return read
+
+
+def safetensors(folder):
+    """model.safetensors of a directory."""
+    folder = corpus.checkpoint_folder(folder / "checkpoint")
+
+    def read(data):
+        (folder / "model.safetensors").write_bytes(data)
+        use(flatten(checkpoint.load(folder).params).values())
+
+    return read
+
+
+def index(folder):
+    """model.safetensors.index.json of a directory in shards."""
+    folder = corpus.checkpoint_folder(folder / "checkpoint", shards=2)
+
+    def read(data):
+        (folder / "model.safetensors.index.json").write_bytes(data)
+        use(flatten(checkpoint.load(folder).params).values())
+
+    return read
+
+
+def npz(folder):
+    """A big_vision checkpoint."""
+
+    def read(data):
+        (folder / "model.npz").write_bytes(data)
+        use(flatten(checkpoint.load(folder / "model.npz").params).values())
+
+    return read
+
+
+def vae(folder):
+    """The mask codec."""
+
+    def read(data):
+        (folder / "vae.npz").write_bytes(data)
+        segmentation.load(segmentation.find(folder))
+
+    return read
+
+
+TEXTS = ("caption en", "<image><bos> naïve\n<loc0001>")
+
+
+def _speak(folder):
+    """Load a folder's tokenizer and use it both ways."""
+    config = corpus.tokenizer_config()
+    speaker = tokenizer.Tokenizer.load(folder, config)
+    for text in TEXTS:
+        ids = speaker.encode(text)
+        assert all(0 <= token < config.text.vocab for token in ids), ids
+        assert config.image_token not in ids
+        speaker.decode(ids)
+    speaker.decode(range(-1, config.text.vocab + 1))
+    speaker.known()
+
+
+def tokenizer_model(folder):
+    """tokenizer.model, and its translation to tokenizer.json."""
+    from numpy_ref.tokenizer_json import convert
+
+    def read(data):
+        (folder / "tokenizer.model").write_bytes(data)
+        _speak(folder)
+        convert(data, corpus.tokenizer_config())
+
+    return read
+
+
+def tokenizer_json(folder):
+    """tokenizer.json."""
+
+    def read(data):
+        (folder / "tokenizer.json").write_bytes(data)
+        _speak(folder)
+
+    return read
+
+
+CODES = np.zeros((1, 16), np.int64)
+
+
+def answer(folder: Path, host_graphs: bool) -> None:
+    """Two tokens and a mask from a bundle, as run-onnx has them."""
+    engine, speaker = session.load(folder, "cpu", 1, host_graphs)
+    speak(engine, speaker)
+    if engine.masks:
+        engine.masks(CODES)
+
+
+def speak(engine, speaker) -> None:
+    """Two tokens, from prefill and decode."""
+    drawn = image.open_image(PICTURE)
+    prepare = getattr(engine, "preprocess", None)
+    pixels = prepare(drawn) if prepare else image.preprocess(drawn, engine.config.vision.image_size)
+    for _ in generate(engine, pixels, [speaker.prompt("caption en")], speaker.known(), 2, Sampling(1.0)):
+        pass
+
+
+def description(folder):
+    """bundle.json."""
+    folder = corpus.bundle_folder(folder / "bundle")
+
+    def read(data):
+        (folder / bundle.DESCRIPTION).write_bytes(data)
+        answer(folder, host_graphs=True)
+
+    return read
+
+
+def graph(folder):
+    """The .onnx files of a bundle whose checksums were right. The first byte says which."""
+    engine, speaker = session.load(corpus.bundle_folder(folder / "bundle"), "cpu", 1, host_graphs=True)
+    speak(engine, speaker)  # now all of its graphs are open
+    drawn, logits = image.open_image(PICTURE), np.zeros((1, engine.config.text.vocab), np.float32)
+    uses = {
+        "prefill": lambda fresh: speak(fresh, speaker),
+        "decode": lambda fresh: speak(fresh, speaker),
+        "masks": lambda fresh: fresh._paint(CODES),
+        "preprocess": lambda fresh: fresh.preprocess(drawn),
+        "sample": lambda fresh: fresh.sample(logits, None, uniform=np.zeros(1, np.float32)),
+    }
+
+    def read(data):
+        name = corpus.GRAPHS[data[0] % len(corpus.GRAPHS)] if data else "prefill"
+        file = engine._file(name)
+        whole = file.read_bytes()
+        file.write_bytes(data[1:])
+        try:
+            fresh = copy.copy(engine)  # the one graph is opened anew, the others stay open
+            vars(fresh)[f"_{name}"] = fresh._open(name, 1)
+            uses[name](fresh)
+        finally:
+            file.write_bytes(whole)
+
+    return read
+
+
+def graph_change(data, rng):
+    return data[:1] + mutate.message(onnx.ModelProto)(data[1:], rng)
+
+
+def picture(folder):
+    """Picture files."""
+
+    def read(data):
+        (folder / "picture").write_bytes(data)
+        picture = image.open_image(folder / "picture")
+        assert picture.mode == "RGB"
+        image.preprocess(picture, 8)
+        image.preprocess(picture, 8, resize="bilinear")
+
+    return read
+
+
+def prompt(folder):
+    """Text of a user and of a model: tokenised, read for boxes, drawn."""
+    config = checkpoint.load_config(SHIPPED)
+    backends = [tokenizer.SentencePiece, tokenizer.Json]
+    speakers = [tokenizer.Tokenizer(each((SHIPPED / each.FILE).read_bytes()), config) for each in backends]
+    control = {config.image_token, config.bos, config.eos, config.pad}
+    canvas = image.open_image(PICTURE).resize((64, 64))
+
+    def read(data):
+        text = data.decode("utf-8", "surrogateescape")  # as Python has the command line
+        for speaker in speakers:
+            ids = speaker.encode(text)
+            assert not control & set(ids), ids
+            speaker.decode(ids)
+        boxes = detection.parse(text, 64, 64)
+        detection.draw(canvas, boxes[:3], text[:200])
+
+    return read
+
+
+def prompt_file(folder):
+    """@FILE as a prompt."""
+
+    def read(data):
+        (folder / "prompt").write_bytes(data)
+        cli._read_prompt(f"@{folder / 'prompt'}")
+
+    return read
+
+
+def json_lines(folder):
+    """Examples to train on."""
+    from torch_impl.data import JsonLines
+
+    speaker = tokenizer.Tokenizer(tokenizer.SentencePiece(corpus.tokenizer_model()), corpus.tokenizer_config())
+    shutil.copy(PICTURE, folder / "picture.png")
+
+    def read(data):
+        (folder / "lines.jsonl").write_bytes(data)
+        lines = JsonLines(folder / "lines.jsonl", speaker, "bicubic", 0)
+        for i in range(min(3, len(lines.rows))):
+            lines[i]
+
+    return read
+
+
+@dataclass
+class _Server:
+    server_port: int = 8000
+
+
+def request(folder):
+    """Bytes from a browser, or from what claims to be one."""
+    (folder / "secret").write_text("secret of the folder above")
+    (folder / "served").mkdir()
+    (folder / "served" / "bundle.json").write_text("{}")
+    files = {"/web/": folder / "served" / "bundle.json", "/bundle/bundle.json": folder / "served" / "bundle.json"}
+
+    def read(data):
+        browser, ours = socket.socketpair()
+        with browser, ours, contextlib.suppress(ConnectionError), contextlib.redirect_stderr(io.StringIO()):
+            browser.settimeout(10)
+            browser.sendall(data[:60_000])
+            browser.shutdown(socket.SHUT_WR)
+            serve._Handler(files, ours, ("127.0.0.1", 1), _Server())
+            ours.shutdown(socket.SHUT_WR)
+            with browser.makefile("rb") as stream:
+                answered = stream.read()
+        assert b"secret" not in answered
+        assert b"Traceback" not in answered
+
+    return read
+
+
+TARGETS = {
+    "config": Target(config, corpus.config, mutate.json_text),
+    "preprocessor": Target(preprocessor, corpus.preprocessor, mutate.json_text),
+    "safetensors": Target(safetensors, corpus.safetensors, mutate.safetensors),
+    "index": Target(index, corpus.index, mutate.json_text),
+    "npz": Target(npz, corpus.npz, mutate.archive),
+    "vae": Target(vae, corpus.vae, mutate.archive),
+    "tokenizer.model": Target(tokenizer_model, corpus.tokenizer, mutate.message(sentencepiece_model_pb2.ModelProto)),
+    "tokenizer.json": Target(tokenizer_json, corpus.tokenizer_json, mutate.json_text),
+    "bundle.json": Target(description, corpus.description, mutate.json_text),
+    "graph": Target(graph, corpus.graph, graph_change),
+    "picture": Target(picture, corpus.picture, mutate.picture),
+    "prompt": Target(prompt, corpus.prompt, mutate.raw),
+    "prompt_file": Target(prompt_file, corpus.prompt_file, mutate.raw),
+    "json_lines": Target(json_lines, corpus.json_lines, mutate.json_lines),
+    "request": Target(request, corpus.request, mutate.raw),
+}
