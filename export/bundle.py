@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ def _progress(label, total):
 
 
 def _check_space(output, needed) -> None:
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    existing = next((parent for parent in output.parents if os.path.exists(parent)), Path("/"))
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the bundle needs {_amount(needed)}")
