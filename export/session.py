@@ -6,8 +6,9 @@ as past and as present, so the runtime updates it in place. The same code drives
 
 import ctypes
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
+from threading import Lock
 
 import numpy as np
 import onnxruntime
@@ -30,6 +31,19 @@ MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
 
+_stdout_lock = Lock()
+
+
+@contextmanager
+def _stdout_kept():
+    """The runtime prints what it misses, and our output may have to be JSON alone. One thread at a time.
+
+    Two that redirect the one stdout and put it back in turns would leave it redirected.
+    """
+    with _stdout_lock, redirect_stdout(sys.stderr):
+        yield
+
+
 def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False):
     """A bundle, or the shipped model's, as engine and tokenizer; `host_graphs` makes it a HostSession."""
     bundle = bundles.load(path) if path else bundles.shipped()
@@ -38,7 +52,10 @@ def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool 
 
 
 class Session:
-    """A bundle's graphs as an engine of `numpy_ref.generate`."""
+    """A bundle's graphs as an engine of `numpy_ref.generate`.
+
+    Threads may share one: each generation has a cache, and buffers, of its own.
+    """
 
     name = "onnx"
 
@@ -84,7 +101,7 @@ class Session:
         self._decode.run_with_iobinding(cache.binding)
         return cache.logits.numpy().copy(), cache  # on the CPU .numpy() is a view of the buffer
 
-    @cached_property
+    @cached_property  # here as below, two threads that come first together both open it, and either's does
     def _masks(self):
         return self._open("masks", 1)  # when a mask is first asked for
 
@@ -101,7 +118,7 @@ class Session:
         file = self.bundle.path / self.bundle.description["graphs"][name]["file"]
         providers = [CUDA, CPU] if self.provider == CUDA else [CPU]
         try:
-            with redirect_stdout(sys.stderr):
+            with _stdout_kept():
                 return onnxruntime.InferenceSession(file, options, providers=providers)
         except Exception as error:  # the runtime's exceptions have no common class
             raise PaliGemmaError(f"{file}: ONNX Runtime cannot load it ({error})") from None
@@ -174,7 +191,7 @@ def choose_provider(wanted: str) -> str:
     elif not _cuda_devices():
         missing = "no NVIDIA device answers"
     else:
-        with redirect_stdout(sys.stderr):  # it prints what it misses, and our output may have to be JSON alone
+        with _stdout_kept():
             onnxruntime.preload_dlls()
         return CUDA
     if wanted == "cuda":

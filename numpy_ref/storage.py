@@ -272,6 +272,8 @@ def map_npz(file: Path) -> dict[str, np.ndarray]:
 def _check_inflated_size(file, archive) -> None:
     members = archive.infolist()
     needed = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+    if not needed:
+        return  # there need not even be a folder for temporary files
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if needed > free:
         raise PaliGemmaError(

@@ -55,13 +55,16 @@ class Job:
     compared: tuple[str, ...] = ()
     resumes: bool = False
 
+    def command(self, folder: Path) -> list[str]:
+        """Python's arguments for an output in `folder`."""
+        return [*map(str, self.arguments), str(folder / self.output)]
+
     def start(self, folder: Path) -> subprocess.Popen:
         """The command in a process of its own, with its output in `folder`."""
-        command = [sys.executable, *map(str, self.arguments), str(folder / self.output)]
+        command = [sys.executable, *self.command(folder)]
         # Errors go to a file: a pipe would be kept open by the loaders of a trainer that was killed.
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other make a busy machine slow
         with errors_of(folder).open("wb") as errors:
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT, env=alone)
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT, env=environment())
 
     def state(self, folder: Path) -> Path:
         """Where training keeps what it has done."""
@@ -125,6 +128,11 @@ def own_data(folder: Path) -> Path:
         lines.append(json.dumps({"image": f"{i}.png", "prefix": "answer en what color?", "suffix": color}))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "train.jsonl"
+
+
+def environment() -> dict[str, str]:
+    """One thread a process: threads that wait for each other make a busy machine slow."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 # --- looking -----------------------------------------------------------------------------------------------
