@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -110,8 +109,8 @@ def write(checkpoint, output, precision="float32", max_length=None, verify=None,
     """
     output = storage.absent(output, "folder")
     contents = prepare(checkpoint, precision, max_length, operators)
-    _check_space(output, sum(contents.sizes.values()))
     with storage.new_directory(output) as folder:
+        _check_space(output, folder, sum(contents.sizes.values()))  # what a killed export left is gone by now
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(contents.placed)) as bar:
             digests = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
@@ -223,9 +222,8 @@ def _progress(label, total):
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None, delay=1)
 
 
-def _check_space(output, needed) -> None:
-    existing = next((parent for parent in output.parents if os.path.exists(parent)), Path("/"))
-    free = shutil.disk_usage(existing).free
+def _check_space(output, folder, needed) -> None:
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the bundle needs {_amount(needed)}")
 

@@ -80,6 +80,20 @@ def test_left_overs_of_the_dead_are_removed(tmp_path, make):
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "out"}
 
 
+def test_left_overs_do_not_take_the_room_of_the_next(jobs, tmp_path, monkeypatch):
+    """They are gone before an export asks how much of the disk is free."""
+    (tmp_path / ".out.abcdefgh.part").mkdir()
+    usage, seen = shutil.disk_usage, []
+
+    def look(path):
+        seen.append((tmp_path / ".out.abcdefgh.part").exists())
+        return usage(path)
+
+    monkeypatch.setattr(bundle.shutil, "disk_usage", look)
+    bundle.write(checkpoint.load(jobs["export"].arguments[2]), tmp_path / "out")
+    assert seen == [False]
+
+
 @pytest.mark.parametrize("make", [storage.new_directory, storage.new_file])
 def test_the_living_are_left_alone(tmp_path, make):
     """Who comes first with a whole output has the place; the other is told."""
