@@ -120,8 +120,9 @@ def write(
     """
     output = storage.absent(output, "folder")
     contents = prepare(checkpoint, precision, max_length, operators)
-    _check_space(output, sum(contents.sizes.values()) * (4 if prepacked else 1))
     with storage.new_directory(output) as folder:
+        needed = sum(contents.sizes.values()) * (4 if prepacked else 1)
+        _check_space(output, folder, needed)  # what a killed export left is gone by now
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(contents.placed)) as bar:
             digests = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
@@ -260,9 +261,8 @@ def _progress(label, total):
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None, delay=1)
 
 
-def _check_space(output, needed) -> None:
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+def _check_space(output, folder, needed) -> None:
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the bundle needs {_amount(needed)}")
 

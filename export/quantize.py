@@ -175,7 +175,8 @@ def encode_blocks(weight, bits: int, by_columns: bool) -> Iterator[Iterator[np.n
 def quantize_channels(kernel):
     """float32 [in, out] -> int8 [in, out] and float32 scales [out]."""
     scales = np.maximum(np.abs(kernel).max(0), np.finfo(np.float32).tiny) / np.float32(127)
-    return np.rint(kernel / scales).astype(np.int8), scales
+    with np.errstate(invalid="ignore"):  # whoever writes the scales looks at whether they are finite
+        return np.rint(kernel / scales).astype(np.int8), scales
 
 
 def quantize_blocks(rows, bits: int):
@@ -188,7 +189,8 @@ def quantize_blocks(rows, bits: int):
     places = np.abs(blocks).argmax(-1)[..., None]
     scales = np.take_along_axis(blocks, places, -1) / np.float32(-zero)
     safe = np.where(scales == 0, np.float32(1), scales)
-    q = np.clip(np.rint(blocks / safe) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    with np.errstate(invalid="ignore"):  # as above
+        q = np.clip(np.rint(blocks / safe) + zero, 0, 2 * zero - 1).astype(np.uint8)
     if bits == 4:
         q = q[..., 0::2] | q[..., 1::2] << 4
     return q, scales[..., 0]

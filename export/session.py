@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property, partial
+from threading import Lock
 
 import numpy as np
 import onnxruntime
@@ -30,6 +31,19 @@ _INSTALL = "it needs a driver for CUDA 13 and pip install 'onnxruntime-gpu[cuda,
 # too (prepack.py). Quantized weights are always repacked: their quick kernels read no other order.
 MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
+
+
+_stdout_lock = Lock()
+
+
+@contextmanager
+def _stdout_kept():
+    """The runtime prints what it misses, and our output may have to be JSON alone. One thread at a time.
+
+    Two that redirect the one stdout and put it back in turns would leave it redirected.
+    """
+    with _stdout_lock, redirect_stdout(sys.stderr):
+        yield
 
 
 def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False, provider_options=None):
@@ -63,7 +77,10 @@ def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=
 
 
 class Session:
-    """A bundle's graphs as an engine of `numpy_ref.generate`."""
+    """A bundle's graphs as an engine of `numpy_ref.generate`.
+
+    Threads may share one: each generation has a cache, and buffers, of its own.
+    """
 
     name = "onnx"
 
@@ -76,8 +93,7 @@ class Session:
             raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
-        # Repacking weights takes one core each. What CUDA misses is printed, and our output may have to be JSON alone.
-        with redirect_stdout(sys.stderr), ThreadPoolExecutor(2) as pool:
+        with _stdout_kept(), ThreadPoolExecutor(2) as pool:  # repacking weights takes one core each
             self._prepare()
             self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
         if self.provider not in self._prefill.get_providers():  # the device is there, but not CUDA's libraries
@@ -124,7 +140,7 @@ class Session:
     def _run_options(self, cache):
         return None
 
-    @cached_property
+    @cached_property  # here as below, two threads that come first together both open it, and either's does
     def _masks(self):
         return self._open("masks", 1)  # when a mask is first asked for
 
@@ -274,7 +290,7 @@ def choose_provider(wanted: str) -> str:
     elif not _cuda_devices():
         missing = "no NVIDIA device answers"
     else:
-        with redirect_stdout(sys.stderr):  # it prints what it misses
+        with _stdout_kept():
             onnxruntime.preload_dlls()
         return CUDA
     if wanted == "cuda":

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from onnx_ir import DataType
 
 from numpy_ref.checkpoint import parameters
-from numpy_ref.storage import BLOCK, blocks
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.storage import BLOCK, all_finite, blocks, check_finite, first_not_finite
 
 from . import quantize
 from .quantize import Part
@@ -162,8 +163,24 @@ def _contents(placed, arrays) -> Iterator[memoryview]:
         if stored.offset > end:
             yield memoryview(bytes(stored.offset - end))
         for piece in pieces:
-            yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+            written = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            # Looked at as it passes, without reading the model again; what is wrong with a quantized weight shows in
+            # its scales.
+            if stored.dtype.is_floating_point() and not all_finite(written.view(stored.dtype.numpy())):
+                _refuse(stored, arrays[stored.path])
+            yield written.data
         end = stored.offset + stored.length
+
+
+def _refuse(stored, array):
+    """Raise PaliGemmaError that names what is not finite in a weight, or grew infinite in the bundle's dtype."""
+    check_finite(stored.path, array)
+    dtype = stored.dtype.numpy()
+    place = first_not_finite(array, dtype)
+    raise PaliGemmaError(
+        f"tensor {stored.path} holds {array[place]} at {list(place)}, beyond the range of {dtype}; "
+        "choose another --precision"
+    )
 
 
 def _encoded(placed, arrays):

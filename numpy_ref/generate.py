@@ -8,7 +8,8 @@ twin, or the two ONNX sessions):
 
 and says what else a caller must know: `config`, `resize` (its preprocessing) and `masks` (mask codes [B, 16] ->
 [B, 64, 64], or None where no mask codec came with the weights). It may bring a `preprocess` and a `sample` of its own,
-which then take the place of `image.preprocess` and `sampling.sample`.
+which then take the place of `image.preprocess` and `sampling.sample`, and a `first_not_finite` (as `NumpyEngine` has),
+which is asked where logits that are no numbers come from.
 """
 
 import time
@@ -17,26 +18,54 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import paligemma, segmentation
+from .checkpoint import flatten
 from .errors import PaliGemmaError
 from .sampling import Sampling, sample
+from .storage import all_finite, check_finite
+
+#: What overflows in the reference is found in its logits, not told by NumPy in warnings of its own.
+_quietly = np.errstate(over="ignore", invalid="ignore")
+
+
+class FirstNotFinite:
+    """A tap that keeps the first name that comes with a NaN or an infinity."""
+
+    def __init__(self, finite=all_finite):
+        self.finite, self.name = finite, None
+
+    def __call__(self, name, value):
+        if self.name is None and not self.finite(value):
+            self.name = name
+        return value
 
 
 class NumpyEngine:
-    """The reference as an engine."""
+    """The reference as an engine. Raises PaliGemmaError that names a weight with a NaN or an infinity."""
 
     name = "numpy"
 
     def __init__(self, checkpoint):
+        for path, array in flatten(checkpoint.params).items():
+            check_finite(path, array)
         self.config, self.resize, self.masks = checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint)
         self.params = checkpoint.params
 
+    @_quietly
     def prefill(self, pixel_values, input_ids, lengths, capacity):
         check_room(input_ids.shape[1], capacity)
         return paligemma.prefill(self.params, self.config, pixel_values, input_ids, lengths, capacity)
 
+    @_quietly
     def decode(self, input_ids, lengths, cache):
         check_room(lengths.max() + 1, cache[0][0].shape[2])
         return paligemma.decode(self.params, self.config, input_ids, lengths, cache)
+
+    @_quietly
+    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths):
+        """The first tap of one pass over prompts and answers that is not finite, None if all are."""
+        tap = FirstNotFinite()
+        paligemma.forward(self.params, self.config, pixel_values, input_ids, lengths, prefix_lengths, tap)
+        return tap.name
 
 
 @dataclass
@@ -85,6 +114,27 @@ def check_room(needed, capacity) -> None:
         raise PaliGemmaError(f"a cache of {capacity} slots is too small for {needed} positions")
 
 
+def check_logits(engine, logits, alive, pixel_values, prompts, said) -> None:
+    """Raise PaliGemmaError if a row that is alive has logits [B, V] that are no numbers, and say where they arose.
+
+    `said` are the tokens [B] of the steps before. An engine that has taps runs that row again with one. Logits that
+    stay on a device are not looked at: that would be one more wait a token.
+    """
+    if not isinstance(logits, np.ndarray):
+        return
+    rows = np.flatnonzero(alive & ~np.isfinite(logits).all(-1))
+    if not rows.size:
+        return
+    row, tap = rows[0], None
+    if hasattr(engine, "first_not_finite"):
+        sequence = [*prompts[row], *(int(token[row]) for token in said)]
+        input_ids, lengths = pad_prompts([sequence], engine.config.pad)
+        prefix = np.array([len(prompts[row])], np.int32)
+        tap = engine.first_not_finite(pixel_values[row : row + 1], input_ids, lengths, prefix)
+    where = f"the first value that is not is {tap}" if tap else "export-onnx --verify says in which layer they arise"
+    raise PaliGemmaError(f"the logits for token {len(said) + 1} of the answer are not finite numbers; {where}")
+
+
 def generate(
     engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, capacity=None, timings=None, seeds=None
 ):
@@ -92,7 +142,7 @@ def generate(
 
     A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
     place of the sampling's own, a row draws the same in any company. Raises PaliGemmaError if `capacity`, or the
-    engine, has too few positions.
+    engine, has too few positions, or if its logits are no numbers.
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
@@ -101,14 +151,16 @@ def generate(
         check_room(needed, capacity)
     capacity = capacity or needed
     draws, draw = uniforms(len(prompts), sampling.seed, seeds), getattr(engine, "sample", sample)
-    alive = np.ones(len(prompts), bool)
+    alive, said = np.ones(len(prompts), bool), []
 
     started = time.perf_counter()
     logits, cache = engine.prefill(pixel_values, input_ids, lengths, capacity)
     timings.prefill_s = time.perf_counter() - started
     for step in range(np.max(max_new_tokens)):
+        check_logits(engine, logits, alive, pixel_values, prompts, said)
         token = draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
         token = np.where(alive, token, config.pad)
+        said.append(token)
         yield token
         alive = alive & (token != config.eos) & (step + 1 < np.asarray(max_new_tokens))
         if not alive.any():

@@ -4,6 +4,7 @@ Reading maps the file, so that a model is paged in as it is used. Writing takes 
 the libraries' own writers hold a whole shard in memory.
 """
 
+import glob
 import json
 import math
 import os
@@ -23,6 +24,7 @@ JSON_MOST = 16 * 2**20  # bytes of a JSON file; the largest that there is, an in
 INFLATION_MOST = 100  # how often its own size a compressed npz may unfold to; weights hardly shrink at all
 STRIP = 128  # columns of a transposed matrix turned at once
 SHARD = 5 * 10**9  # bytes of a safetensors file before the next one is begun
+_PART = ".part"  # how the names of unfinished folders end
 
 
 def within(folder, name: str) -> Path:
@@ -193,10 +195,49 @@ def _write_safetensors_file(file, tensors, progress):
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the body to 8 bytes
     with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for array in tensors.values():
-            for block in blocks(array):
+        for name, array in tensors.items():
+            for block in checked_blocks(name, array):
                 stream.write(block)
                 progress(len(block))
+
+
+def all_finite(array) -> bool:
+    """Whether no number of an array is a NaN or infinite.
+
+    Read as whole numbers, with and without sign, those sort behind all others: two maxima over the bytes as they lie,
+    without a temporary, ten times as fast as np.isfinite in bfloat16.
+    """
+    kinds, infinity = (f"i{array.dtype.itemsize}", f"u{array.dtype.itemsize}"), np.array([np.inf, -np.inf], array.dtype)
+    return all(array.view(kind).max(initial=0) < bound.view(kind) for kind, bound in zip(kinds, infinity, strict=True))
+
+
+def check_finite(name, array) -> None:
+    """Raise PaliGemmaError that names the tensor and the place of its first NaN or infinity, if it has one."""
+    if not all_finite(array):
+        place = first_not_finite(array)
+        raise PaliGemmaError(
+            f"tensor {name} holds {array[place]} at {list(place)}, and nothing can be computed with that; "
+            "get the checkpoint again, or train it with a lower learning rate"
+        )
+
+
+def first_not_finite(array, dtype=None) -> tuple[int, ...] | None:
+    """The index of the first number that, in `dtype`, is a NaN or infinite; None if all are finite."""
+    dtype, seen = dtype or array.dtype, 0
+    for block in blocks(array, dtype):
+        numbers = np.frombuffer(block, np.uint8).view(dtype)
+        if not all_finite(numbers):
+            return tuple(int(i) for i in np.unravel_index(seen + np.isfinite(numbers).argmin(), array.shape))
+        seen += numbers.size
+    return None
+
+
+def checked_blocks(name, array):
+    """The `blocks` of an array in its own dtype, each looked at as it passes: `check_finite` without another pass."""
+    for block in blocks(array):
+        if not all_finite(np.frombuffer(block, np.uint8).view(array.dtype)):
+            check_finite(name, array)
+        yield block
 
 
 def blocks(array, dtype=None):
@@ -215,12 +256,13 @@ def _row_major(array, dtype):
 
     A transposed matrix is turned in strips of columns that fit the cache, twice as fast as in one go.
     """
-    if array.flags.c_contiguous or array.ndim != 2:
-        return np.ascontiguousarray(array.astype(dtype, copy=False))
-    turned = np.empty(array.shape, dtype)
-    for strip in range(0, array.shape[1], STRIP):
-        turned[:, strip : strip + STRIP] = array[:, strip : strip + STRIP]
-    return turned
+    with np.errstate(over="ignore"):  # whoever asks for a narrower dtype looks at what came out
+        if array.flags.c_contiguous or array.ndim != 2:
+            return np.ascontiguousarray(array.astype(dtype, copy=False))
+        turned = np.empty(array.shape, dtype)
+        for strip in range(0, array.shape[1], STRIP):
+            turned[:, strip : strip + STRIP] = array[:, strip : strip + STRIP]
+        return turned
 
 
 # --- npz ---------------------------------------------------------------------------------------------------
@@ -255,6 +297,8 @@ def _check_compression(file, archive) -> None:
     if odd := [member.filename for member in packed if member.compress_type != zipfile.ZIP_DEFLATED]:
         raise PaliGemmaError(f"{file}: {odd[0]} is compressed as NumPy never does (numpy.savez_compressed)")
     needed = sum(member.file_size for member in packed)
+    if not needed:
+        return  # there need not even be a folder for temporary files
     if needed > INFLATION_MOST * file.stat().st_size:
         raise PaliGemmaError(
             f"{file}: its compressed arrays unfold to {needed / 1e9:.1f} GB, {INFLATION_MOST} times the file or more, "
@@ -316,7 +360,7 @@ def write_npz(file: Path, arrays: dict, progress=lambda size: None) -> None:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(stream, header)
                 for array in _leaves(tree):
-                    for block in blocks(array):
+                    for block in checked_blocks(name, array):
                         stream.write(block)
                         progress(len(block))
 
@@ -344,35 +388,84 @@ def _leaves(tree):
 def new_directory(path):
     """Yield a temporary sibling that becomes `path` if all goes well, and vanishes if not.
 
-    Raises PaliGemmaError if `path` exists or cannot be made.
+    What processes that were killed while making `path` left beside it is removed first. Raises PaliGemmaError if
+    `path` exists, be it only by the end, or cannot be made.
     """
     path = absent(path, "folder")
-    with _parents(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            temporary.chmod(0o755)
-            yield temporary
-            os.rename(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _parents(path), _sibling(path) as temporary:
+        yield temporary
+        _give_name(temporary, path, "folder", os.rename)  # refused where another process has put something meanwhile
 
 
 @contextmanager
 def new_file(path):
     """As `new_directory`, for one file."""
     path = absent(path, "file")
-    with _parents(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.rename(temporary, path)
+    with _parents(path), _sibling(path) as folder:
+        yield folder / path.name
+        _give_name(folder / path.name, path, "file", os.link)  # a rename would replace another process's file
 
 
 def absent(path, kind) -> Path:
     """The path, if nothing is there yet; PaliGemmaError if there is."""
     path = Path(path)
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise PaliGemmaError(f"{path}: output {kind} exists already; remove it or name another")
     return path
+
+
+def _give_name(temporary, path, kind, move) -> None:
+    try:
+        move(temporary, path)
+    except OSError:
+        os.rename(temporary, absent(path, kind))  # a disk without hard links, or an error to tell
+
+
+@contextmanager
+def _sibling(path):
+    """A folder beside `path`, locked while it is in use and removed at the end."""
+    _remove_left_overs(path)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+        with _locked(folder):
+            if not folder.exists():
+                continue  # another process took it for a left-over in the moment before it was locked
+            try:
+                folder.chmod(0o755)
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def _remove_left_overs(path) -> None:
+    """Remove the siblings that `_sibling` made for processes that have ended since.
+
+    The lock of a process ends with it, however it ends. Where there are no locks, left-overs stay, and do no harm.
+    """
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{_PART}"):
+        with _locked(left_over, wait=False) as held:
+            if held:
+                shutil.rmtree(left_over, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder, wait=True):
+    """Lock a folder; yields whether that worked. It does not on Windows, and on some disks of other machines."""
+    descriptor = None
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except (ImportError, OSError):
+        held = False
+    try:
+        yield held
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager

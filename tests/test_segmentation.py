@@ -12,7 +12,6 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy_ref import segmentation
 from numpy_ref.checkpoint import SHIPPED, flatten
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.storage import write_npz
 from torch_impl import scenes
 from torch_impl.load import to_tensor
 from torch_impl.segmentation import Codec, CodecConfig, Speller, random_masks, save
@@ -125,7 +124,7 @@ def test_a_wrong_file_is_named(weights, tmp_path, change, words):
     flat = flatten(weights)
     tensors = {name: flat[path] for path, name in segmentation.names().items()}
     change(tensors)
-    write_npz(tmp_path / "vae.npz", tensors)
+    np.savez(tmp_path / "vae.npz", **tensors)  # our own writer refuses what is not finite
     with pytest.raises(PaliGemmaError, match=words):
         segmentation.load(tmp_path / "vae.npz")
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from torch_impl.load import from_params, load, to_params
 from torch_impl.paligemma import PaliGemma
 from torch_impl.train import prefix_lm_loss
 
+from . import faults
 from .models import CONFIGS, random_batch, random_params
 from .test_checkpoint import same
 
@@ -170,6 +172,65 @@ def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, change
     ]
 
 
+def test_a_kill_costs_no_more_than_the_last_interval(tmp_path, tokenizer, monkeypatch):
+    """By a clock on which a step takes a second and all else nothing."""
+    clock, step = itertools.count(), training._step
+    now = [next(clock)]
+
+    def timed(*arguments):
+        now[0] = next(clock)
+        if now[0] == 11:
+            raise StopError
+        return step(*arguments)
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "_step", timed)
+    with pytest.raises(StopError):
+        run(tmp_path, tokenizer, SETTINGS, save_every=2.5)
+    assert faults.steps_of(tmp_path / training.STATE) == 9  # kept after steps 3, 6 and 9
+
+
+def test_left_overs_of_a_killed_run_are_removed(tmp_path, tokenizer):
+    """Its own, and those of the library that writes the state."""
+    for name in ("state.123.part", ".tmpAbC123"):
+        (tmp_path / name).write_bytes(b"half")
+    run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
+    assert {file.name for file in tmp_path.iterdir()} == {training.STATE, training.LOG}
+
+
+def test_a_state_that_cannot_be_kept(tmp_path, tokenizer, monkeypatch):
+    """The folder vanishes in the middle: one line that names it."""
+    step = training._step
+
+    def vanish(*arguments):
+        shutil.rmtree(tmp_path / "state", ignore_errors=True)
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "_step", vanish)
+    with pytest.raises(PaliGemmaError, match=r"state/(log\.csv: cannot be written|state\.safetensors: cannot keep)"):
+        run(tmp_path / "state", tokenizer, replace(SETTINGS, steps=2), save_every=0)
+
+
+def test_a_full_disk_keeps_the_state_that_was_kept(tmp_path, tokenizer):
+    """No file may grow: training says so in one line, what was kept before is whole, and the next run goes on."""
+    once, twice = (replace(SETTINGS, steps=steps) for steps in (1, 2))
+    run(tmp_path, tokenizer, once)
+    kept = (tmp_path / training.STATE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(PaliGemmaError, match=r"state\.safetensors: cannot keep the state of training .*too large"):
+            run(tmp_path / "new", tokenizer, twice)
+        with pytest.raises(PaliGemmaError, match="cannot keep"):
+            training._save(tmp_path / training.STATE, fresh(), [], {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / training.STATE).read_bytes() == kept
+    run(tmp_path / "new", tokenizer, twice)
+    assert faults.steps_of(tmp_path / "new" / training.STATE) == 2
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {training.STATE, training.LOG}
+
+
 def test_accumulated_batches_are_one_larger_batch(tmp_path, tokenizer):
     once = run(tmp_path / "once", tokenizer, replace(SETTINGS, steps=1, batch_size=6))
     twice = run(tmp_path / "twice", tokenizer, replace(SETTINGS, steps=1, batch_size=3, accumulate=2))
@@ -210,16 +271,7 @@ def test_contrastive_pretraining_learns(tmp_path, tokenizer):
 
 @pytest.fixture
 def own_data(tmp_path):
-    """Twelve pictures, red or blue, and the question which."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = []
-    for i in range(12):
-        color = ("red", "blue")[i % 2]
-        Image.new("RGB", (50, 40), color).save(folder / f"{i}.png")
-        lines.append(json.dumps({"image": f"{i}.png", "prefix": "answer en what color?", "suffix": color}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
+    return faults.own_data(tmp_path / "data")
 
 
 def command(*arguments):

@@ -5,9 +5,9 @@ import torch
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import check_room
+from numpy_ref.generate import FirstNotFinite, check_room
 from numpy_ref.segmentation import decoder_of
-from numpy_ref.storage import bfloat16
+from numpy_ref.storage import bfloat16, check_finite
 
 from .layers import upcast
 from .paligemma import PaliGemma
@@ -20,7 +20,10 @@ def load(path=checkpoints.SHIPPED, dtype=torch.float32):
 
 
 def from_params(config, params, dtype=torch.float32):
-    """A nested dict of arrays -> the module. Raises PaliGemmaError if a tensor is missing or left over."""
+    """A nested dict of arrays -> the module.
+
+    Raises PaliGemmaError if a tensor is missing or left over, or holds a NaN or an infinity.
+    """
     with torch.device("meta"):
         model = PaliGemma(config)
     model = model.to_empty(device="cpu").to(dtype).eval()
@@ -32,6 +35,7 @@ def from_params(config, params, dtype=torch.float32):
             raise PaliGemmaError(f"{name} has shape {list(array.shape)}, the module asks for {list(state[name].shape)}")
     with torch.no_grad():
         for name, array in flat.items():
+            check_finite(name, array)
             state[name].copy_(to_tensor(array))
     return model
 
@@ -75,6 +79,14 @@ class ModuleEngine:
         check_room(lengths.max() + 1, cache[0][0].shape[2])
         logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
         return upcast(logits).numpy(), cache
+
+    @torch.inference_mode()
+    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths):
+        """The first tap of one pass over prompts and answers that is not finite, None if all are."""
+        tap = FirstNotFinite(lambda value: bool(torch.isfinite(value).all()))
+        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
+        self.model(pixels, *map(torch.from_numpy, (input_ids, lengths, prefix_lengths)), tap)
+        return tap.name
 
 
 class TorchEngine(ModuleEngine):

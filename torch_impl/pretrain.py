@@ -116,7 +116,7 @@ def main(argv=None):
         shutil.copyfile(folder / LOG, output / LOG)
         record = {"loss": arguments.loss, "steps": settings.steps, "recall_at_1": found, "pairs": PAIRS}
         (output / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the result is there: what stays behind does no harm
     print(f"{arguments.loss}: recall@1 {found:.1%} of {PAIRS} held-out pairs, loss {curve[-1][2]}")
     print(f"wrote {arguments.output}")
     return 0

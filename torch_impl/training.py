@@ -199,8 +199,8 @@ def _save(file, model, optimizers, progress) -> None:
 
 def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
     """Take up what a state file says: step, curve, and losses since its last row. Without one: the beginning."""
-    for left_over in file.parent.glob("*.part"):
-        left_over.unlink()
+    for left_over in (*file.parent.glob("*.part"), *file.parent.glob(".tmp*")):  # ours, and the library's own
+        left_over.unlink(missing_ok=True)
     if not file.exists():
         return 0, [], []
     try:
