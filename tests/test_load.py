@@ -102,15 +102,18 @@ def test_graphs_that_are_opened_when_needed_are_opened_in_any_thread(shipped):
 
 def test_stdout_comes_back_from_every_thread(tiny, monkeypatch):
     """Sessions that are opened at once redirect it for the whole process."""
+    seen, original = [], onnxruntime.InferenceSession
 
     def slow(*arguments, **options):
+        seen.append(sys.stdout)
         time.sleep(0.01)
-        return sys.stdout
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(session.onnxruntime, "InferenceSession", slow)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", slow)
     before = sys.stdout
-    seen = together(lambda thread: (time.sleep(0.003 * thread), tiny._open("decode", 1))[1], range(THREADS))
+    together(lambda thread: (time.sleep(0.003 * thread), session.Session(tiny.bundle, "cpu", 1)), range(THREADS))
     assert sys.stdout is before
+    assert len(seen) == 2 * THREADS
     assert all(stdout is sys.stderr for stdout in seen)
 
 
