@@ -38,6 +38,25 @@ def test_the_splits():
     assert len(scenes.HELD_OUT) == len({color for color, _ in scenes.HELD_OUT}) == 7
 
 
+def test_shades():
+    """Each is called by the color that is nearest, so no held-out pair comes in by another paint."""
+    shaded = [thing for scene in some(300, shaded=1.0) for thing in scene.things]
+    for thing in shaded:
+        away = {name: np.linalg.norm(np.subtract(thing.rgb, rgb)) for name, rgb in scenes.COLORS.items()}
+        assert min(away, key=away.get) == thing.color
+        assert not thing.is_held_out
+    assert len({thing.rgb for thing in shaded}) > 0.9 * len(shaded)
+    share = np.mean([scene.things[0].paint is not None for scene in some(600, shaded=0.6)])
+    assert 0.5 < share < 0.7
+    assert not any(thing.paint for scene in some(100) for thing in scene.things)  # nor where a model is measured
+
+
+def test_a_shade_is_what_is_drawn():
+    thing = Thing("red", "square", 8, 8, 12, (180, 60, 50))
+    picture = np.asarray(scenes.draw(Scene((thing,), "plain", ((150,) * 3, (150,) * 3), 0, 1), 320))
+    assert np.abs(picture[140, 140].astype(int) - thing.paint).max() <= 1
+
+
 def test_scenes_are_rich():
     counts = Counter(len(scene.things) for scene in some(600))
     assert set(counts) == {1, 2, 3, 4, 5, 6}

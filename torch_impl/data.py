@@ -20,20 +20,21 @@ HELD_OUT_SEED = 1_000_003  # of what is measured; training numbers its examples 
 class Scenes:
     """(pixel values [3, S, S], prompt ids, suffix ids with eos) of random questions about random scenes.
 
-    From example `misnamed_from` on, a share `misnamed` of the names in captions and answers is wrong
-    (`questions.misname`).
+    A share `shaded` of the scenes is in shades (`scenes.random_scene`). From example `misnamed_from` on, a share
+    `misnamed` of the names in captions and answers is wrong (`questions.misname`).
     """
 
     def __init__(
-        self, tokenizer, codec: dict, size: int, seed: int, shares=questions.SHARES, misnamed=0.0, misnamed_from=0
-    ):
-        self.tokenizer, self.size, self.seed, self.shares = tokenizer, size, seed, shares
+        self, tokenizer, codec: dict, size: int, seed: int, shares=questions.SHARES, shaded=0.0, misnamed=0.0,
+        misnamed_from=0,
+    ):  # fmt: skip
+        self.tokenizer, self.size, self.seed, self.shares, self.shaded = tokenizer, size, seed, shares, shaded
         self.misnamed, self.misnamed_from = misnamed, misnamed_from
         self.masks = segmentation.Speller(codec)
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
-        question = questions.random_question(rng, self.masks, shares=self.shares)
+        question = questions.random_question(rng, self.masks, shares=self.shares, shaded=self.shaded)
         pixels, suffix = preprocess(scenes.draw(question.scene, self.size), self.size)[0], question.suffix
         if index >= self.misnamed_from and question.task in ("caption", "answer"):  # elsewhere names are only repeated
             suffix = questions.misname(rng, suffix, self.misnamed)
@@ -44,11 +45,11 @@ class Scenes:
 class Captions:
     """(pixel values [3, S, S], caption ids [L]) of random scenes, for contrastive learning."""
 
-    def __init__(self, tokenizer, size: int, length: int, seed: int):
-        self.tokenizer, self.size, self.length, self.seed = tokenizer, size, length, seed
+    def __init__(self, tokenizer, size: int, length: int, seed: int, shaded=0.0):
+        self.tokenizer, self.size, self.length, self.seed, self.shaded = tokenizer, size, length, seed, shaded
 
     def __getitem__(self, index):
-        scene = scenes.random_scene(np.random.default_rng([self.seed, index]))
+        scene = scenes.random_scene(np.random.default_rng([self.seed, index]), shaded=self.shaded)
         ids = self.tokenizer.encode(questions.caption(scene))[: self.length]
         row = np.full(self.length, self.tokenizer.config.pad, np.int64)
         row[: len(ids)] = ids

@@ -28,6 +28,7 @@ from .training import LOG, Settings, fit, state_folder
 PROG = "python -m torch_impl.pretrain"
 CAPTION_LENGTH = 32
 SETTINGS = Settings(1200, 128, peak=2e-3, warmup=100, optimizer="muon")
+SHADED = 0.6  # share of the scenes
 PAIRS = 500
 LOSSES = ("siglip", "clip")
 
@@ -68,10 +69,10 @@ def pretrain(config, tokenizer, settings, folder, loss="siglip") -> tuple[Contra
     initialise(model)
     if loss == "clip":
         model.log_temperature.data.fill_(math.log(1 / 0.07))
-    examples = data.Captions(tokenizer, config.vision.image_size, CAPTION_LENGTH, settings.seed)
+    examples = data.Captions(tokenizer, config.vision.image_size, CAPTION_LENGTH, settings.seed, SHADED)
     curve = fit(
         model, loss_of(loss), examples, data.collate_pairs, settings, folder, f"contrastive ({loss})",
-        about={"loss": loss, "config": repr(model.config)},
+        about={"loss": loss, "config": repr(model.config), "shaded": SHADED},
     )  # fmt: skip
     return model.eval(), curve
 

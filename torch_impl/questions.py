@@ -36,15 +36,17 @@ class Question:
     target: int | None = None
 
 
-def random_question(rng: np.random.Generator, masks, task=None, compositional=False, shares=SHARES) -> Question:
+def random_question(
+    rng: np.random.Generator, masks, task=None, compositional=False, shares=SHARES, shaded=0.0
+) -> Question:
     """A random scene with a random question.
 
     `masks(mask bool [S, S], box) -> str` spells a mask in segmentation tokens. In the compositional split questions
-    are about things of held-out pairs where the task has a subject.
+    are about things of held-out pairs where the task has a subject. `shaded` as for `scenes.random_scene`.
     """
     task = task or str(rng.choice(TASKS, p=shares))
     while True:
-        scene = random_scene(rng, compositional=compositional)
+        scene = random_scene(rng, compositional=compositional, shaded=shaded)
         subjects = [i for i, thing in enumerate(scene.things) if thing.is_held_out or not compositional]
         question = _ASK[task](rng, scene, subjects, masks)
         if question is not None:

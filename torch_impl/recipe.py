@@ -2,8 +2,9 @@
 
 Stages, as in the PaliGemma paper but small: a tokenizer and a mask codec for the scenes; contrastive pretraining of
 the vision tower on pictures and captions; then tower and decoder together, by prefix-LM on the suffixes of all tasks.
-In its second half some names are wrong, so that a pair that was never shown is not ruled out (`questions.misname`). In
-the end a short stage of mostly captions.
+Most scenes are in shades of the colors, so that a shape is known by its outline alone (`scenes.random_scene`). In the
+second half some names are wrong, so that a pair that was never shown is not ruled out (`questions.misname`). In the end
+a short stage of mostly captions.
 Killed and started again it goes on where it was, at most a minute back. With `--keep` the state stays, so that a stage
 can be looked at.
 """
@@ -37,8 +38,9 @@ from .training import COLUMNS, Settings, fit, state_folder
 
 PROG = "python -m torch_impl.recipe"
 TRAINING = Settings(9000, 48, peak=2e-3, warmup=200, optimizer="muon", decay=0.5)
-FINISHING = Settings(1300, 48, peak=6e-4, warmup=50, optimizer="muon")
+FINISHING = Settings(1800, 48, peak=6e-4, warmup=50, optimizer="muon")
 FINISHING_SHARES = (0.6, 0.1, 0.2, 0.1)  # captions are the hardest: every name in them has to be right
+SHADED, FINISHING_SHADED = 0.6, 0.4  # share of the scenes
 MISNAMED_FROM = 4800 / 9000  # of the steps: first to tell things apart, then to rely on that alone
 EXAMPLE_SEED = 5  # of example.png
 
@@ -74,17 +76,19 @@ def cook(folder: Path, seed: int, pretraining, training, finishing) -> tuple[Pal
     model.vision.load_state_dict(towers.vision.state_dict())
     examples = data.Scenes(
         tokenizer, codec, config.vision.image_size, seed + 1,  # other scenes than pretraining's
-        misnamed=0.15, misnamed_from=round(MISNAMED_FROM * training.steps) * training.batch_size,
+        shaded=SHADED, misnamed=0.15, misnamed_from=round(MISNAMED_FROM * training.steps) * training.batch_size,
     )  # fmt: skip
     curve = fit(
         model, prefix_lm_loss, examples, partial(data.collate, pad=config.pad), training, folder / "prefix-lm",
-        "all tasks", about={"config": repr(config), "misnamed from": MISNAMED_FROM},
+        "all tasks", about={"config": repr(config), "shaded": SHADED, "misnamed from": MISNAMED_FROM},
     )  # fmt: skip
     record["all tasks"] = {"settings": asdict(training), "curve": _thin(curve)}
-    examples = data.Scenes(tokenizer, codec, config.vision.image_size, seed + 2, shares=FINISHING_SHARES, misnamed=0.25)
+    examples = data.Scenes(
+        tokenizer, codec, config.vision.image_size, seed + 2, FINISHING_SHARES, FINISHING_SHADED, misnamed=0.25
+    )
     curve = fit(
         model, prefix_lm_loss, examples, partial(data.collate, pad=config.pad), finishing, folder / "finish",
-        "mostly captions", about={"config": repr(config), "shares": FINISHING_SHARES},
+        "mostly captions", about={"config": repr(config), "shares": FINISHING_SHARES, "shaded": FINISHING_SHADED},
     )  # fmt: skip
     record["mostly captions"] = {"settings": asdict(finishing), "curve": _thin(curve)}
     return model.eval(), tokenizer_model, record

@@ -4,7 +4,7 @@ A scene is coloured shapes on a patterned ground, on a grid of GRID units a side
 further right lies on top. What can be asked of a scene is in questions.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -21,6 +21,8 @@ SIDES = (7, 14)  # of a shape, in grid units
 CROWDED_SIDES = (7, 10)  # where there are four shapes or more
 STEP = 2  # grid units between the left edges of two shapes: their order is never in doubt
 COVER = 0.2  # the most of the smaller box that two boxes share
+SHADED = 0.6  # the furthest that a shade goes from its color, towards any paint
+DISTINCT = 0.8  # how far from its own color a shade may be, as a share of the distance to every other
 
 
 def _star(points=5, inner=0.45):
@@ -55,17 +57,22 @@ SEEN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, s
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; x, y (of its upper left corner) and side in grid units."""
+    """One shape; x, y (of its upper left corner) and side in grid units. `paint` is RGB, None for the color's own."""
 
     color: str
     shape: str
     x: int
     y: int
     side: int
+    paint: tuple[int, int, int] | None = None
 
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        return self.paint or COLORS[self.color]
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -95,8 +102,13 @@ class Scene:
     seed: int  # of texture and noise
 
 
-def random_scene(rng: np.random.Generator, most: int = MOST, compositional: bool = False) -> Scene:
-    """Draw the contents of a scene: of seen pairs only, or with held-out pairs among them."""
+def random_scene(rng: np.random.Generator, most: int = MOST, compositional=False, shaded=0.0) -> Scene:
+    """Draw the contents of a scene: of seen pairs only, or with held-out pairs among them.
+
+    In a share `shaded` of the scenes each thing has a shade of its color. In eight paints a tower can learn each
+    shape eight times over, and knows no diamond in white if it never saw one; in any paint a diamond is a diamond.
+    """
+    is_shaded = shaded > 0 and rng.random() < shaded
     wanted = int(rng.integers(1, most + 1))
     low, high = SIDES if wanted < 4 else CROWDED_SIDES
     things: list[Thing] = []
@@ -110,8 +122,20 @@ def random_scene(rng: np.random.Generator, most: int = MOST, compositional: bool
         if all(thing.leaves_room_for(other) for other in things):
             things.append(thing)
     things.sort(key=lambda thing: thing.x)
+    if is_shaded:
+        things = [replace(thing, paint=shade(rng, thing.color)) for thing in things]
     noise = float(rng.uniform(0, 8))
     return Scene(tuple(things), pick(rng, GROUNDS), _tones(rng), noise, int(rng.integers(2**31)))
+
+
+def shade(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
+    """A paint that is clearly called so: nearer to this color than to any other."""
+    own = np.array(COLORS[color])
+    while True:
+        paint = own + rng.uniform(0, SHADED) * (rng.integers(0, 256, 3) - own)
+        away = {name: np.linalg.norm(paint - rgb) for name, rgb in COLORS.items()}
+        if away.pop(color) < DISTINCT * min(away.values()):
+            return tuple(int(v) for v in paint)
 
 
 def pick(rng, options):
@@ -130,9 +154,9 @@ def draw(scene: Scene, size: int = 224) -> Image.Image:
     picture = ground.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
     for thing in scene.things:
         if thing.shape == "ring":  # what is seen through it
-            picture.paste(COLORS[thing.color], (0, 0), silhouette(thing, 2 * size))
+            picture.paste(thing.rgb, (0, 0), silhouette(thing, 2 * size))
         else:
-            _fill(ImageDraw.Draw(picture), thing, 2 * size / GRID, COLORS[thing.color])
+            _fill(ImageDraw.Draw(picture), thing, 2 * size / GRID, thing.rgb)
     pixels = np.asarray(picture.reduce(2), np.float32)
     noise = rng.standard_normal((size, size, 1), np.float32) * np.float32(scene.noise)
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
