@@ -375,7 +375,7 @@ def test_a_session_that_does_not_open(rows, tmp_path, capsys, workers):
     description["files"]["decode.onnx"]["sha256"] = bundle.sha256(graph)
     (copy / "bundle.json").write_text(json.dumps(description))
     line = refused(capsys, rows, tmp_path / "out.jsonl", "--workers", workers, str(copy))
-    assert "decode.onnx: ONNX Runtime cannot load it" in line
+    assert "decode.onnx: ONNX Runtime cannot load or run it" in line
     assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
 
 

@@ -241,7 +241,7 @@ def prompt_file(folder):
 
     def read(data):
         (folder / "prompt").write_bytes(data)
-        cli._read_prompt(f"@{folder / 'prompt'}")
+        cli.read_prompt(f"@{folder / 'prompt'}")
 
     return read
 
