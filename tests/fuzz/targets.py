@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import resource
 import shutil
 import socket
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from numpy_ref.sampling import Sampling
 from . import corpus, mutate
 
 PICTURE = SHIPPED / "example.png"
+GRAPH_ROOM = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,15 @@ def description(folder):
 
 
 def graph(folder):
-    """The .onnx files of a bundle whose checksums were right. The first byte says which."""
+    """The .onnx files of a bundle whose checksums were right. The first byte says which.
+
+    A graph is a program and may ask for any memory. What there is to hold to is that where it does not get it, one line
+    says so: the process is given GRAPH_ROOM more than it has.
+    """
     engine, speaker = session.load(corpus.bundle_folder(folder / "bundle"), "cpu", 1, host_graphs=True)
     speak(engine, speaker)  # now all of its graphs are open
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + GRAPH_ROOM, resource.RLIM_INFINITY))
     drawn, logits = image.open_image(PICTURE), np.zeros((1, engine.config.text.vocab), np.float32)
     uses = {
         "prefill": lambda fresh: speak(fresh, speaker),
