@@ -1,6 +1,7 @@
 """Fixtures shared by the test files."""
 
 import os
+import shutil
 
 import pytest
 
@@ -22,3 +23,17 @@ def user_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The bundle of a tiny model, to look at."""
+    from .fuzz import corpus  # with libraries that the lines above have to come before
+
+    return corpus.bundle_folder(tmp_path_factory.mktemp("bundle") / "out")
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """The same, to break."""
+    return shutil.copytree(whole, tmp_path / "copy")

@@ -5,7 +5,6 @@
 
 import json
 import random
-import shutil
 import struct
 import sys
 import tracemalloc
@@ -128,17 +127,6 @@ def test_a_json_file_that_is_too_large(tmp_path):
     (tmp_path / "config.json").write_bytes(b" " * (storage.JSON_MOST + 1))
     with pytest.raises(PaliGemmaError, match=r"config\.json has 16777217 bytes, more than"):
         checkpoint.load_config(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return corpus.bundle_folder(tmp_path_factory.mktemp("bundle") / "out")
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    """A bundle of a tiny model to break."""
-    return shutil.copytree(whole, tmp_path / "copy")
 
 
 def describe(folder, change) -> None:

@@ -30,17 +30,6 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [file for folder in ("numpy_ref", "torch_impl", "export") for file in (ROOT / folder).rglob("*.py")]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return corpus.bundle_folder(tmp_path_factory.mktemp("bundle") / "out")
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    """A bundle of a tiny model to tamper with."""
-    return shutil.copytree(whole, tmp_path / "copy")
-
-
 # --- nothing in a file is run ------------------------------------------------------------------------------
 
 #: What would run, or could run, what a file says.
