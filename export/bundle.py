@@ -20,7 +20,7 @@ from numpy_ref.image import RESIZES
 from numpy_ref.tokenizer import Tokenizer, known_ids
 from numpy_ref.tokenizer_json import convert
 
-from . import graphs, weights
+from . import checked, graphs, weights
 from .layers import FUSED, PORTABLE
 from .prepack import prepack, processor
 
@@ -201,7 +201,16 @@ def load_but_weights(path) -> Bundle:
 
 def check_weights(bundle: Bundle) -> None:
     """Raises PaliGemmaError unless the weights file has the SHA-256 that it had."""
-    _check_digest(bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"])
+    file, digest = bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"]
+    before = checked.state(file)
+    _check_digest(file, digest)
+    checked.remember(file, digest, before)
+
+
+def check_weights_once(bundle: Bundle) -> None:
+    """The same, but of a file that was checked and has not been written since nothing is read (checked.py)."""
+    if not checked.is_known(bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"]):
+        check_weights(bundle)
 
 
 def shipped() -> Bundle:

@@ -8,8 +8,9 @@ attention in decode    GroupQueryAttention writes into the cache where it lies, 
 kernels in few bits    those that read the same input, side by side in the weights file, are taken as one.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -48,45 +49,86 @@ def gelu(op, x):
 def rope(op, x, cos, sin):
     """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
     x32 = layers.upcast(op, x)
-    rows = op.Concat(op.Shape(x, start=0, end=1), op.Shape(cos, start=2, end=4), axis=0)
-    cos, sin = (op.Expand(op.Squeeze(angles, [1]), rows) for angles in (cos, sin))
+    cos, sin = (op.Squeeze(angles, [1]) for angles in (cos, sin))
     return layers.cast_like(op, _like(op.RotaryEmbedding(x32, cos, sin), x32), x)
 
 
-def attend(op, query, key, value, mask=None, cap=None, tap=identity):
-    """query [B, N, T, H] (scaled), key and value [B, K, S, H], mask [B, 1, S] -> [B, N, T, H]."""
-    if cap is not None:  # the operator has none
-        return layers.attend.portable(op, query, key, value, mask, cap, tap)
-    size = query.shape[3]
-    # Queries that share a key head are stacked; each key head is a row of a batch for itself.
-    stacked = op.Reshape(query, op.Concat(_rows(op, key), [-1, size], axis=0))
-    keys, values = (op.Reshape(x, op.Concat(_rows(op, x), op.Shape(x, start=2), axis=0)) for x in (key, value))
-    if mask is not None:
-        stacked, keys = _with_padding(op, stacked, keys, key, mask)
-    context = op.MultiHeadAttention(stacked, keys, values, num_heads=1, scale=1.0, _domain=CONTRIB, _version=1)
-    context.dtype = query.dtype
-    return _like(op.Reshape(context, op.Shape(query)), query)
+def patch_attention(op, p, config, x, tap=identity):
+    """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]. The operator parts the heads."""
+    query, key, value = (layers.linear(op, x, **p[name]) for name in ("query", "key", "value"))
+    context = op.MultiHeadAttention(
+        query, key, value, num_heads=config.heads, scale=1 / math.sqrt(config.head_dim), _domain=CONTRIB, _version=1
+    )
+    return layers.linear(op, _like(context, query), **p["output"])
 
 
-def _rows(op, x):
-    """[B, K, ...] -> the number B * K, in one dimension."""
-    return op.Mul(op.Shape(x, start=0, end=1), op.Shape(x, start=1, end=2))
+@dataclass(frozen=True)
+class Padding:
+    """What stands for the mask of prefill, where every token sees all of the prefix: which keys are padding.
+
+    A column more in every key, 0 or -1e9, which the 1 in that column of every query adds to the score.
+    """
+
+    mask: object  # [B, 1, T], True = a token
+    column: object  # [B, T, K, 1]
+    ones: object  # [B, queries of a key head, K, 1]
 
 
-def _with_padding(op, query, keys, key, mask):
-    """One more column, by which every query scores a key that is masked down: both [B * K, ..., H + 1]."""
-    one = op.Expand(_constant(op, 1.0, query), op.Concat(op.Shape(query, start=0, end=2), [1], axis=0))
-    score = op.Where(mask, _constant(op, 0.0, query), _constant(op, _MASKED, query))
-    heads = op.Expand(score, op.Shape(key, start=0, end=3))  # [B, K, S]
-    column = op.Reshape(heads, op.Concat(op.Shape(keys, start=0, end=2), [1], axis=0))
-    return op.Concat(query, one, axis=-1), op.Concat(keys, column, axis=-1)
+def _padding(op, config, mask, dtype):
+    """The padding that a mask [B, 1, T] tells, for queries at all positions."""
+    one, none, score = (layers.cast_to(op, op.Constant(value_float=x), dtype) for x in (1.0, 0.0, _MASKED))
+    group = config.heads // config.kv_heads
+    column = op.Unsqueeze(op.Transpose(op.Where(mask, none, score), perm=[0, 2, 1]), [3])
+    ones = op.Reshape(op.Expand(op.Where(mask, one, one), [1, group, 1]), [0, -1, 1, 1])
+    return Padding(mask, *(op.Expand(each, [1, 1, config.kv_heads, 1]) for each in (column, ones)))
+
+
+def prefix_attention(op, p, config, asking, x, there, rotary, padding):
+    """What the tokens `asking` [B, A, D], at the angles `there`, take from all of x: -> [B, A, D], (keys, values)."""
+    query, key, value = (
+        layers.linear(op, each, **p[name]) for each, name in ((asking, "query"), (x, "key"), (x, "value"))
+    )
+    query, key = (
+        layers.cast_like(op, _rotate(op, each, *(op.Squeeze(part, [1]) for part in angles), heads), value)
+        for each, angles, heads in ((query, there, config.heads), (key, rotary, config.kv_heads))
+    )
+    cache = tuple(layers.split_heads(op, each, config.kv_heads) for each in (key, value))
+    if config.attn_softcap is None:
+        context = _in_tiles(op, config, query, key, value, padding)
+    else:  # the operator has none
+        query = op.Mul(layers.split_heads(op, query, config.heads), config.query_scale)
+        context = layers.merge_heads(op, layers.attend(op, query, *cache, padding.mask, config.attn_softcap))
+    return layers.linear(op, context, **p["output"]), cache
+
+
+def _in_tiles(op, config, query, key, value, padding):
+    """query [B, A, N*H], key and value [B, T, K*H] -> [B, A, N*H]; queries that share a key head are stacked."""
+    heads, group, size = config.kv_heads, config.heads // config.kv_heads, config.head_dim
+    if heads > 1:
+        query = op.Transpose(op.Reshape(query, [0, 0, heads, group, size]), perm=[0, 1, 3, 2, 4])
+    stacked = op.Concat(op.Reshape(query, [0, -1, heads, size]), padding.ones, axis=3)
+    keys = op.Concat(op.Reshape(key, [0, 0, heads, size]), padding.column, axis=3)
+    context = op.MultiHeadAttention(
+        op.Reshape(stacked, [0, 0, -1]), op.Reshape(keys, [0, 0, -1]), value, num_heads=heads,
+        scale=config.query_scale, _domain=CONTRIB, _version=1,
+    )  # fmt: skip
+    context.dtype = value.dtype
+    if heads > 1:
+        context = op.Transpose(op.Reshape(context, [0, -1, group, heads, size]), perm=[0, 1, 3, 2, 4])
+    context = op.Reshape(context, [0, -1, config.heads * size])
+    context.shape = ir.Shape([*list(value.shape)[:2], config.heads * size])
+    return context
 
 
 def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
-    """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value). In decode `mask` is a Window."""
-    if cache is None or config.head_dim % 8:  # GroupQueryAttention takes no others
-        mask = mask.built() if isinstance(mask, Window) else mask
-        return gemma.attention.portable(op, p, config, x, rotary, mask, cache, start, tap)
+    """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value).
+
+    `mask` is a Padding in prefill, a Window in decode.
+    """
+    if cache is None:
+        return prefix_attention(op, p, config, x, x, rotary, rotary, mask)
+    if config.head_dim % 8:  # GroupQueryAttention takes no others
+        return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
     query, key, value = (layers.cast_like(op, each, cache[0]) for each in _project(op, x, p, ("query", "key", "value")))
     cos, sin = (op.Squeeze(angles, [1]) for angles in rotary)
     query, key = (
@@ -127,36 +169,31 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     if cache is not None:
         return gemma.decoder.portable(op, p, config, x, positions, masks, cache, start, tap)
     dtype, caches = layers.upcast(op, x).dtype, []
-    rotary = layers.rope_angles(op, positions, config.head_dim, config.rope_base, dtype)
-    for i, weights in enumerate(p["blocks"][:-1]):
-        x, layer_cache = gemma.block(op, weights, config, x, rotary, masks[config.window(i)])
+    rotary = layers.rope_angles(op, op.Expand(positions, op.Shape(x, end=2)), config.head_dim, config.rope_base, dtype)
+    mask = masks[config.window(0)]  # all the same
+    padding = _padding(op, config, mask, p["blocks"][0]["attention"]["key"]["kernel"].dtype)
+    for weights in p["blocks"][:-1]:
+        x, layer_cache = gemma.block(op, weights, config, x, rotary, padding)
         caches.append(layer_cache)
-    mask = masks[config.window(config.depth - 1)]
     last = op.Sub(op.ReduceSum(op.Cast(mask, to=DataType.INT64), [2], keepdims=0), 1)  # [B, 1]
     there = layers.rope_angles(op, last, config.head_dim, config.rope_base, dtype)
-    x, layer_cache = _last_block(op, p["blocks"][-1], config, x, rotary, there, mask, last)
+    x, layer_cache = _last_block(op, p["blocks"][-1], config, x, rotary, there, padding, last)
     return layers.rms_norm(op, x, **p["norm"], eps=config.eps), [*caches, layer_cache]
 
 
-def _last_block(op, p, config, x, rotary, there, mask, last):
+def _last_block(op, p, config, x, rotary, there, padding, last):
     """A layer whose output is wanted at one position a row: x [B, T, D] -> [B, 1, D], and all keys and values."""
     normed = layers.rms_norm(op, x, **p["attention_norm"], eps=config.eps)
     x, asking = (op.GatherND(each, op.Unsqueeze(last, [2]), batch_dims=1) for each in (x, normed))
-    query, key, value = (
-        layers.split_heads(op, layers.linear(op, each, **p["attention"][name]), heads)
-        for each, name, heads in ((asking, "query", config.heads), (normed, "key", config.kv_heads),
-                                  (normed, "value", config.kv_heads))
-    )  # fmt: skip
-    query, key = op.Mul(rope(op, query, *there), config.query_scale), rope(op, key, *rotary)
-    context = attend(op, query, key, value, mask, config.attn_softcap)
-    update = layers.linear(op, layers.merge_heads(op, context), **p["attention"]["output"])
+    padding = replace(padding, ones=op.Slice(padding.ones, [0], [config.heads // config.kv_heads], [1]))
+    update, cache = prefix_attention(op, p["attention"], config, asking, normed, there, rotary, padding)
     if config.post_norms:
         update = layers.rms_norm(op, update, **p["post_attention_norm"], eps=config.eps)
     x = layers.residual(op, x, update)
     update = gemma.mlp(op, p["mlp"], layers.rms_norm(op, x, **p["mlp_norm"], eps=config.eps))
     if config.post_norms:
         update = layers.rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps)
-    return layers.residual(op, x, update), (key, value)
+    return layers.residual(op, x, update), cache
 
 
 def last_position(op, x, lengths):
@@ -225,7 +262,3 @@ def _like(value, other):
     """A value whose type and shape the graph library does not know, said to be another's."""
     value.dtype, value.shape = other.dtype, other.shape
     return value
-
-
-def _constant(op, number, like):
-    return layers.cast_like(op, op.Constant(value_float=number), like)

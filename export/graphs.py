@@ -143,7 +143,7 @@ def _walk(tree, name, visit, leaf=np.ndarray):
 
 def _builder(name, operators=PORTABLE) -> GraphBuilder:
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
-    builder.op.operators = operators
+    builder.op.operators, builder.op.rounded = operators, {}
     return builder
 
 

@@ -17,15 +17,18 @@ PORTABLE, FUSED = OPERATORS = ("portable", "fused")
 _HALF = (DataType.FLOAT16, DataType.BFLOAT16)
 
 
-def fusible(portable):
-    """Mark a function that has a namesake in `fused.py`: the one place where a graph's operators are chosen."""
+def fusible(portable, name=None):
+    """Mark a function that has a namesake in `fused.py`: the one place where a graph's operators are chosen.
+
+    `name` is for one that cannot have its own name there.
+    """
 
     @wraps(portable)
     def chosen(op, *arguments, **keywords):
         if op.operators == FUSED:
             from . import fused
 
-            return getattr(fused, portable.__name__)(op, *arguments, **keywords)
+            return getattr(fused, name or portable.__name__)(op, *arguments, **keywords)
         return portable(op, *arguments, **keywords)
 
     chosen.portable = portable
@@ -142,7 +145,6 @@ def merge_heads(op, x):
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, -1])
 
 
-@fusible
 def attend(op, query, key, value, mask=None, cap=None, tap=identity):
     """query [B, N, T, H] (scaled), key and value [B, K, S, H], mask [B, T, S] -> [B, N, T, H]."""
     kv_heads, head_dim = key.shape[1], query.shape[3]

@@ -23,7 +23,7 @@ from onnx_ir import DataType
 CONTRIB = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
 STEP = 8 * 2**20  # weights quantized at once
-LEAST = 1e-20  # what a row of zeros is divided by; 127 times its inverse is still a number
+LEAST = 1e-20  # what a row of zeros is divided by
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products in int8, scaled by block
 
 
@@ -48,18 +48,9 @@ class Channels:
 
     def multiply_apart(self, op, x):
         """The product but for a factor a row, and the factors: [..., out] and [..., 1]."""
-        size, out = self.values.shape
-        rows = op.Reshape(x, [-1, size])
-        largest = op.Max(op.ReduceMax(rows, [-1]), op.Neg(op.ReduceMin(rows, [-1])), LEAST)
-        factors = op.Div(largest, 127.0)
-        scales, middle = op.Reshape(factors, [-1]), op.Constant(value=_scalar(128, np.uint8))
-        # Around 128 in uint8, where the kernels are quickest.
-        rounded = op.QuantizeLinear(rows, scales, op.Expand(middle, op.Shape(scales)), axis=0)
-        y = op.MatMulIntegerToFloat(rounded, self.values, 1.0, self.scales, middle, _domain=CONTRIB, _version=1)
-        y.dtype = DataType.FLOAT
-        y, factors = (op.Reshape(each, op.Concat(op.Shape(x, end=-1), [last], axis=0))
-                      for each, last in ((y, out), (factors, 1)))  # fmt: skip
-        y.shape = _with_last(x.shape, out)
+        rounded, middle, factors = _round_rows(op, x)
+        y = op.MatMulIntegerToFloat(rounded, self.values, 1 / 127, self.scales, middle, _domain=CONTRIB, _version=1)
+        y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, self.values.shape[1])
         return y, factors
 
 
@@ -99,6 +90,18 @@ class Blocks:
         )  # fmt: skip
         x.dtype, x.shape = DataType.FLOAT, ir.Shape([*ids.shape, self.values.shape[1] * self.block])
         return x
+
+
+def _round_rows(op, x):
+    """x [..., in] -> itself in steps of a 127th of its row's largest, the number that is zero, those largest [..., 1].
+
+    Kernels that read the same x share the nodes: opening a graph takes time that grows with their number squared.
+    """
+    if x not in op.rounded:
+        largest = op.Max(op.ReduceMax(x, [-1]), op.Neg(op.ReduceMin(x, [-1])), LEAST)
+        middle = op.Constant(value=_scalar(128, np.uint8))  # of uint8, in which the kernels are quickest
+        op.rounded[x] = op.QuantizeLinear(op.Div(x, largest), 1 / 127, middle), middle, largest
+    return op.rounded[x]
 
 
 def _declare(weight, builder):

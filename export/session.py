@@ -69,7 +69,7 @@ def kind_for(provider: str):
 def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
     """A session, with the weights checked while the runtime opens the graphs: either takes seconds."""
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(bundles.check_weights, bundle)
+        checked = pool.submit(bundles.check_weights_once, bundle)
         try:
             return (kind or Session)(bundle, provider, threads, provider_options)
         finally:

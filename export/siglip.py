@@ -1,10 +1,11 @@
 """The SigLIP vision tower: twin of `numpy_ref/siglip.py`."""
 
 import math
+from functools import partial
 
 from numpy_ref.layers import identity, scoped
 
-from .layers import attend, cast_like, gelu, layer_norm, linear, merge_heads, residual, split_heads
+from .layers import attend, cast_like, fusible, gelu, layer_norm, linear, merge_heads, residual, split_heads
 
 
 def patch_embed(op, p, config, pixel_values):
@@ -16,6 +17,7 @@ def patch_embed(op, p, config, pixel_values):
     return linear(op, patches, **p)
 
 
+@partial(fusible, name="patch_attention")
 def attention(op, p, config, x, tap=identity):
     """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]."""
     query = op.Mul(split_heads(op, linear(op, x, **p["query"]), config.heads), 1 / math.sqrt(config.head_dim))
