@@ -1,11 +1,11 @@
 """python -m export.benchmark: this project's bundle against Hugging Face transformers, on this machine in one run.
 
 Writes a random checkpoint of the shape asked for, exports it, and lets two processes answer about a picture in turns,
-one with the bundle, one with transformers (SDPA) on the same weights; where llama-cpp-python and gguf are installed a
-third runs the decoder alone, with random Q4_0 weights. Prints medians and ratios: the time from the picture to the
-first token, the time of a further token, load time, and the peak of memory (proportional set size: a page that is
-mapped twice counts once; Linux only). What decoding reads, over the time it takes, is put beside the read bandwidth
-that plain dot products over large arrays reach in the same round.
+one with the bundle, one with transformers (SDPA) on the same weights. Where llama-cpp-python and gguf, or
+onnxruntime-genai, are installed, they run the decoder alone in four bits. Prints medians and ratios: the time from the
+picture to the first token, the time of a further token, load time, and the peak of memory (proportional set size: a
+page that is mapped twice counts once; Linux only). What decoding reads, over the time it takes, is put beside the read
+bandwidth that plain dot products over large arrays reach in the same round.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from .measure import entry, module, watch
 from .weights import PRECISIONS
 
 PROG = "python -m export.benchmark"
-OURS, PEER, DECODER = "ours", "transformers", "llama.cpp"
+OURS, PEER = "ours", "transformers"
 ANSWER = 32  # tokens of the answer whose work outside of the graphs is timed
 
 
 def measure(folder: Path, arguments, threads: int) -> dict:
     """Everything, into one dict."""
-    checkpoint, bundle, gguf = folder / "checkpoint", folder / "bundle", folder / "decoder.gguf"
+    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     folders = {OURS: bundle, PEER: checkpoint}
     with tqdm(total=2, desc="checkpoint and bundle", leave=False, disable=None) as bar:
         options = ["--layers", arguments.layers] if arguments.layers else []
@@ -50,11 +50,14 @@ def measure(folder: Path, arguments, threads: int) -> dict:
         options = ["--precision", arguments.precision, *(["--prepack"] if arguments.prepack else [])]
         export_s, _, _ = watch(entry("export_main", checkpoint, "--output", bundle, *options))
         bar.update()
-        if peers.has_llama_cpp() and not load_config(checkpoint).text.post_norms:
-            peers.write_gguf(gguf, load_config(checkpoint).text)
-            folders[DECODER] = gguf
+    for side, decoder in peers.DECODERS.items():
+        if decoder.takes(load_config(checkpoint).text):
+            folders[side] = folder / side
+            decoder.make(folders[side], checkpoint)
+    with Worker(OURS, bundle, arguments.tokens, threads) as worker:  # the only time that all weights are hashed
+        first_load_s = worker.told["load_s"]
     compared = compare(folders, arguments.rounds, arguments.tokens, threads, arguments.against)
-    compared[OURS]["export_s"] = round(export_s, 1)
+    compared[OURS] |= {"export_s": round(export_s, 1), "first_load_s": first_load_s}
     told = {key: getattr(arguments, key) for key in ("variant", "layers", "precision", "prepack", "against")}
     return {**told, "threads": threads, **compared}
 
@@ -81,7 +84,7 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
     memory = {side: round(results[OURS]["peak_gib"] / results[side]["peak_gib"], 3) for side in compared}
     return {
         "rounds": rounds, **results, "ratios": {**compared[PEER], "memory": memory[PEER]},
-        **({DECODER + " ratios": compared[DECODER]} if DECODER in compared else {}),
+        **{f"{side} ratios": ratios for side, ratios in compared.items() if side != PEER},
         "bandwidth_gb_per_s": round(float(np.median(bandwidths)), 1), "decode_bytes": read,
         "bandwidth_share": round(float(np.median(shares)), 3),
     }  # fmt: skip
@@ -207,7 +210,8 @@ def proportional(pid: int) -> int:
 def work(side: str, folder: Path, tokens: int, threads: int, against: str) -> None:
     """What a worker does: load, warm up, then time an answer a line of standard input."""
     started = time.perf_counter()
-    opened = {OURS: _ours, PEER: partial(peers.transformers, against), DECODER: peers.llama_cpp}[side]
+    decoders = {name: decoder.open for name, decoder in peers.DECODERS.items()}
+    opened = {OURS: _ours, PEER: partial(peers.transformers, against), **decoders}[side]
     answer, told = opened(folder, threads)
     load_s = time.perf_counter() - started
     answer(2)
@@ -266,25 +270,27 @@ def table(results) -> str:
     shape = f"{results['variant']}{layers}, {results['threads']} threads"
     prepacked = ", prepacked" if results["prepack"] else ""
     lines = [f"{shape}: {results['precision']} bundle{prepacked} against transformers in {results['against']}"]
-    others = f"{DECODER:>12}{'ratio':>8}" if DECODER in results else ""
+    decoders = [side for side in peers.DECODERS if side in results]
+    others = "".join(f"{side:>12}{'ratio':>8}" for side in decoders)
     lines.append(f"{'':<28}{OURS:>10}{PEER:>14}{'ratio':>8}{others}")
     for label, name in rows.items():
         line = f"{label:<28}{results[OURS][name]:>10.3f}{results[PEER][name]:>14.3f}"
         line += f"{results['ratios'][ratio[name]]:>8.2f}" if name in ratio else f"{'':>8}"
-        if DECODER in results:
-            line += f"{results[DECODER][name]:>12.3f}"
-            found = results[DECODER + " ratios"].get(ratio.get(name))
-            line += f"{found:>8.2f}" if found else ""
+        for side in decoders:
+            found = results[f"{side} ratios"].get(ratio.get(name))
+            line += f"{results[side][name]:>12.3f}" + (f"{found:>8.2f}" if found else f"{'':>8}")
         lines.append(line.rstrip())
     ours, theirs = (1000 / results[side]["ms_per_token"] for side in (OURS, PEER))
     lines.append(f"{'tokens/s':<28}{ours:>10.2f}{theirs:>14.2f}")
+    lines.append(f"{'first load, weights hashed, s':<28}{results[OURS]['first_load_s']:>9.1f}")
     lines.append(f"{'export, s':<28}{results[OURS]['export_s']:>10.1f}")
     lines.append(f"{'peak beyond the weights, GiB':<28}{results[OURS]['beyond_weights_gib']:>10.3f}")
     read, bandwidth = results["decode_bytes"] / 1e9, results["bandwidth_gb_per_s"]
     lines.append(f"a token reads {read:.2f} GB of weights: {results['bandwidth_share']:.0%} of {bandwidth} GB/s")
     lines.append(f"outside of the graphs: {results[OURS]['outside_share']:.1%} of an answer of {ANSWER} tokens")
-    if DECODER in results:
-        lines.append(f"{DECODER}: Q4_0, the decoder alone, so its first token is without a picture's features")
+    for side in decoders:
+        told = peers.DECODERS[side].told
+        lines.append(f"{side}: {told}; the decoder alone, so its first token is without a picture's features")
     return "\n".join(lines)
 
 

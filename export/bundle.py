@@ -134,12 +134,15 @@ def write(
         if prepacked:
             prepack(folder, {name: folder / description["graphs"][name]["file"] for name in ("prefill", "decode")})
             description["prepacked"], digests = processor(), {}
+        before = checked.state(folder / weights.FILE)
         for name, entry in description["files"].items():
             entry["bytes"] = (folder / name).stat().st_size
             entry["sha256"] = digests.get(name) or sha256(folder / name)
         if verify:
             description["parity"] = verify(Bundle(folder, checkpoint.config, description), checkpoint)
         (folder / DESCRIPTION).write_bytes(_as_json(description))
+    if not digests:  # then it was read again after it was written
+        checked.remember(output / weights.FILE, description["files"][weights.FILE]["sha256"], before)
     if not contents.copies:
         _warn(f"{checkpoint.path} has no tokenizer; the bundle knows only ids")
     elif "tokenizer.json" not in description["files"]:

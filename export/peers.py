@@ -6,13 +6,19 @@ The libraries are named, not imported: nothing else of this package needs them.
 import ctypes
 import importlib
 import importlib.util
+import json
 import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import open_image, preprocess
+
+from .measure import module, watch
 
 PROMPT_TOKENS = 7  # bos, a prefix of five, the newline
 BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: a float16 scale, then 32 weights of four bits
@@ -45,9 +51,18 @@ def transformers(dtype: str, folder, threads: int):
     return answer, dict
 
 
-def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python and gguf are installed."""
-    return all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
+@dataclass(frozen=True)
+class Decoder:
+    """A library that runs the decoder alone: what it imports, what it is given, and how that is opened."""
+
+    imports: tuple[str, ...]
+    make: Callable  # (path, checkpoint's folder) -> None
+    open: Callable  # (path, threads) -> answer, what else is to be told
+    told: str
+
+    def takes(self, config) -> bool:
+        """Whether it is installed, and the decoder of a config is the one that is made here: Gemma's first."""
+        return not config.post_norms and all(importlib.util.find_spec(name) for name in self.imports)
 
 
 def llama_cpp(file, threads: int):
@@ -61,7 +76,6 @@ def llama_cpp(file, threads: int):
     settings.n_ctx = settings.n_batch = settings.n_ubatch = 512
     settings.n_threads = settings.n_threads_batch = threads
     context = library.llama_init_from_model(model, settings)
-    positions = 256 + PROMPT_TOKENS
 
     def feed(ids):
         tokens = (library.llama_token * len(ids))(*ids)
@@ -72,7 +86,7 @@ def llama_cpp(file, threads: int):
 
     def answer(count):
         library.llama_memory_clear(library.llama_get_memory(context), True)
-        token = feed([10 + i % 100 for i in range(positions)])
+        token = feed(_ids())
         for _ in range(count - 1):
             token = feed([token])
 
@@ -88,9 +102,14 @@ def _quiet(library):
 _KEPT: list = []
 
 
-def write_gguf(file, config) -> None:
-    """A Gemma decoder of a text config's sizes with random Q4_0 weights, as llama.cpp reads it."""
-    gguf, rng = importlib.import_module("gguf"), np.random.default_rng(0)
+def _ids() -> list[int]:
+    """As many ids as the positions that a picture of 224 pixels and a prompt take."""
+    return [10 + i % 100 for i in range(256 + PROMPT_TOKENS)]
+
+
+def write_gguf(file, checkpoint) -> None:
+    """A Gemma decoder of a checkpoint's sizes with random Q4_0 weights, as llama.cpp reads it."""
+    gguf, rng, config = importlib.import_module("gguf"), np.random.default_rng(0), load_config(checkpoint).text
     writer = gguf.GGUFWriter(file, "gemma")
     writer.add_context_length(8192)
     writer.add_embedding_length(config.width)
@@ -129,3 +148,52 @@ def write_gguf(file, config) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def build_genai(folder, checkpoint) -> None:
+    """A checkpoint's decoder as onnxruntime-genai's own Gemma builder exports it: int4, with what it does by itself."""
+    torch, library = (importlib.import_module(name) for name in ("torch", "transformers"))
+    library.utils.logging.disable_progress_bar()
+    whole = library.PaliGemmaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        decoder = library.GemmaForCausalLM(whole.config.text_config)
+    decoder.model, decoder.lm_head = whole.model.language_model, whole.lm_head
+    source = folder.with_suffix(".gemma")
+    decoder.save_pretrained(source)
+    shutil.copy(SHIPPED / "tokenizer.json", source)  # it asks for one
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    del whole, decoder
+    cached = folder.with_suffix(".cache")
+    options = ["-i", source, "-o", folder, "-p", "int4", "-e", "cpu", "-c", cached]
+    # By default it would compute the logits of every position of the prompt.
+    watch(module("onnxruntime_genai.models.builder", *options, "--extra_options", "prune_lm_head=true"))
+    for finished in (source, cached):
+        shutil.rmtree(finished, ignore_errors=True)
+
+
+def genai(folder, threads: int):
+    """onnxruntime-genai on the decoder alone."""
+    library = importlib.import_module("onnxruntime_genai")
+    settings = library.Config(str(folder))
+    settings.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model, ids = library.Model(settings), _ids()
+
+    def answer(count):
+        parameters = library.GeneratorParams(model)
+        length = len(ids) + count
+        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = library.Generator(model, parameters)
+        generator.append_tokens(np.array(ids, np.int32))
+        for _ in range(count):
+            generator.generate_next_token()
+
+    return answer, dict
+
+
+#: By the name in the table.
+DECODERS = {
+    "llama.cpp": Decoder(("llama_cpp", "gguf"), write_gguf, llama_cpp, "Q4_0"),
+    "ort-genai": Decoder(
+        ("onnxruntime_genai", "torch", "transformers"), build_genai, genai, "onnxruntime-genai's Gemma builder, int4"
+    ),
+}

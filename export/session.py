@@ -7,7 +7,7 @@ as past and as present, so the runtime updates it in place. The same code drives
 import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cached_property, partial
 from threading import Lock
 
@@ -22,6 +22,7 @@ from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
 from .bundle import Bundle
+from .memory import freed_memory_kept
 from .weights import FLOATS, stream_dtype
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -93,7 +94,8 @@ class Session:
             raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
-        with _stdout_kept(), ThreadPoolExecutor(2) as pool:  # repacking weights takes one core each
+        kept = freed_memory_kept() if bundle.is_prepacked else nullcontext()
+        with _stdout_kept(), kept, ThreadPoolExecutor(2) as pool:  # repacking weights takes one core each
             self._prepare()
             self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
         if self.provider not in self._prefill.get_providers():  # the device is there, but not CUDA's libraries

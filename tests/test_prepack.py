@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export import bundle, prepack, verify, weights
+from export import bundle, memory, prepack, verify, weights
 from export.session import Session, open_session
 from numpy_ref import checkpoint
 from numpy_ref.errors import PaliGemmaError
@@ -103,3 +103,30 @@ def test_another_processor(exported, tmp_path):
     assert not moved.is_prepacked
     for a, b in zip(expected, answers(Session(moved, "cpu")), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_the_allocator_is_as_before_after_a_bundle_was_opened(monkeypatch):
+    """What it is told to keep while one is opened it is told to give back again, and does, whatever happens."""
+    said = []
+
+    class Library:
+        def mallopt(self, parameter, value):
+            said.append((parameter, value))
+
+        def malloc_trim(self, padding):
+            said.append("trim")
+
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library())
+    with pytest.raises(ZeroDivisionError), memory.freed_memory_kept():
+        assert {parameter for parameter, _ in said} == {-1, -4, -8}
+        1 / 0  # noqa: B018
+    assert said[-1] == "trim"
+    assert dict(said[:-1]) == {-1: 2**26, -3: 2**25, -4: 2**16, -8: 0}
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("asked for"))
+    with memory.freed_memory_kept():
+        pass
