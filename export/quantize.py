@@ -22,7 +22,8 @@ from onnx_ir import DataType
 
 CONTRIB = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
-STEP = 8 * 2**20  # weights quantized at once
+STEP = 4 * 2**20  # weights quantized at once
+CUTS = (0.93, 0.86)  # of the widest step, tried too; more of them hardly lower the error
 LEAST = 1e-20  # what a row of zeros is divided by
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products in int8, scaled by block
 
@@ -185,18 +186,33 @@ def quantize_channels(kernel):
 def quantize_blocks(rows, bits: int):
     """float32 [out, in] -> uint8 [out, in / S, S * bits / 8] and float32 scales [out, in / S].
 
-    A block's largest weight becomes the lowest number, which is one farther from zero than the highest.
+    By least squares: of several steps a block takes the one that leaves the smallest error. With the widest its largest
+    weight becomes the lowest number, which is one farther from zero than the highest; the others cut the largest short.
     """
     block, zero = block_size(rows.shape[1]), 2 ** (bits - 1)
     blocks = rows.reshape(len(rows), -1, block)
     places = np.abs(blocks).argmax(-1)[..., None]
-    scales = np.take_along_axis(blocks, places, -1) / np.float32(-zero)
-    safe = np.where(scales == 0, np.float32(1), scales)
-    with np.errstate(invalid="ignore"):  # as above
-        q = np.clip(np.rint(blocks / safe) + zero, 0, 2 * zero - 1).astype(np.uint8)
+    widest = np.take_along_axis(blocks, places, -1) / np.float32(-zero)
+    q, scales, error = _round_blocks(blocks, widest, zero)
+    for cut in CUTS:
+        other = _round_blocks(blocks, widest * np.float32(cut), zero)
+        better = other[2] < error
+        for kept, found in zip((q, scales, error), other, strict=True):
+            np.copyto(kept, found, where=better)
+    with np.errstate(invalid="ignore"):
+        q = (q + zero).astype(np.uint8)
     if bits == 4:
         q = q[..., 0::2] | q[..., 1::2] << 4
     return q, scales[..., 0]
+
+
+def _round_blocks(blocks, steps, zero):
+    """Whole numbers for blocks [..., S] by steps [..., 1]; the step that fits them best, and its squared error."""
+    with np.errstate(invalid="ignore", over="ignore"):  # whoever writes the scales looks at whether they are finite
+        q = np.clip(np.rint(blocks / np.where(steps == 0, np.float32(1), steps)), -zero, zero - 1)
+        length = np.square(q).sum(-1, keepdims=True)
+        fitted = np.where(length > 0, (q * blocks).sum(-1, keepdims=True) / np.maximum(length, 1), steps)
+        return q, fitted, np.square(q * fitted - blocks).sum(-1, keepdims=True)
 
 
 def dequantize_blocks(values, scales, bits: int):

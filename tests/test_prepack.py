@@ -119,8 +119,8 @@ def test_the_allocator_is_as_before_after_a_bundle_was_opened(monkeypatch):
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library())
     with pytest.raises(ZeroDivisionError), memory.freed_memory_kept():
-        assert {parameter for parameter, _ in said} == {-1, -4, -8}
-        1 / 0  # noqa: B018
+        raise ZeroDivisionError
+    assert {parameter for parameter, _ in said[:3]} == {-1, -4, -8}
     assert said[-1] == "trim"
     assert dict(said[:-1]) == {-1: 2**26, -3: 2**25, -4: 2**16, -8: 0}
 

@@ -57,12 +57,27 @@ def test_blocks_are_a_step_off_at_most(bits, size):
     block = quantize.block_size(size)
     assert values.shape == (11, size // block, block * bits // 8)
     again = quantize.dequantize_blocks(values, scales, bits)
-    # Half a step, but for what is cut at the end that is nearer to zero.
-    off = np.abs(again - rows).reshape(11, -1, block) / np.abs(scales)[..., None]
-    assert off.max() <= 1.001
+    # Half a step, but for what is cut at the ends.
+    blocks = rows.reshape(11, -1, block)
+    off = np.abs(again.reshape(blocks.shape) - blocks) / np.abs(scales)[..., None]
+    assert off.max() <= 8 / 0.86 - 8 + 1.001
     assert np.median(off) < 0.5
-    largest = np.abs(rows).reshape(11, -1, block).max(-1)
-    assert np.allclose(np.abs(again).reshape(11, -1, block).max(-1), largest, rtol=1e-6)
+    # No block is worse than rounded by its largest weight alone, which is what the widest step does.
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    step = largest / -(2 ** (bits - 1))
+    plain = step * np.clip(np.rint(blocks / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    errors = [np.square(found - blocks).sum(-1) for found in (again.reshape(blocks.shape), plain)]
+    assert (errors[0] <= errors[1] * 1.0001).all()
+    assert errors[0].sum() < errors[1].sum()
+
+
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_what_is_not_finite_shows_in_the_scale(wrong):
+    rows = np.ones((2, 64), np.float32)
+    rows[1, 3] = wrong
+    _, scales = quantize.quantize_blocks(rows, 4)
+    assert np.isfinite(scales[0]).all()
+    assert not np.isfinite(scales[1]).any()
 
 
 def test_zeros_stay_zeros():
