@@ -99,6 +99,7 @@ async function changedMeanwhile() {
   await page.click("#run");
   await page.waitForFunction(() => document.querySelector("#answer").textContent.length > 3);
   await drop("other.png", base64(pictures[1]));
+  await page.waitForFunction(() => document.querySelector("#answer").textContent === ""); // the picture has been taken
   await page.waitForFunction(() => document.body.dataset.state === "ready");
   const left = await page.textContent("#answer");
   await page.fill("#temperature", "0");

@@ -264,8 +264,9 @@ def test_a_worker_that_is_killed(rows, greedy):
     job = batch.Job(dataset.open_dataset(rows, "detect cross"), bundle.shipped(), "detect cross", provider="cpu")
     with batch.workers(job, 2) as answers:
         told = answers(range(0, COUNT, 2), 2)
-        assert next(told) == greedy[:2]
         victim = answers.args[0][1].process
+        os.kill(victim.pid, signal.SIGSTOP)  # or it might be ahead of its turn, and done
+        assert next(told) == greedy[:2]
         victim.kill()
         victim.join()
         with pytest.raises(PaliGemmaError, match=r"a worker stopped \(exit code -9\); the same command again goes on"):
