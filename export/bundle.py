@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 from onnx_ir import DataType
 from tqdm import tqdm
 
@@ -221,7 +220,7 @@ def shipped() -> Bundle:
     source, code = checkpoints.SHIPPED, [Path(__file__).parent, Path(checkpoints.__file__).parent]
     parts = [*sorted(source.iterdir()), *(file for folder in code for file in sorted(folder.glob("*.py")))]
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
-    path = Path(platformdirs.user_cache_dir("paligemma-onnx", appauthor=False)) / f"shipped-{digest}"
+    path = checked.cache_folder() / f"shipped-{digest}"
     if path.exists():
         try:
             return load(path)

@@ -49,4 +49,9 @@ def state(file: Path) -> str:
 
 def _note(file, digest) -> Path:
     name = hashlib.sha256(f"{file.resolve()}\n{digest}".encode()).hexdigest()
-    return Path(platformdirs.user_cache_dir("paligemma-onnx", appauthor=False)) / "checked" / name
+    return cache_folder() / "checked" / name
+
+
+def cache_folder() -> Path:
+    """Where this project keeps, for a user, what can be made again."""
+    return Path(platformdirs.user_cache_dir("paligemma-onnx", appauthor=False))
