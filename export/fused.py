@@ -20,7 +20,7 @@ from onnx_ir import DataType
 
 from numpy_ref.layers import identity
 
-from . import gemma, layers, paligemma
+from . import gemma, layers, paligemma, siglip
 from .quantize import CONTRIB, Blocks, Channels
 
 _MASKED = -1e9  # a score that leaves a weight of zero
@@ -53,13 +53,31 @@ def rope(op, x, cos, sin):
     return layers.cast_like(op, _like(op.RotaryEmbedding(x32, cos, sin), x32), x)
 
 
+def in_line(op, x, rows):
+    """x [B, T, D] -> [1, B * T, D]: all rows along one axis, as kernels that scale each row want them.
+
+    `rows` is what to call that axis.
+    """
+    return _with_rows(op.Reshape(x, [1, -1, x.shape[-1]]), x, rows)
+
+
+def patch_block(op, p, config, x, tap=identity):
+    """A block of the vision tower: [B, P, D] -> [B, P, D]."""
+    line = siglip.block.portable(op, p, config, in_line(op, x, "patches of all"), tap)
+    return _like(op.Reshape(line, [-1, config.patches, config.width]), x)
+
+
 def patch_attention(op, p, config, x, tap=identity):
-    """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]. The operator parts the heads."""
-    query, key, value = (layers.linear(op, x, **p[name]) for name in ("query", "key", "value"))
+    """Multi-head attention of every patch to every patch of its picture: [1, B * P, D] -> [1, B * P, D]."""
+    query, key, value = (
+        op.Reshape(layers.linear(op, x, **p[name]), [-1, config.patches, config.width])
+        for name in ("query", "key", "value")
+    )
     context = op.MultiHeadAttention(
         query, key, value, num_heads=config.heads, scale=1 / math.sqrt(config.head_dim), _domain=CONTRIB, _version=1
     )
-    return layers.linear(op, _like(context, query), **p["output"])
+    context = _with_rows(op.Reshape(_like(context, query), [1, -1, config.width]), query, x.shape[1])
+    return layers.linear(op, context, **p["output"])
 
 
 @dataclass(frozen=True)
@@ -70,8 +88,15 @@ class Padding:
     """
 
     mask: object  # [B, 1, T], True = a token
+    batch: object  # [1], how many sequences lie in the line of rows
     column: object  # [B, T, K, 1]
     ones: object  # [B, queries of a key head, K, 1]
+
+    def part(self, op, x, heads, size):
+        """x [1, B * T, N * H] -> [B, T, N, H]."""
+        parted = op.Reshape(x, op.Concat(self.batch, [-1, heads, size], axis=0))
+        parted.dtype, parted.shape = x.dtype, ir.Shape(["B", None, heads, size])
+        return parted
 
 
 def _padding(op, config, mask, dtype):
@@ -80,11 +105,15 @@ def _padding(op, config, mask, dtype):
     group = config.heads // config.kv_heads
     column = op.Unsqueeze(op.Transpose(op.Where(mask, none, score), perm=[0, 2, 1]), [3])
     ones = op.Reshape(op.Expand(op.Where(mask, one, one), [1, group, 1]), [0, -1, 1, 1])
-    return Padding(mask, *(op.Expand(each, [1, 1, config.kv_heads, 1]) for each in (column, ones)))
+    column, ones = (op.Expand(each, [1, 1, config.kv_heads, 1]) for each in (column, ones))
+    return Padding(mask, op.Shape(mask, end=1), column, ones)
 
 
 def prefix_attention(op, p, config, asking, x, there, rotary, padding):
-    """What the tokens `asking` [B, A, D], at the angles `there`, take from all of x: -> [B, A, D], (keys, values)."""
+    """What the tokens `asking` [1, B * A, D], at the angles `there`, take from all of x [1, B * T, D].
+
+    -> [1, B * A, D], and keys and values [B, K, T, H].
+    """
     query, key, value = (
         layers.linear(op, each, **p[name]) for each, name in ((asking, "query"), (x, "key"), (x, "value"))
     )
@@ -92,31 +121,36 @@ def prefix_attention(op, p, config, asking, x, there, rotary, padding):
         layers.cast_like(op, _rotate(op, each, *(op.Squeeze(part, [1]) for part in angles), heads), value)
         for each, angles, heads in ((query, there, config.heads), (key, rotary, config.kv_heads))
     )
-    cache = tuple(layers.split_heads(op, each, config.kv_heads) for each in (key, value))
+    key, value = (padding.part(op, each, config.kv_heads, config.head_dim) for each in (key, value))
+    cache = tuple(op.Transpose(each, perm=[0, 2, 1, 3]) for each in (key, value))
     if config.attn_softcap is None:
         context = _in_tiles(op, config, query, key, value, padding)
     else:  # the operator has none
-        query = op.Mul(layers.split_heads(op, query, config.heads), config.query_scale)
+        query = op.Transpose(padding.part(op, query, config.heads, config.head_dim), perm=[0, 2, 1, 3])
+        query = op.Mul(query, config.query_scale)
         context = layers.merge_heads(op, layers.attend(op, query, *cache, padding.mask, config.attn_softcap))
+    context = op.Reshape(context, [1, -1, config.heads * config.head_dim])
+    context.dtype, context.shape = value.dtype, ir.Shape([1, asking.shape[1], config.heads * config.head_dim])
     return layers.linear(op, context, **p["output"]), cache
 
 
 def _in_tiles(op, config, query, key, value, padding):
-    """query [B, A, N*H], key and value [B, T, K*H] -> [B, A, N*H]; queries that share a key head are stacked."""
+    """query [1, B * A, N * H], key and value [B, T, K, H] -> what lies in memory as [1, B * A, N * H].
+
+    Queries that share a key head are stacked.
+    """
     heads, group, size = config.kv_heads, config.heads // config.kv_heads, config.head_dim
     if heads > 1:
         query = op.Transpose(op.Reshape(query, [0, 0, heads, group, size]), perm=[0, 1, 3, 2, 4])
-    stacked = op.Concat(op.Reshape(query, [0, -1, heads, size]), padding.ones, axis=3)
-    keys = op.Concat(op.Reshape(key, [0, 0, heads, size]), padding.column, axis=3)
+    stacked = op.Concat(padding.part(op, query, heads, size), padding.ones, axis=3)
+    keys = op.Concat(key, padding.column, axis=3)
     context = op.MultiHeadAttention(
-        op.Reshape(stacked, [0, 0, -1]), op.Reshape(keys, [0, 0, -1]), value, num_heads=heads,
+        *(op.Reshape(each, [0, 0, -1]) for each in (stacked, keys, value)), num_heads=heads,
         scale=config.query_scale, _domain=CONTRIB, _version=1,
     )  # fmt: skip
     context.dtype = value.dtype
     if heads > 1:
-        context = op.Transpose(op.Reshape(context, [0, -1, group, heads, size]), perm=[0, 1, 3, 2, 4])
-    context = op.Reshape(context, [0, -1, config.heads * size])
-    context.shape = ir.Shape([*list(value.shape)[:2], config.heads * size])
+        context = op.Transpose(op.Reshape(context, [-1, group, heads, size]), perm=[0, 2, 1, 3])
     return context
 
 
@@ -165,26 +199,30 @@ def mlp(op, p, x):
 
 
 def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
-    """All layers and the final norm; of prefill only each row's last position, [B, 1, D]: the rest is not asked for."""
+    """All layers and the final norm; of prefill only each row's last position, [1, B, D]: the rest is not asked for."""
     if cache is not None:
         return gemma.decoder.portable(op, p, config, x, positions, masks, cache, start, tap)
     dtype, caches = layers.upcast(op, x).dtype, []
-    rotary = layers.rope_angles(op, op.Expand(positions, op.Shape(x, end=2)), config.head_dim, config.rope_base, dtype)
+    each = op.Reshape(op.Expand(positions, op.Shape(x, end=2)), [1, -1])
+    rotary = layers.rope_angles(op, each, config.head_dim, config.rope_base, dtype)
     mask = masks[config.window(0)]  # all the same
     padding = _padding(op, config, mask, p["blocks"][0]["attention"]["key"]["kernel"].dtype)
+    x = in_line(op, x, "tokens of all")
     for weights in p["blocks"][:-1]:
         x, layer_cache = gemma.block(op, weights, config, x, rotary, padding)
         caches.append(layer_cache)
-    last = op.Sub(op.ReduceSum(op.Cast(mask, to=DataType.INT64), [2], keepdims=0), 1)  # [B, 1]
-    there = layers.rope_angles(op, last, config.head_dim, config.rope_base, dtype)
+    last = op.Sub(op.ReduceSum(op.Cast(mask, to=DataType.INT64), [1, 2], keepdims=0), 1)  # [B]
+    there = layers.rope_angles(op, op.Unsqueeze(last, [0]), config.head_dim, config.rope_base, dtype)
     x, layer_cache = _last_block(op, p["blocks"][-1], config, x, rotary, there, padding, last)
     return layers.rms_norm(op, x, **p["norm"], eps=config.eps), [*caches, layer_cache]
 
 
 def _last_block(op, p, config, x, rotary, there, padding, last):
-    """A layer whose output is wanted at one position a row: x [B, T, D] -> [B, 1, D], and all keys and values."""
+    """A layer whose output is wanted at one position a row, last [B]: x [1, B * T, D] -> [1, B, D], keys and values."""
     normed = layers.rms_norm(op, x, **p["attention_norm"], eps=config.eps)
-    x, asking = (op.GatherND(each, op.Unsqueeze(last, [2]), batch_dims=1) for each in (x, normed))
+    batch, length = (op.Squeeze(op.Shape(padding.mask, start=axis, end=axis + 1), [0]) for axis in (0, 2))
+    places = op.Add(last, op.Mul(op.Range(0, batch, 1), length))
+    x, asking = (_with_rows(op.Gather(each, places, axis=1), each, "B") for each in (x, normed))
     padding = replace(padding, ones=op.Slice(padding.ones, [0], [config.heads // config.kv_heads], [1]))
     update, cache = prefix_attention(op, p["attention"], config, asking, normed, there, rotary, padding)
     if config.post_norms:
@@ -197,8 +235,8 @@ def _last_block(op, p, config, x, rotary, there, padding, last):
 
 
 def last_position(op, x, lengths):
-    """What stands at each row's last token: x [B, 1, D], which has nothing else, -> [B, D]."""
-    return op.Squeeze(x, [1])
+    """What stands at each row's last token: x [1, B, D], which has nothing else, -> [B, D]."""
+    return op.Squeeze(x, [0])
 
 
 def _project(op, x, p, names):
@@ -261,4 +299,10 @@ def decode_mask(op, lengths, capacity, window=None):
 def _like(value, other):
     """A value whose type and shape the graph library does not know, said to be another's."""
     value.dtype, value.shape = other.dtype, other.shape
+    return value
+
+
+def _with_rows(value, other, rows):
+    """The same for a line of other rows."""
+    value.dtype, value.shape = other.dtype, ir.Shape([1, rows, other.shape[-1]])
     return value

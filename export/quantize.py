@@ -24,7 +24,8 @@ CONTRIB = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
 STEP = 4 * 2**20  # weights quantized at once
 CUTS = (0.93, 0.86)  # of the widest step, tried too; more of them hardly lower the error
-LEAST = 1e-20  # what a row of zeros is divided by
+LEAST = 1e-20  # what a row of zeros is taken to hold
+MIDDLE = 128  # the zero of rounded activations, which are uint8: in it the kernels are quickest
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products in int8, scaled by block
 
 
@@ -49,8 +50,9 @@ class Channels:
 
     def multiply_apart(self, op, x):
         """The product but for a factor a row, and the factors: [..., out] and [..., 1]."""
-        rounded, middle, factors = _round_rows(op, x)
-        y = op.MatMulIntegerToFloat(rounded, self.values, 1 / 127, self.scales, middle, _domain=CONTRIB, _version=1)
+        rounded, factors = _round_rows(op, x)
+        middle = op.Constant(value=_scalar(MIDDLE, np.uint8))
+        y = op.MatMulIntegerToFloat(rounded, self.values, 1.0, self.scales, middle, _domain=CONTRIB, _version=1)
         y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, self.values.shape[1])
         return y, factors
 
@@ -94,15 +96,31 @@ class Blocks:
 
 
 def _round_rows(op, x):
-    """x [..., in] -> itself in steps of a 127th of its row's largest, the number that is zero, those largest [..., 1].
+    """x [..., in] -> itself in steps of a 127th of its row's largest, around MIDDLE; those steps [..., 1].
 
     Kernels that read the same x share the nodes: opening a graph takes time that grows with their number squared.
     """
     if x not in op.rounded:
         largest = op.Max(op.ReduceMax(x, [-1]), op.Neg(op.ReduceMin(x, [-1])), LEAST)
-        middle = op.Constant(value=_scalar(128, np.uint8))  # of uint8, in which the kernels are quickest
-        op.rounded[x] = op.QuantizeLinear(op.Div(x, largest), 1 / 127, middle), middle, largest
+        steps = op.Mul(largest, 1 / 127)
+        rows = [axis for axis, size in enumerate(x.shape[:-1]) if size != 1]
+        if len(rows) == 1:  # the operator takes a scale a row along one axis, which saves a pass over x
+            along = op.Reshape(steps, [-1])
+            rounded = op.QuantizeLinear(x, along, _middles(op, along, x.shape[rows[0]]), axis=rows[0])
+        else:
+            rounded = op.QuantizeLinear(op.Div(x, steps), 1.0, op.Constant(value=_scalar(MIDDLE, np.uint8)))
+        op.rounded[x] = rounded, steps
     return op.rounded[x]
+
+
+def _middles(op, steps, size):
+    """MIDDLE for each of the steps [R]; one node for all that have a size of this name."""
+    key = size if isinstance(size, int) else size.value
+    if key is None:
+        key = steps
+    if key not in op.rounded:
+        op.rounded[key] = op.Expand(op.Constant(value=_scalar(MIDDLE, np.uint8)), op.Shape(steps))
+    return op.rounded[key]
 
 
 def _declare(weight, builder):

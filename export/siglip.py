@@ -32,6 +32,7 @@ def mlp(op, p, x):
     return linear(op, gelu(op, linear(op, x, **p["up"])), **p["down"])
 
 
+@partial(fusible, name="patch_block")
 def block(op, p, config, x, tap=identity):
     """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(op, x, **p["attention_norm"], eps=config.eps))
