@@ -7,6 +7,8 @@ from numpy_ref.layers import identity, scoped
 from . import gemma, siglip
 from .layers import cast_like, fusible, linear, upcast
 
+FEATURES = "image_features"  # in the prefill graph, where the picture ends and the decoder begins
+
 
 def encode_image(op, p, config, pixel_values, tap=identity):
     """pixel_values [B, 3, S, S] -> [B, P, D] in the decoder's width."""
@@ -20,6 +22,7 @@ def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
     Concatenated, not scattered by a comparison with the image token: the shapes depend on no data.
     """
     image = encode_image(op, p, config, pixel_values, tap)
+    image.name = FEATURES
     text_ids = op.Slice(input_ids, [config.vision.patches], [2**31 - 1], [1])
     text = gemma.embed(op, p["text"], config.text, text_ids, image.dtype)
     return tap("embed_prefix", op.Concat(image, tap("embed", text), axis=1))

@@ -1,5 +1,6 @@
-"""What the benchmark runs beside a bundle: each gives `answer(count)`, from a prompt to `count` tokens.
+"""What the benchmark runs beside a bundle: each gives `answer(count, first)`, from a prompt to `count` tokens.
 
+`first` is called once, as the first of them is there.
 The libraries are named, not imported: nothing else of this package needs them.
 """
 
@@ -40,12 +41,18 @@ def transformers(dtype: str, folder, threads: int):
     model.eval()
 
     @torch.inference_mode()
-    def answer(count):
+    def answer(count, first):
+        def criterion(ids, scores, **settings):  # is asked after each token whether to stop
+            if ids.shape[1] == prompted + 1:
+                first()
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        prompted = ids.shape[1]
         picture = preprocess(open_image(SHIPPED / "example.png"), config.vision.image_size)
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids),
             pixel_values=torch.from_numpy(picture).to(dtype), do_sample=False, min_new_tokens=count,
-            max_new_tokens=count,
+            max_new_tokens=count, stopping_criteria=[criterion],
         )  # fmt: skip
 
     return answer, dict
@@ -84,9 +91,10 @@ def llama_cpp(file, threads: int):
         vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
         return int(np.ctypeslib.as_array(library.llama_get_logits_ith(context, -1), (vocab,)).argmax())
 
-    def answer(count):
+    def answer(count, first):
         library.llama_memory_clear(library.llama_get_memory(context), True)
         token = feed(_ids())
+        first()
         for _ in range(count - 1):
             token = feed([token])
 
@@ -178,14 +186,16 @@ def genai(folder, threads: int):
     settings.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model, ids = library.Model(settings), _ids()
 
-    def answer(count):
+    def answer(count, first):
         parameters = library.GeneratorParams(model)
         length = len(ids) + count
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = library.Generator(model, parameters)
         generator.append_tokens(np.array(ids, np.int32))
-        for _ in range(count):
+        for i in range(count):
             generator.generate_next_token()
+            if i == 0:
+                first()
 
     return answer, dict
 

@@ -84,6 +84,7 @@ class Session:
     """
 
     name = "onnx"
+    picture = "pixel_values"  # what prefill's graph calls it
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
@@ -110,7 +111,7 @@ class Session:
         cache = self._cache(len(lengths), capacity)
         binding = self._prefill.io_binding()
         feeds = {
-            "pixel_values": np.ascontiguousarray(pixel_values, np.float32),
+            self.picture: np.ascontiguousarray(pixel_values, np.float32),
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "lengths": np.ascontiguousarray(lengths, np.int32),
             "capacity": np.array(cache.capacity, np.int64),
@@ -160,13 +161,16 @@ class Session:
         with self._told(name):
             opened = onnxruntime.InferenceSession(self._file(name), options, providers=providers)
         found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
-        for value, shape in graph_io(name, self.config).items():
+        for value, shape in self._io(name).items():
             if not _fits(found.get(value), shape):
                 raise PaliGemmaError(
                     f"{self._file(name)}: {value} is {found.get(value, 'missing')}, not {list(shape)} as "
                     f"{bundles.DESCRIPTION} has it; export the bundle again"
                 )
         return opened
+
+    def _io(self, name):
+        return graph_io(name, self.config)
 
     def _run(self, name, opened, feeds):
         """The one output of a graph."""

@@ -6,7 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from export import benchmark, bundle
+from export import benchmark, bundle, decoder_only, verify
+from export.session import Session
+from numpy_ref import checkpoint, paligemma
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError
 
@@ -28,6 +30,38 @@ def test_both_sides_answer_on_the_shipped_model():
     text = benchmark.table({**told, **results, "ours": results["ours"] | {"export_s": 1.0, "first_load_s": 1.0}})
     assert f"{results['ratios']['decode']:.2f}" in text
     json.dumps(results)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4"])
+def test_the_decoder_alone_answers_as_the_whole(tmp_path, precision):
+    loaded = checkpoint.load()
+    bundle.write(loaded, tmp_path / "out", precision)
+    opened, example = bundle.load(tmp_path / "out"), verify.example(loaded.config)
+    decoder_only.cut(opened.path)
+    pixels, ids, lengths, capacity = example.prefill(np.float32)
+    features = paligemma.encode_image(loaded.params, loaded.config, pixels)
+    engines = Session(opened, "cpu"), decoder_only.DecoderSession(opened, "cpu")
+    found = []
+    for engine, given in zip(engines, (pixels, features), strict=True):
+        logits, cache = engine.prefill(given, ids, lengths, capacity)
+        found.append((logits, engine.decode(example.steps[0], lengths, cache)[0]))
+    tolerance = {"float32": 1e-5, "int4": 0.05}[precision]  # the whole one's features come from weights of few bits
+    for whole, alone in zip(*found, strict=True):
+        assert np.abs(whole - alone).max() < tolerance * np.abs(whole).max()
+    logits, _ = engines[1].prefill(features[::-1], ids, lengths, capacity)
+    assert np.abs(logits - found[1][0]).max() > 0.1 * np.abs(logits).max()
+
+
+def test_the_first_token_and_the_further_ones_are_timed_apart(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+
+    def answer(count, first):
+        clock[0] += 2
+        first()
+        clock[0] += 0.25 * (count - 1)
+
+    assert benchmark.timed(answer, 4) == {"first_token_s": 2, "ms_per_token": 250}
 
 
 def test_medians_and_ratios():
