@@ -38,6 +38,7 @@ from .weights import PRECISIONS
 PROG = "python -m export.benchmark"
 OURS, PEER, ALONE = "ours", "transformers", "ours alone"
 ANSWER = 32  # tokens of the answer whose work outside of the graphs is timed
+FAR, PAIRS = 1000, 25  # cached positions of a late step, and how often it is timed in turns with an early one
 
 
 def measure(folder: Path, arguments, threads: int) -> dict:
@@ -247,13 +248,32 @@ def _ours(folder, threads):
         generate(picture, count, first, timings)
 
     def told():
-        """The share of an answer's time that is not spent in prefill and decode."""
+        """The share of an answer's time that is not spent in prefill and decode; how much longer a late step takes."""
         started, timings = time.perf_counter(), Timings()
         answer(ANSWER, lambda: None, timings)
         whole = time.perf_counter() - started
-        return {"outside_share": round(1 - (timings.prefill_s + timings.decode_s) / whole, 4)}
+        outside = round(1 - (timings.prefill_s + timings.decode_s) / whole, 4)
+        return {"outside_share": outside, **late_steps(engine)}
 
     return answer, told
+
+
+def late_steps(engine) -> dict:
+    """How many times longer a decode step takes where FAR positions are cached, than right after the prompt."""
+    config, ids = engine.config, np.array([peers.prompt(engine.config)])
+    early, late = ids.shape[1], min(FAR, engine.max_length - 1)
+    size = config.vision.image_size
+    picture = np.zeros((1, 3, size, size), np.float32)
+    _, cache = engine.prefill(picture, ids, np.array([early], np.int32), late + 1)
+    ratios = []
+    for _ in range(PAIRS):
+        taken = []
+        for position in (early, late):
+            started = time.perf_counter()
+            engine.decode(ids[:, -1:], np.array([position], np.int32), cache)
+            taken.append(time.perf_counter() - started)
+        ratios.append(taken[1] / taken[0])
+    return {"late_position": late, "late_step": round(float(np.median(ratios)), 3)}
 
 
 def _ours_alone(folder, threads):
@@ -313,14 +333,16 @@ def table(results) -> str:
             found = results[f"{side} ratios"].get(ratio.get(name))
             line += f"{results[side][name]:>12.3f}" + (f"{found:>8.2f}" if found else f"{'':>8}")
         lines.append(line.rstrip())
-    ours, theirs = (1000 / results[side]["ms_per_token"] for side in (OURS, PEER))
-    lines.append(f"{'tokens/s':<28}{ours:>10.2f}{theirs:>14.2f}")
+    rates = [1000 / results[side]["ms_per_token"] for side in (OURS, PEER)]
+    lines.append(f"{'tokens/s':<28}{rates[0]:>10.2f}{rates[1]:>14.2f}")
     lines.append(f"{'first load, s':<28}{results[OURS]['first_load_s']:>10.1f}")
     lines.append(f"{'export, s':<28}{results[OURS]['export_s']:>10.1f}")
     lines.append(f"{'peak beyond the weights, GiB':<28}{results[OURS]['beyond_weights_gib']:>10.3f}")
     read, bandwidth = results["decode_bytes"] / 1e9, results["bandwidth_gb_per_s"]
     lines.append(f"a token reads {read:.2f} GB of weights: {results['bandwidth_share']:.0%} of {bandwidth} GB/s")
-    lines.append(f"outside of the graphs: {results[OURS]['outside_share']:.1%} of an answer of {ANSWER} tokens")
+    ours = results[OURS]
+    lines.append(f"with {ours['late_position']} positions cached a token takes {ours['late_step']:.3f} times as long")
+    lines.append(f"outside of the graphs: {ours['outside_share']:.1%} of an answer of {ANSWER} tokens")
     lines += [f"{side}: {peers.DECODERS[side].told}" for side in decoders]
     if decoders:
         alone = "{first_token_s:.3f} s to the first token, {ms_per_token:.1f} ms for a further one"

@@ -211,26 +211,30 @@ def quantize_blocks(rows, bits: int):
     blocks = rows.reshape(len(rows), -1, block)
     places = np.abs(blocks).argmax(-1)[..., None]
     widest = np.take_along_axis(blocks, places, -1) / np.float32(-zero)
-    q, scales, error = _round_blocks(blocks, widest, zero)
-    for cut in CUTS:
+    q, scales, explained = _round_blocks(blocks, widest, zero)
+    for cut in CUTS if bits == 4 else ():  # in eight bits the steps are too small for a cut to pay
         other = _round_blocks(blocks, widest * np.float32(cut), zero)
-        better = other[2] < error
-        for kept, found in zip((q, scales, error), other, strict=True):
+        better = other[2] > explained
+        for kept, found in zip((q, scales, explained), other, strict=True):
             np.copyto(kept, found, where=better)
     with np.errstate(invalid="ignore"):
-        q = (q + zero).astype(np.uint8)
+        q = (q + np.float32(zero)).astype(np.uint8)
     if bits == 4:
         q = q[..., 0::2] | q[..., 1::2] << 4
     return q, scales[..., 0]
 
 
 def _round_blocks(blocks, steps, zero):
-    """Whole numbers for blocks [..., S] by steps [..., 1]; the step that fits them best, and its squared error."""
+    """Blocks [..., S] by steps [..., 1]: whole numbers q, the scale a that fits them best, and what that explains.
+
+    |b - a q|^2 is least with a = (q b) / (q q), and then less than |b|^2 by a (q b).
+    """
     with np.errstate(invalid="ignore", over="ignore"):  # whoever writes the scales looks at whether they are finite
-        q = np.clip(np.rint(blocks / np.where(steps == 0, np.float32(1), steps)), -zero, zero - 1)
-        length = np.square(q).sum(-1, keepdims=True)
-        fitted = np.where(length > 0, (q * blocks).sum(-1, keepdims=True) / np.maximum(length, 1), steps)
-        return q, fitted, np.square(q * fitted - blocks).sum(-1, keepdims=True)
+        q = blocks / np.where(steps == 0, np.float32(1), steps)
+        np.clip(np.rint(q, out=q), -zero, zero - 1, out=q)
+        along, length = (np.einsum("...i,...i", q, other)[..., None] for other in (blocks, q))
+        fitted = np.where(length > 0, along / np.maximum(length, 1), steps)
+        return q, fitted, along * fitted
 
 
 def dequantize_blocks(values, scales, bits: int):

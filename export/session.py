@@ -194,6 +194,8 @@ class Session:
         floats = self.bundle.description["precision"] in FLOATS
         if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if name == "prefill":  # its threads would spin on for a while, where decode's begin
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
     def _provider_options_of(self, name):
