@@ -2,6 +2,7 @@
 
 `layers.fusible` takes these where a graph is built with `operators="fused"`. What is not here stays as it is.
 
+residual and norm      SkipLayerNormalization and SkipSimplifiedLayerNormalization give the sum and the norm at once.
 attention in prefill   MultiHeadAttention without a mask goes through the keys in tiles: scores are never held whole.
                        Padding is told by one more column: 1 in every query, 0 or -1e9 in the keys.
 attention in decode    GroupQueryAttention writes into the cache where it lies, and reads only what is filled.
@@ -39,6 +40,25 @@ def layer_norm(op, x, scale, bias, eps):
     x32 = layers.upcast(op, x)
     scale, bias = layers.cast_like(op, scale, x32), layers.cast_like(op, bias, x32)
     return layers.cast_like(op, op.LayerNormalization(x32, scale, bias, axis=-1, epsilon=eps), x)
+
+
+def add_layer_norm(op, x, update, scale, bias, eps):
+    """x + update, and LayerNorm of it, in one pass."""
+    scale, bias = layers.cast_like(op, scale, x), layers.cast_like(op, bias, x)
+    return _sum_and_norm(op, op.SkipLayerNormalization, x, update, (scale, bias), eps)
+
+
+def add_rms_norm(op, x, update, scale, eps):
+    """x + update, and RMSNorm of it, in one pass."""
+    gain = op.Add(layers.cast_like(op, scale, x), 1.0)
+    return _sum_and_norm(op, op.SkipSimplifiedLayerNormalization, x, update, (gain,), eps)
+
+
+def _sum_and_norm(op, operator, x, update, weights, eps):
+    update = layers.cast_like(op, update, x)
+    normed, mean, deviation, total = operator(x, update, *weights, epsilon=eps, _domain=CONTRIB, _version=1, _outputs=4)
+    mean.name = deviation.name = ""  # are for training, and not every provider gives them
+    return _like(total, x), _like(normed, x)
 
 
 def gelu(op, x):
@@ -227,8 +247,8 @@ def _last_block(op, p, config, x, rotary, there, padding, last):
     update, cache = prefix_attention(op, p["attention"], config, asking, normed, there, rotary, padding)
     if config.post_norms:
         update = layers.rms_norm(op, update, **p["post_attention_norm"], eps=config.eps)
-    x = layers.residual(op, x, update)
-    update = gemma.mlp(op, p["mlp"], layers.rms_norm(op, x, **p["mlp_norm"], eps=config.eps))
+    x, normed = layers.add_rms_norm(op, x, update, **p["mlp_norm"], eps=config.eps)
+    update = gemma.mlp(op, p["mlp"], normed)
     if config.post_norms:
         update = layers.rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps)
     return layers.residual(op, x, update), cache

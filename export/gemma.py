@@ -5,6 +5,7 @@ import math
 from numpy_ref.layers import identity, scoped
 
 from .layers import (
+    add_rms_norm,
     attend,
     cast_like,
     cast_to,
@@ -59,9 +60,8 @@ def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     update = tap("attention", update)
     if config.post_norms:
         update = tap("post_attention_norm", rms_norm(op, update, **p["post_attention_norm"], eps=config.eps))
-    x = residual(op, x, update)
-    normed = tap("mlp_norm", rms_norm(op, x, **p["mlp_norm"], eps=config.eps))
-    update = tap("mlp", mlp(op, p["mlp"], normed))
+    x, normed = add_rms_norm(op, x, update, **p["mlp_norm"], eps=config.eps)
+    update = tap("mlp", mlp(op, p["mlp"], tap("mlp_norm", normed)))
     if config.post_norms:
         update = tap("post_mlp_norm", rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps))
     return residual(op, x, update), cache

@@ -117,6 +117,20 @@ def rms_norm(op, x, scale, eps):
     return cast_like(op, op.Mul(normed, op.Add(cast_like(op, scale, x32), 1.0)), x)
 
 
+@fusible
+def add_layer_norm(op, x, update, scale, bias, eps):
+    """`residual`, and `layer_norm` of it: x, update [..., D] -> two [..., D]."""
+    x = residual(op, x, update)
+    return x, layer_norm(op, x, scale, bias, eps)
+
+
+@fusible
+def add_rms_norm(op, x, update, scale, eps):
+    """`residual`, and `rms_norm` of it: x, update [..., D] -> two [..., D]."""
+    x = residual(op, x, update)
+    return x, rms_norm(op, x, scale, eps)
+
+
 def rope_angles(op, positions, head_dim, base, dtype):
     """Cosine and sine of the rotary embedding: positions [B, T] -> two [B, 1, T, H/2]."""
     steps = op.Cast(op.Constant(value_floats=[float(i) for i in range(0, head_dim, 2)]), to=dtype)

@@ -5,7 +5,18 @@ from functools import partial
 
 from numpy_ref.layers import identity, scoped
 
-from .layers import attend, cast_like, fusible, gelu, layer_norm, linear, merge_heads, residual, split_heads
+from .layers import (
+    add_layer_norm,
+    attend,
+    cast_like,
+    fusible,
+    gelu,
+    layer_norm,
+    linear,
+    merge_heads,
+    residual,
+    split_heads,
+)
 
 
 def patch_embed(op, p, config, pixel_values):
@@ -36,9 +47,9 @@ def mlp(op, p, x):
 def block(op, p, config, x, tap=identity):
     """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(op, x, **p["attention_norm"], eps=config.eps))
-    x = residual(op, x, tap("attention", attention(op, p["attention"], config, normed, scoped(tap, "attention"))))
-    normed = tap("mlp_norm", layer_norm(op, x, **p["mlp_norm"], eps=config.eps))
-    return residual(op, x, tap("mlp", mlp(op, p["mlp"], normed)))
+    update = tap("attention", attention(op, p["attention"], config, normed, scoped(tap, "attention")))
+    x, normed = add_layer_norm(op, x, update, **p["mlp_norm"], eps=config.eps)
+    return residual(op, x, tap("mlp", mlp(op, p["mlp"], tap("mlp_norm", normed))))
 
 
 def encoder(op, p, config, pixel_values, tap=identity):

@@ -65,7 +65,9 @@ def test_the_operators_are_those_that_are_meant():
     prefill, decode = (operators_of(loaded, graph, FUSED) for graph in ("prefill", "decode"))
     assert prefill["MultiHeadAttention"] == vision + text
     assert decode["GroupQueryAttention"] == text
-    assert decode["SimplifiedLayerNormalization"] == 2 * text + 1
+    assert decode["SimplifiedLayerNormalization"] == text + 1  # of a sum that is there already
+    assert decode["SkipSimplifiedLayerNormalization"] == text
+    assert prefill["SkipLayerNormalization"] == vision
     assert not {"Softmax", "TensorScatter"} & {*prefill, *decode}  # no scores, no copy of the cache
     portable = operators_of(loaded, "decode", PORTABLE)
     assert not {"GroupQueryAttention", "MatMulNBits", "SimplifiedLayerNormalization"} & {*portable}
