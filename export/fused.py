@@ -2,7 +2,7 @@
 
 `layers.fusible` takes these where a graph is built with `operators="fused"`. What is not here stays as it is.
 
-residual and norm      SkipLayerNormalization and SkipSimplifiedLayerNormalization give the sum and the norm at once.
+residual and norm      in half precision one operator gives the sum and its norm.
 attention in prefill   MultiHeadAttention without a mask goes through the keys in tiles: scores are never held whole.
                        Padding is told by one more column: 1 in every query, 0 or -1e9 in the keys.
 attention in decode    GroupQueryAttention writes into the cache where it lies, and reads only what is filled.
@@ -43,18 +43,23 @@ def layer_norm(op, x, scale, bias, eps):
 
 
 def add_layer_norm(op, x, update, scale, bias, eps):
-    """x + update, and LayerNorm of it, in one pass."""
-    scale, bias = layers.cast_like(op, scale, x), layers.cast_like(op, bias, x)
-    return _sum_and_norm(op, op.SkipLayerNormalization, x, update, (scale, bias), eps)
+    """x + update, and LayerNorm of it."""
+    if scale.dtype not in layers.HALF:
+        return layers.add_layer_norm.portable(op, x, update, scale, bias, eps)
+    weights = (layers.cast_like(op, weight, x) for weight in (scale, bias))
+    return _sum_and_norm(op, op.SkipLayerNormalization, x, update, weights, eps)
 
 
 def add_rms_norm(op, x, update, scale, eps):
-    """x + update, and RMSNorm of it, in one pass."""
+    """x + update, and RMSNorm of it."""
+    if scale.dtype not in layers.HALF:
+        return layers.add_rms_norm.portable(op, x, update, scale, eps)
     gain = op.Add(layers.cast_like(op, scale, x), 1.0)
     return _sum_and_norm(op, op.SkipSimplifiedLayerNormalization, x, update, (gain,), eps)
 
 
 def _sum_and_norm(op, operator, x, update, weights, eps):
+    """Both at once, for devices where every operator is one more launch; on the CPU two are quicker."""
     update = layers.cast_like(op, update, x)
     normed, mean, deviation, total = operator(x, update, *weights, epsilon=eps, _domain=CONTRIB, _version=1, _outputs=4)
     mean.name = deviation.name = ""  # are for training, and not every provider gives them

@@ -14,7 +14,7 @@ from onnx_ir import DataType
 from numpy_ref.layers import identity
 
 PORTABLE, FUSED = OPERATORS = ("portable", "fused")
-_HALF = (DataType.FLOAT16, DataType.BFLOAT16)
+HALF = (DataType.FLOAT16, DataType.BFLOAT16)
 
 
 def fusible(portable, name=None):
@@ -37,7 +37,7 @@ def fusible(portable, name=None):
 
 def upcast(op, x):
     """float16 and bfloat16 -> float32; float32 and float64 stay."""
-    return op.Cast(x, to=DataType.FLOAT) if x.dtype in _HALF else x
+    return op.Cast(x, to=DataType.FLOAT) if x.dtype in HALF else x
 
 
 def cast_to(op, x, dtype):

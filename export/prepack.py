@@ -19,8 +19,8 @@ from numpy_ref.errors import PaliGemmaError
 from . import weights
 
 ENTRY = "prepacked_"  # what the keys begin with
-PAGE = 4096  # bytes; what is mapped begins on one
-PIECE = 2**24  # bytes copied at once
+PAGE, HUGE_PAGE = 4096, 2**21  # bytes; what is mapped begins on one
+PIECE = 2**24  # bytes copied at once, and from which on a huge page is worth what may be left of the one before
 _FATAL_ONLY = 4
 
 
@@ -81,7 +81,8 @@ def _place(value, source, file, placed) -> str:
         told = [identity]
         for piece in pieces:
             offset, length, padding = (int(number) for number in piece.split(";"))
-            file.seek(-(-file.tell() // PAGE) * PAGE)
+            page = HUGE_PAGE if length >= PIECE else PAGE
+            file.seek(-(-file.tell() // page) * page)
             told.append(f"{file.tell()};{length};{padding}")
             _copy(source, offset, length, file)
         placed[identity] = "|".join(told)

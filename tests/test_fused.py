@@ -55,7 +55,8 @@ def test_fused_graphs_keep_the_float32_budget(tmp_path, model, operators, capsys
 def operators_of(model, graph, operators, precision="float32"):
     placed = weights.plan(model.config, precision)
     build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
-    made = build(model.config, weights.initializer(placed, graph=graph), operators=operators)
+    dtype = weights.stream_dtype(precision)
+    made = build(model.config, weights.initializer(placed, graph=graph), dtype, operators=operators)
     return Counter(node.op_type for node in made.graph)
 
 
@@ -65,9 +66,11 @@ def test_the_operators_are_those_that_are_meant():
     prefill, decode = (operators_of(loaded, graph, FUSED) for graph in ("prefill", "decode"))
     assert prefill["MultiHeadAttention"] == vision + text
     assert decode["GroupQueryAttention"] == text
-    assert decode["SimplifiedLayerNormalization"] == text + 1  # of a sum that is there already
-    assert decode["SkipSimplifiedLayerNormalization"] == text
-    assert prefill["SkipLayerNormalization"] == vision
+    assert decode["SimplifiedLayerNormalization"] == 2 * text + 1
+    half = {graph: operators_of(loaded, graph, FUSED, "float16") for graph in ("prefill", "decode")}
+    assert half["decode"]["SimplifiedLayerNormalization"] == text + 1  # the others are of sums
+    assert half["decode"]["SkipSimplifiedLayerNormalization"] == text
+    assert half["prefill"]["SkipLayerNormalization"] == vision
     assert not {"Softmax", "TensorScatter"} & {*prefill, *decode}  # no scores, no copy of the cache
     portable = operators_of(loaded, "decode", PORTABLE)
     assert not {"GroupQueryAttention", "MatMulNBits", "SimplifiedLayerNormalization"} & {*portable}
