@@ -5,8 +5,8 @@ one with the bundle, one with transformers (SDPA) on the same weights. Where lla
 onnxruntime-genai, are installed, they run the decoder alone in four bits, and so does a process with the bundle, which
 is given the picture's features. Prints medians and ratios: the time from the picture to the first token, the time of a
 further token, load time, and the peak of memory (proportional set size: a page that is mapped twice counts once; Linux
-only). What decoding reads, over the time it takes, is put beside the read
-bandwidth that plain dot products over large arrays reach in the same round.
+only). What decoding reads, over the time it takes, is put beside the read bandwidth that plain dot products over large
+arrays reach before and after it.
 """
 
 import argparse
@@ -74,9 +74,11 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
             for side, folder in folders.items()
         }
         for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
-            bandwidths.append(read_bandwidth(threads))
+            before = read_bandwidth(threads)
             for side, worker in workers.items():
                 runs[side].append(worker.ask())
+                if side == OURS:
+                    bandwidths.append((before + read_bandwidth(threads)) / 2)
     results = {side: {**workers[side].told, **medians(runs[side])} for side in folders}
     read = weight_bytes(folders[OURS], "decode")
     shares = [read / 1e6 / run["ms_per_token"] / width for run, width in zip(runs[OURS], bandwidths, strict=True)]
