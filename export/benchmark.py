@@ -263,7 +263,8 @@ def _ours(folder, threads):
 def late_steps(engine) -> dict:
     """How many times longer a decode step takes where FAR positions are cached, than right after the prompt."""
     config, ids = engine.config, np.array([peers.prompt(engine.config)])
-    early, late = ids.shape[1], min(FAR, engine.max_length - 1)
+    early = ids.shape[1]
+    late = min(max(FAR, early + 1), engine.max_length - 1)
     size = config.vision.image_size
     picture = np.zeros((1, 3, size, size), np.float32)
     _, cache = engine.prefill(picture, ids, np.array([early], np.int32), late + 1)

@@ -65,6 +65,16 @@ def test_the_first_token_and_the_further_ones_are_timed_apart(monkeypatch):
     assert benchmark.timed(answer, 4) == {"first_token_s": 2, "ms_per_token": 250}
 
 
+@pytest.mark.parametrize("far", [1000, 10])
+def test_a_late_step_is_behind_the_prompt_and_within_the_model(monkeypatch, far):
+    monkeypatch.setattr(benchmark, "FAR", far)
+    engine = Session(bundle.shipped(), "cpu")
+    found = benchmark.late_steps(engine)
+    prompted = len(benchmark.peers.prompt(engine.config))
+    assert found["late_position"] == {1000: engine.max_length - 1, 10: prompted + 1}[far]
+    assert 0 < found["late_step"] < 100
+
+
 def test_medians_and_ratios():
     ours = [{"first_token_s": 1.0, "ms_per_token": value} for value in (10, 20, 90)]
     theirs = [{"first_token_s": 3.0, "ms_per_token": value} for value in (20, 60, 90)]

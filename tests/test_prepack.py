@@ -70,6 +70,17 @@ def test_a_weight_of_two_graphs_is_there_once(exported):
     assert all(a + length <= b for (a, length), (b, _) in itertools.pairwise(regions))
 
 
+def test_large_pieces_begin_on_huge_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepack, "PIECE", 2**16)
+    bundle.write(checkpoint.load(), tmp_path / "out", "int4", prepacked=True)
+    places = {value for each in entries(tmp_path / "out").values() for value in each.values()}
+    regions = [tuple(int(n) for n in value.split("|")[1].split(";")[:2]) for value in places]
+    large = [start for start, length in regions if length >= 2**16]
+    assert 0 < len(large) < len(regions)
+    assert all(start % prepack.HUGE_PAGE == 0 for start in large)
+    assert answers(Session(bundle.load(tmp_path / "out"), "cpu"))[0].any()
+
+
 def test_the_repacked_bytes_are_what_runs(exported, tmp_path):
     """Other bytes there, other numbers: the runtime does not use a copy of its own."""
     folder = tmp_path / "changed"
