@@ -73,10 +73,10 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
             side: stack.enter_context(Worker(side, folder, tokens, threads, against))
             for side, folder in folders.items()
         }
-        for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
-            before = read_bandwidth(threads)
-            for side, worker in workers.items():
-                runs[side].append(worker.ask())
+        for i in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
+            for side in rotated(list(workers), i):
+                before = read_bandwidth(threads) if side == OURS else 0
+                runs[side].append(workers[side].ask())
                 if side == OURS:
                     bandwidths.append((before + read_bandwidth(threads)) / 2)
     results = {side: {**workers[side].told, **medians(runs[side])} for side in folders}
@@ -92,6 +92,12 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
         "bandwidth_gb_per_s": round(float(np.median(bandwidths)), 1), "decode_bytes": read,
         "bandwidth_share": round(float(np.median(shares)), 3),
     }  # fmt: skip
+
+
+def rotated(sides: list, i: int) -> list:
+    """The order of a round: another begins each time, since what ran before may leave the machine faster or slower."""
+    i %= len(sides)
+    return sides[i:] + sides[:i]
 
 
 def medians(runs) -> dict:

@@ -75,6 +75,12 @@ def test_a_late_step_is_behind_the_prompt_and_within_the_model(monkeypatch, far)
     assert 0 < found["late_step"] < 100
 
 
+def test_each_begins_as_often():
+    assert [benchmark.rotated(["a", "b", "c"], i) for i in range(4)] == [
+        ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"],
+    ]  # fmt: skip
+
+
 def test_medians_and_ratios():
     ours = [{"first_token_s": 1.0, "ms_per_token": value} for value in (10, 20, 90)]
     theirs = [{"first_token_s": 3.0, "ms_per_token": value} for value in (20, 60, 90)]
