@@ -6,7 +6,7 @@ onnxruntime-genai, are installed, they run the decoder alone in four bits, and s
 is given the picture's features. Prints medians and ratios: the time from the picture to the first token, the time of a
 further token, load time, and the peak of memory (proportional set size: a page that is mapped twice counts once; Linux
 only). What decoding reads, over the time it takes, is put beside the read bandwidth that plain dot products over large
-arrays reach before and after it.
+arrays reach, in turns with it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,8 @@ from .weights import PRECISIONS
 PROG = "python -m export.benchmark"
 OURS, PEER, ALONE = "ours", "transformers", "ours alone"
 ANSWER = 32  # tokens of the answer whose work outside of the graphs is timed
-FAR, PAIRS = 1000, 25  # cached positions of a late step, and how often it is timed in turns with an early one
+FAR, PAIRS = 1000, 25  # cached positions of a late step; how often one thing is timed in turns with another
+STEP, BESIDE = "step", "beside"  # what a worker may be asked besides an answer
 
 
 def measure(folder: Path, arguments, threads: int) -> dict:
@@ -67,7 +68,7 @@ def measure(folder: Path, arguments, threads: int) -> dict:
 
 def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, against="bfloat16") -> dict:
     """All sides in turns, since the machine's speed drifts: figures of each, and ratios."""
-    runs, bandwidths = {side: [] for side in folders}, []
+    runs, read = {side: [] for side in folders}, weight_bytes(folders[OURS], "decode")
     with ExitStack() as stack:
         workers = {
             side: stack.enter_context(Worker(side, folder, tokens, threads, against))
@@ -75,13 +76,10 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
         }
         for i in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
             for side in rotated(list(workers), i):
-                before = read_bandwidth(threads) if side == OURS else 0
                 runs[side].append(workers[side].ask())
-                if side == OURS:
-                    bandwidths.append((before + read_bandwidth(threads)) / 2)
+        bandwidth, share = against_bandwidth(workers[OURS], read, threads)
+        workers[OURS].told |= workers[OURS].ask(BESIDE)
     results = {side: {**workers[side].told, **medians(runs[side])} for side in folders}
-    read = weight_bytes(folders[OURS], "decode")
-    shares = [read / 1e6 / run["ms_per_token"] / width for run, width in zip(runs[OURS], bandwidths, strict=True)]
     results[OURS]["beyond_weights_gib"] = round(
         results[OURS]["peak_gib"] - weight_bytes(folders[OURS], "prefill", "decode") / 2**30, 3
     )
@@ -89,8 +87,7 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
     return {
         "rounds": rounds, **results, "ratios": {**faster(runs[PEER], runs[OURS]), "memory": memory},
         **{f"{side} ratios": faster(runs[side], runs[ALONE]) for side in peers.DECODERS if side in runs},
-        "bandwidth_gb_per_s": round(float(np.median(bandwidths)), 1), "decode_bytes": read,
-        "bandwidth_share": round(float(np.median(shares)), 3),
+        "bandwidth_gb_per_s": bandwidth, "decode_bytes": read, "bandwidth_share": share,
     }  # fmt: skip
 
 
@@ -114,11 +111,21 @@ def faster(theirs, ours) -> dict:
     return {"decode": ratio("ms_per_token"), "prefill": ratio("first_token_s")}
 
 
-def read_bandwidth(threads: int) -> float:
-    """GB/s of `threads` dot products side by side over arrays that no cache holds; the best of several."""
-    arrays = [np.ones(2**26, np.float32) for _ in range(threads)]
+def against_bandwidth(worker, read: int, threads: int) -> tuple[float, float]:
+    """The read bandwidth in GB/s, and which share of it a decode step that reads so many bytes reaches: in turns."""
+    arrays, widths, shares = [np.ones(2**26, np.float32) for _ in range(threads)], [], []
+    for _ in range(PAIRS):
+        steps = worker.ask(STEP)["ms"]
+        time.sleep(0.1)  # its threads spin on for a while
+        widths.append(read_bandwidth(arrays))
+        shares.append(read / 1e6 / steps / widths[-1])
+    return round(float(np.median(widths)), 1), round(float(np.median(shares)), 3)
+
+
+def read_bandwidth(arrays) -> float:
+    """GB/s of dot products side by side over arrays that no cache holds; the best of several."""
     best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(len(arrays)) as pool:
         for _ in range(4):
             started = time.perf_counter()
             list(pool.map(lambda array: np.dot(array, array), arrays))
@@ -143,7 +150,7 @@ def weight_bytes(bundle: Path, *names: str) -> int:
 
 
 class Worker:
-    """A process that holds one of the models: `told` is what loading cost, `ask` one timed answer."""
+    """A process that holds one of the models: `told` is what loading cost, `ask` a timed answer, or what else it knows."""
 
     def __init__(self, side: str, folder: Path, tokens: int, threads: int, against: str = "bfloat16"):
         command = module(
@@ -163,9 +170,9 @@ class Worker:
             most = peak.stop()
         self.told["peak_gib"] = round(most / 2**30, 3)
 
-    def ask(self) -> dict:
-        """Seconds to the first token, and milliseconds of each further one."""
-        self.process.stdin.write("go\n")
+    def ask(self, what="answer") -> dict:
+        """Seconds to the first token, and milliseconds of each further one; or what else it is asked for."""
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
         return self._hear()
 
@@ -222,12 +229,13 @@ def work(side: str, folder: Path, tokens: int, threads: int, against: str) -> No
     started = time.perf_counter()
     decoders = {name: decoder.open for name, decoder in peers.DECODERS.items()}
     opened = {OURS: _ours, ALONE: _ours_alone, PEER: partial(peers.transformers, against), **decoders}[side]
-    answer, told = opened(folder, threads)
+    answer, known = opened(folder, threads)
     load_s = time.perf_counter() - started
     answer(2, lambda: None)
-    print(json.dumps({"load_s": round(load_s, 2), **told()}), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(timed(answer, tokens)), flush=True)
+    print(json.dumps({"load_s": round(load_s, 2)}), flush=True)
+    for line in sys.stdin:
+        told = known.get(line.strip(), partial(timed, answer, tokens))
+        print(json.dumps(told()), flush=True)
 
 
 def timed(answer, tokens: int) -> dict:
@@ -240,7 +248,7 @@ def timed(answer, tokens: int) -> dict:
 
 
 def _ours(folder, threads):
-    """`answer`, by the bundle, from the picture file to the tokens; and what else is to be told."""
+    """`answer`, by the bundle, from the picture file to the tokens; and what else it can be asked."""
     from numpy_ref.generate import Timings
     from numpy_ref.image import open_image, preprocess
     from numpy_ref.tokenizer import Tokenizer
@@ -255,7 +263,7 @@ def _ours(folder, threads):
         tokenizer.prompt("answer en how many shapes are there?")
         generate(picture, count, first, timings)
 
-    def told():
+    def beside():
         """The share of an answer's time that is not spent in prefill and decode; how much longer a late step takes."""
         started, timings = time.perf_counter(), Timings()
         answer(ANSWER, lambda: None, timings)
@@ -263,26 +271,37 @@ def _ours(folder, threads):
         outside = round(1 - (timings.prefill_s + timings.decode_s) / whole, 4)
         return {"outside_share": outside, **late_steps(engine)}
 
-    return answer, told
+    return answer, {STEP: steps(engine), BESIDE: beside}
+
+
+def decoding(engine, capacity: int):
+    """A function that decodes a token at a position and gives the milliseconds that it took."""
+    config, ids = engine.config, np.array([peers.prompt(engine.config)])
+    picture = np.zeros((1, 3, config.vision.image_size, config.vision.image_size), np.float32)
+    _, filled = engine.prefill(picture, ids, np.array([ids.shape[1]], np.int32), capacity)
+
+    def step(position):
+        started = time.perf_counter()
+        engine.decode(ids[:, -1:], np.array([position], np.int32), filled)
+        return 1000 * (time.perf_counter() - started)
+
+    return step
+
+
+def steps(engine):
+    """A function that decodes a few tokens right behind the prompt and gives the median of their milliseconds."""
+    prompted = len(peers.prompt(engine.config))
+    step = cache(lambda: decoding(engine, prompted + 1))  # made when it is first asked for: loading is timed
+    return lambda: {"ms": float(np.median([step()(prompted) for _ in range(5)]))}
 
 
 def late_steps(engine) -> dict:
-    """How many times longer a decode step takes where FAR positions are cached, than right after the prompt."""
-    config, ids = engine.config, np.array([peers.prompt(engine.config)])
-    early = ids.shape[1]
+    """How many times longer a decode step takes where FAR positions are cached, than right behind the prompt."""
+    early = len(peers.prompt(engine.config))
     late = min(max(FAR, early + 1), engine.max_length - 1)
-    size = config.vision.image_size
-    picture = np.zeros((1, 3, size, size), np.float32)
-    _, cache = engine.prefill(picture, ids, np.array([early], np.int32), late + 1)
-    ratios = []
-    for _ in range(PAIRS):
-        taken = []
-        for position in (early, late):
-            started = time.perf_counter()
-            engine.decode(ids[:, -1:], np.array([position], np.int32), cache)
-            taken.append(time.perf_counter() - started)
-        ratios.append(taken[1] / taken[0])
-    return {"late_position": late, "late_step": round(float(np.median(ratios)), 3)}
+    step = decoding(engine, late + 1)
+    times = np.array([[step(early), step(late)] for _ in range(PAIRS)])
+    return {"late_position": late, "late_step": round(float(np.median(times[:, 1] / times[:, 0])), 3)}
 
 
 def _ours_alone(folder, threads):
@@ -293,7 +312,7 @@ def _ours_alone(folder, threads):
     engine, generate = _engine(folder, threads, DecoderSession)
     config = engine.config
     features = np.random.default_rng(0).standard_normal((1, config.vision.patches, config.text.width), np.float32)
-    return partial(generate, features), dict
+    return partial(generate, features), {}
 
 
 def _engine(folder, threads, kind):

@@ -55,7 +55,7 @@ def transformers(dtype: str, folder, threads: int):
             max_new_tokens=count, stopping_criteria=[criterion],
         )  # fmt: skip
 
-    return answer, dict
+    return answer, {}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Decoder:
 
     imports: tuple[str, ...]
     make: Callable  # (path, checkpoint's folder) -> None
-    open: Callable  # (path, threads) -> answer, what else is to be told
+    open: Callable  # (path, threads) -> answer, what else it can be asked (nothing)
     told: str
 
     def takes(self, config) -> bool:
@@ -98,7 +98,7 @@ def llama_cpp(file, threads: int):
         for _ in range(count - 1):
             token = feed([token])
 
-    return answer, dict
+    return answer, {}
 
 
 def _quiet(library):
@@ -197,7 +197,7 @@ def genai(folder, threads: int):
             if i == 0:
                 first()
 
-    return answer, dict
+    return answer, {}
 
 
 #: By the name in the table.
