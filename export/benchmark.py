@@ -150,7 +150,7 @@ def weight_bytes(bundle: Path, *names: str) -> int:
 
 
 class Worker:
-    """A process that holds one of the models: `told` is what loading cost, `ask` a timed answer, or what else it knows."""
+    """A process that holds one of the models: `told` is what loading cost, `ask` a timed answer, or something else."""
 
     def __init__(self, side: str, folder: Path, tokens: int, threads: int, against: str = "bfloat16"):
         command = module(
