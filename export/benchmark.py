@@ -115,10 +115,10 @@ def against_bandwidth(worker, read: int, threads: int) -> tuple[float, float]:
     """The read bandwidth in GB/s, and which share of it a decode step that reads so many bytes reaches: in turns."""
     arrays, widths, shares = [np.ones(2**26, np.float32) for _ in range(threads)], [], []
     for _ in range(PAIRS):
-        steps = worker.ask(STEP)["ms"]
+        step = worker.ask(STEP)
         time.sleep(0.1)  # its threads spin on for a while
         widths.append(read_bandwidth(arrays))
-        shares.append(read / 1e6 / steps / widths[-1])
+        shares.append(read / 1e6 / step["ms"] / widths[-1])
     return round(float(np.median(widths)), 1), round(float(np.median(shares)), 3)
 
 

@@ -3,10 +3,10 @@
 For comparison with runtimes that know the decoder and not the picture.
 """
 
-import os
+from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper
+from onnx.utils import Extractor
 
 from .paligemma import FEATURES
 from .session import Session
@@ -14,24 +14,12 @@ from .session import Session
 FILE = "decoder.onnx"
 
 
-def cut(folder) -> None:
+def cut(folder: Path) -> None:
     """Write beside a bundle's prefill graph the part of it that comes after the features."""
-    model = onnx.load(os.path.join(folder, "prefill.onnx"), load_external_data=False)
-    graph = model.graph
-    needed, nodes = {value.name for value in graph.output}, []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output) and FEATURES not in node.output:
-            nodes.append(node)
-            needed.update(node.input)
-    for field in (graph.initializer, graph.input):
-        kept = [value for value in field if value.name in needed]
-        del field[:]
-        field.extend(kept)
-    kept = nodes[::-1]
-    del graph.node[:], graph.value_info[:]
-    graph.node.extend(kept)
-    graph.input.append(helper.make_tensor_value_info(FEATURES, TensorProto.FLOAT, ["B", "P", "D"]))
-    onnx.save(model, os.path.join(folder, FILE))
+    model = onnx.load(folder / "prefill.onnx", load_external_data=False)
+    inputs, outputs = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
+    inputs[inputs.index(Session.picture)] = FEATURES
+    onnx.save(Extractor(model).extract_model(inputs, outputs), folder / FILE)
 
 
 class DecoderSession(Session):
@@ -41,8 +29,9 @@ class DecoderSession(Session):
 
     def _io(self, name):
         io = super()._io(name)
-        if io.pop("pixel_values", None) and name == "prefill":
-            io[FEATURES] = (None, None, None)
+        if name == "prefill":
+            del io[Session.picture]
+            io[FEATURES] = (None, self.config.vision.patches, self.config.text.width)
         return io
 
     def _file(self, name):

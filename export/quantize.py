@@ -115,9 +115,7 @@ def _round_rows(op, x):
 
 def _middles(op, steps, size):
     """MIDDLE for each of the steps [R]; one node for all that have a size of this name."""
-    key = size if isinstance(size, int) else size.value
-    if key is None:
-        key = steps
+    key = getattr(size, "value", size) or steps  # a size without a name may be any
     if key not in op.rounded:
         op.rounded[key] = op.Expand(op.Constant(value=_scalar(MIDDLE, np.uint8)), op.Shape(steps))
     return op.rounded[key]
