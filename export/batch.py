@@ -13,7 +13,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from numpy_ref.tokenizer import Tokenizer
 from . import bundle as bundles
 from .bundle import Bundle
 from .dataset import Folder, JsonLines, Parquet, Row
-from .session import kind_for
+from .session import CPU, engine, place
 
 PROG = "run-onnx-batch"
 _BAR = {
@@ -98,7 +98,7 @@ class Worker:
     """A session that answers batches."""
 
     def __init__(self, job: Job, threads: int):
-        self.job, self.engine = job, kind_for(job.provider)(job.bundle, job.provider, threads)
+        self.job, self.engine = job, engine(job.bundle, job.provider, threads)
         self.tokenizer = Tokenizer.load(job.bundle.path, job.bundle.config)
         self.known = self.tokenizer.known()
 
@@ -174,6 +174,8 @@ def one_ahead(function, items):
 @contextmanager
 def workers(job: Job, count: int = 1, threads: int = 0):
     """One worker in this process, or `count` in a process each that share `threads` (0: all cores) evenly."""
+    # Said once, not by every worker.
+    job = replace(job, provider="cpu" if place(job.bundle, job.provider) == CPU else "cuda")
     if count == 1:
         yield Worker(job, threads).answers
         return

@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_ir import DataType
 from tqdm import tqdm
 
 from numpy_ref import __version__, segmentation, storage
@@ -20,7 +19,7 @@ from numpy_ref.tokenizer import Tokenizer, known_ids
 from numpy_ref.tokenizer_json import convert
 
 from . import checked, graphs, weights
-from .layers import FUSED, PORTABLE
+from .layers import FUSED, HALF, PORTABLE
 from .prepack import prepack, processor
 
 FORMAT = "paligemma-onnx"
@@ -28,6 +27,7 @@ VERSION = 1
 DESCRIPTION = "bundle.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 GRAPHS = ("prefill", "decode", "preprocess", "sample")  # that every bundle has
+ROTATED = 16  # what divides the head sizes that GroupQueryAttention rotates
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,20 @@ class Bundle:
     def is_prepacked(self) -> bool:
         """Whether the weights are there in the order of this machine's kernels too."""
         return self.description.get("prepacked") == processor()
+
+    @property
+    def only_for_cpu(self) -> str:
+        """Why it cannot run wholly on a CUDA device, and what to do about it; empty if it can."""
+        precision = self.description["precision"]
+        if weights.stream_dtype(precision) not in HALF:
+            if precision in weights.QUANTIZED:
+                return f"{self.path}: {precision} is for the CPU; for CUDA export it with --precision int4-float16"
+            if self.description.get("operators") != PORTABLE:
+                advice = "--precision float16, or --operators portable"
+                return f"{self.path}: fused operators in float32 are for the CPU; for CUDA export it with {advice}"
+        if "sample_device" not in self.description["graphs"]:
+            return f"{self.path}: this bundle has no graph that samples on the device; for CUDA export it again"
+        return ""
 
     @property
     def weight_bytes(self) -> int:
@@ -68,21 +82,21 @@ class Contents:
         return {**sizes, DESCRIPTION: len(_as_json(self.description))}
 
 
-def plan(checkpoint, precision="float32", max_length=None, operators=None) -> dict:
+def plan(checkpoint, precision="float32", max_length=None, operators=None, residual=None) -> dict:
     """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint."""
-    contents = prepare(checkpoint, precision, max_length, operators)
+    contents = prepare(checkpoint, precision, max_length, operators, residual)
     return {"files": contents.sizes, "memory": weights.memory(contents.placed)}
 
 
-def prepare(checkpoint, precision="float32", max_length=None, operators=None) -> Contents:
+def prepare(checkpoint, precision="float32", max_length=None, operators=None, residual=None) -> Contents:
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
-    config, operators = checkpoint.config, operators or usual_operators(precision)
-    max_length = _check_length(config, max_length)
+    config, operators = checkpoint.config, _operators(checkpoint.config, precision, operators)
+    residual, max_length = _residual(precision, operators, residual), _check_length(config, max_length)
     files = {name: storage.within(checkpoint.folder, name) for name in TOKENIZER_FILES}
     copies = {name: file for name, file in files.items() if file.is_file()}
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
-    placed = weights.plan(config, precision)
-    models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators)
+    placed = weights.plan(config, precision, operators)
+    models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators, residual)
     made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
     if "tokenizer.model" in copies and "tokenizer.json" not in copies:
         converted = convert(copies["tokenizer.model"].read_bytes(), config)
@@ -95,6 +109,7 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None) ->
         "producer": f"paligemma-onnx {__version__}",
         "precision": precision,
         "operators": operators,
+        "residual": residual,
         "max_length": max_length,
         "config": to_hf(config),
         "tokens": _tokens(config, tokenizer),
@@ -109,7 +124,14 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None) ->
 
 
 def write(
-    checkpoint, output, precision="float32", max_length=None, verify=None, operators=None, prepacked=False
+    checkpoint,
+    output,
+    precision="float32",
+    max_length=None,
+    verify=None,
+    operators=None,
+    prepacked=False,
+    residual=None,
 ) -> None:
     """Export a loaded checkpoint into the new directory `output`.
 
@@ -118,7 +140,7 @@ def write(
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
     output = storage.absent(output, "folder")
-    contents = prepare(checkpoint, precision, max_length, operators)
+    contents = prepare(checkpoint, precision, max_length, operators, residual)
     with storage.new_directory(output) as folder:
         needed = sum(contents.sizes.values()) * (4 if prepacked else 1)
         _check_space(output, folder, needed)  # what a killed export left is gone by now
@@ -215,12 +237,15 @@ def check_weights_once(bundle: Bundle) -> None:
         check_weights(bundle)
 
 
-def shipped() -> Bundle:
-    """The shipped model's bundle, exported into the user's cache on first use, and again if it is damaged."""
+def shipped(for_cuda: bool = False) -> Bundle:
+    """The shipped model's bundle, exported into the user's cache on first use, and again if it is damaged.
+
+    For CUDA it has operators of its own: in float32 the fused ones have kernels on the CPU alone.
+    """
     source, code = checkpoints.SHIPPED, [Path(__file__).parent, Path(checkpoints.__file__).parent]
     parts = [*sorted(source.iterdir()), *(file for folder in code for file in sorted(folder.glob("*.py")))]
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
-    path = checked.cache_folder() / f"shipped-{digest}"
+    path = checked.cache_folder() / f"shipped-{'cuda-' if for_cuda else ''}{digest}"
     if path.exists():
         try:
             return load(path)
@@ -228,7 +253,7 @@ def shipped() -> Bundle:
             shutil.rmtree(path, ignore_errors=True)
     print(f"exporting the shipped model to {path}", file=sys.stderr)
     try:
-        write(checkpoints.load(source), path)
+        write(checkpoints.load(source), path, operators=PORTABLE if for_cuda else FUSED)
     except PaliGemmaError:
         if not path.exists():  # another process may have been faster
             raise
@@ -241,19 +266,46 @@ def sha256(file) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def usual_operators(precision) -> str:
-    """Fused, but in half precision, which is for CUDA, where the fused operators were not tried."""
-    return PORTABLE if weights.stream_dtype(precision) != DataType.FLOAT else FUSED
+def _operators(config, precision, wanted) -> str:
+    """Fused, unless others are wanted, or the model's heads do not fit; PaliGemmaError if both."""
+    half, size = weights.stream_dtype(precision) in HALF, config.text.head_dim
+    if not half or size % ROTATED == 0:
+        return wanted or FUSED
+    if wanted == FUSED or precision in weights.QUANTIZED:
+        raise PaliGemmaError(
+            f"in half precision fused operators take heads whose size is a multiple of {ROTATED}, and those of this "
+            f"model have {size}; export it in float16 or bfloat16 with --operators portable"
+        )
+    return PORTABLE
 
 
-def _models(checkpoint, tokenizer, placed, dtype, operators) -> dict:
+def _residual(precision, operators, wanted) -> str:
+    """The dtype of the residual stream.
+
+    Float32 in float16, which Gemma's stream may outgrow; bfloat16 in bfloat16, as transformers and big_vision have it.
+    Portable graphs have it in float32. PaliGemmaError if another is wanted.
+    """
+    stream = weights.stream_dtype(precision)
+    own = next(name for name, dtype in weights.FLOATS.items() if dtype == stream)
+    allowed = {"float32", own} if operators == FUSED else {"float32"}
+    if wanted and wanted not in allowed:
+        raise PaliGemmaError(
+            f"--residual {wanted}: with {operators} operators in {precision} it is {' or '.join(sorted(allowed))}"
+        )
+    return wanted or (own if own in allowed and own != "float16" else "float32")
+
+
+def _models(checkpoint, tokenizer, placed, dtype, operators, residual) -> dict:
     """The graphs of a bundle by name."""
     config, codec = checkpoint.config, segmentation.find(checkpoint.folder)
+    known = known_ids(config, tokenizer.size if tokenizer else None)
+    chosen = {"operators": operators, "residual": weights.FLOATS[residual]}
     models = {
-        "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype, operators=operators),
-        "decode": graphs.decode_model(config, weights.initializer(placed, graph="decode"), dtype, operators=operators),
+        "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype, **chosen),
+        "decode": graphs.decode_model(config, weights.initializer(placed, graph="decode"), dtype, **chosen),
         "preprocess": graphs.preprocess_model(config, checkpoint.resize),
-        "sample": graphs.sample_model(known_ids(config, tokenizer.size if tokenizer else None)),
+        "sample": graphs.sample_model(known),
+        "sample_device": graphs.sample_model(known, on_device=True),
     }
     if codec:
         models["masks"] = graphs.masks_model(segmentation.load(codec))

@@ -1,8 +1,8 @@
 """Operators of ONNX Runtime's own, and large standard ones, for several small ones: same numbers, fewer nodes.
 
-`layers.fusible` takes these where a graph is built with `operators="fused"`. What is not here stays as it is.
+For graphs whose stream is float32, where they are quick on the CPU: `INSTEAD`, at the end, says what takes whose place.
+(`fused_half.py` is for half precision on CUDA.)
 
-residual and norm      in half precision one operator gives the sum and its norm.
 attention in prefill   MultiHeadAttention without a mask goes through the keys in tiles: scores are never held whole.
                        Padding is told by one more column: 1 in every query, 0 or -1e9 in the keys.
 attention in decode    GroupQueryAttention writes into the cache where it lies, and reads only what is filled.
@@ -32,7 +32,7 @@ def rms_norm(op, x, scale, eps):
     x32 = layers.upcast(op, x)
     gain = op.Add(layers.cast_like(op, scale, x32), 1.0)  # made once, when the graph is loaded
     normed = op.SimplifiedLayerNormalization(x32, gain, axis=-1, epsilon=eps, _version=1)
-    return layers.cast_like(op, _like(normed, x32), x)
+    return layers.cast_like(op, like(normed, x32), x)
 
 
 def layer_norm(op, x, scale, bias, eps):
@@ -40,30 +40,6 @@ def layer_norm(op, x, scale, bias, eps):
     x32 = layers.upcast(op, x)
     scale, bias = layers.cast_like(op, scale, x32), layers.cast_like(op, bias, x32)
     return layers.cast_like(op, op.LayerNormalization(x32, scale, bias, axis=-1, epsilon=eps), x)
-
-
-def add_layer_norm(op, x, update, scale, bias, eps):
-    """x + update, and LayerNorm of it."""
-    if scale.dtype not in layers.HALF:
-        return layers.add_layer_norm.portable(op, x, update, scale, bias, eps)
-    weights = (layers.cast_like(op, weight, x) for weight in (scale, bias))
-    return _sum_and_norm(op, op.SkipLayerNormalization, x, update, weights, eps)
-
-
-def add_rms_norm(op, x, update, scale, eps):
-    """x + update, and RMSNorm of it."""
-    if scale.dtype not in layers.HALF:
-        return layers.add_rms_norm.portable(op, x, update, scale, eps)
-    gain = op.Add(layers.cast_like(op, scale, x), 1.0)
-    return _sum_and_norm(op, op.SkipSimplifiedLayerNormalization, x, update, (gain,), eps)
-
-
-def _sum_and_norm(op, operator, x, update, weights, eps):
-    """Both at once, for devices where every operator is one more launch; on the CPU two are quicker."""
-    update = layers.cast_like(op, update, x)
-    normed, mean, deviation, total = operator(x, update, *weights, epsilon=eps, _domain=CONTRIB, _version=1, _outputs=4)
-    mean.name = deviation.name = ""  # are for training, and not every provider gives them
-    return _like(total, x), _like(normed, x)
 
 
 def gelu(op, x):
@@ -75,7 +51,7 @@ def rope(op, x, cos, sin):
     """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
     x32 = layers.upcast(op, x)
     cos, sin = (op.Squeeze(angles, [1]) for angles in (cos, sin))
-    return layers.cast_like(op, _like(op.RotaryEmbedding(x32, cos, sin), x32), x)
+    return layers.cast_like(op, like(op.RotaryEmbedding(x32, cos, sin), x32), x)
 
 
 def in_line(op, x, rows):
@@ -89,7 +65,7 @@ def in_line(op, x, rows):
 def patch_block(op, p, config, x, tap=identity):
     """A block of the vision tower: [B, P, D] -> [B, P, D]."""
     line = siglip.block.portable(op, p, config, in_line(op, x, "patches of all"), tap)
-    return _like(op.Reshape(line, [-1, config.patches, config.width]), x)
+    return like(op.Reshape(line, [-1, config.patches, config.width]), x)
 
 
 def patch_attention(op, p, config, x, tap=identity):
@@ -101,7 +77,7 @@ def patch_attention(op, p, config, x, tap=identity):
     context = op.MultiHeadAttention(
         query, key, value, num_heads=config.heads, scale=1 / math.sqrt(config.head_dim), _domain=CONTRIB, _version=1
     )
-    context = _with_rows(op.Reshape(_like(context, query), [1, -1, config.width]), query, x.shape[1])
+    context = _with_rows(op.Reshape(like(context, query), [1, -1, config.width]), query, x.shape[1])
     return layers.linear(op, context, **p["output"])
 
 
@@ -188,7 +164,7 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
         return prefix_attention(op, p, config, x, x, rotary, rotary, mask)
     if config.head_dim % 8:  # GroupQueryAttention takes no others
         return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
-    query, key, value = (layers.cast_like(op, each, cache[0]) for each in _project(op, x, p, ("query", "key", "value")))
+    query, key, value = (layers.cast_like(op, each, cache[0]) for each in project(op, x, p, ("query", "key", "value")))
     cos, sin = (op.Squeeze(angles, [1]) for angles in rotary)
     query, key = (
         layers.cast_like(op, _rotate(op, each, cos, sin, heads), cache[0])
@@ -202,14 +178,14 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
         _domain=CONTRIB, _version=1, _outputs=3,
     )  # fmt: skip
     context.dtype, context.shape = cache[0].dtype, ir.Shape([*list(x.shape)[:2], config.heads * config.head_dim])
-    updated = tuple(_like(each, past) for each, past in zip((key, value), cache, strict=True))
+    updated = tuple(like(each, past) for each, past in zip((key, value), cache, strict=True))
     return layers.linear(op, context, **p["output"]), updated
 
 
 def _rotate(op, x, cos, sin, heads):
     """Rotate x [B, T, N*H] in float32 by the angles [B, T, H/2]."""
     x32 = layers.upcast(op, x)
-    return _like(op.RotaryEmbedding(x32, cos, sin, num_heads=heads), x32)
+    return like(op.RotaryEmbedding(x32, cos, sin, num_heads=heads), x32)
 
 
 def mlp(op, p, x):
@@ -219,7 +195,7 @@ def mlp(op, p, x):
         hidden, factors = up.multiply_apart(op, x)
         hidden = op.Mul(gelu(op, layers.linear(op, x, **p["gate"])), hidden)
         return op.Mul(layers.linear(op, hidden, **p["down"]), factors)
-    gate, up = _project(op, x, p, ("gate", "up"))
+    gate, up = project(op, x, p, ("gate", "up"))
     return layers.linear(op, op.Mul(gelu(op, gate), up), **p["down"])
 
 
@@ -264,16 +240,19 @@ def last_position(op, x, lengths):
     return op.Squeeze(x, [0])
 
 
-def _project(op, x, p, names):
-    """x through several kernels; through one where they lie side by side in the file."""
+def project(op, x, p, names, split=True):
+    """x through several kernels; through one where they lie side by side in the file, and then split again or not."""
     kernels = [p[name]["kernel"] for name in names]
     packed = pack(op, kernels)
     if packed is None:
         return [layers.linear(op, x, kernel) for kernel in kernels]
+    product = layers.linear(op, x, packed)
+    if not split:
+        return [product]
     sizes = [kernel.values.shape[0] for kernel in kernels]
-    parts = op.Split(layers.linear(op, x, packed), sizes, axis=-1, _outputs=len(sizes))
+    parts = op.Split(product, sizes, axis=-1, _outputs=len(sizes))
     for part, size in zip(parts, sizes, strict=True):
-        part.dtype, part.shape = DataType.FLOAT, ir.Shape([*list(x.shape)[:-1], size])
+        part.dtype, part.shape = product.dtype, ir.Shape([*list(x.shape)[:-1], size])
     return parts
 
 
@@ -321,9 +300,9 @@ def decode_mask(op, lengths, capacity, window=None):
     return Window(window, partial(paligemma.decode_mask.portable, op, lengths, capacity, window))
 
 
-def _like(value, other):
+def like(value, other, dtype=None):
     """A value whose type and shape the graph library does not know, said to be another's."""
-    value.dtype, value.shape = other.dtype, other.shape
+    value.dtype, value.shape = dtype or other.dtype, other.shape
     return value
 
 
@@ -331,3 +310,20 @@ def _with_rows(value, other, rows):
     """The same for a line of other rows."""
     value.dtype, value.shape = other.dtype, ir.Shape([1, rows, other.shape[-1]])
     return value
+
+
+#: What takes the place of which function.
+INSTEAD = {
+    layers.gelu: gelu,
+    layers.layer_norm: layer_norm,
+    layers.rms_norm: rms_norm,
+    layers.rope: rope,
+    siglip.attention: patch_attention,
+    siglip.block: patch_block,
+    gemma.attention: attention,
+    gemma.mlp: mlp,
+    gemma.decoder: decoder,
+    paligemma.prefix_mask: prefix_mask,
+    paligemma.decode_mask: decode_mask,
+    paligemma.last_position: last_position,
+}

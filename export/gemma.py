@@ -10,11 +10,11 @@ from .layers import (
     cast_like,
     cast_to,
     embedding,
-    fusible,
     gelu,
     is_quantized,
     linear,
     merge_heads,
+    replaceable,
     residual,
     rms_norm,
     rope,
@@ -33,7 +33,7 @@ def embed(op, p, config, ids, dtype):
     return cast_to(op, op.Mul(rows, math.sqrt(config.width)), dtype)
 
 
-@fusible
+@replaceable
 def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     """Grouped-query attention with rotary positions: [B, T, D] -> [B, T, D] and its (key, value)."""
     query = rope(op, split_heads(op, linear(op, x, **p["query"]), config.heads), *rotary)
@@ -47,7 +47,7 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
     return linear(op, merge_heads(op, tap("context", context)), **p["output"]), (key, value)
 
 
-@fusible
+@replaceable
 def mlp(op, p, x):
     """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
     return linear(op, op.Mul(gelu(op, linear(op, x, **p["gate"])), linear(op, x, **p["up"])), **p["down"])
@@ -67,7 +67,7 @@ def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     return residual(op, x, update), cache
 
 
-@fusible
+@replaceable
 def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
     """All layers and the final norm: x [B, T, D] -> [B, T, D] and one (key, value) a layer."""
     rotary = rope_angles(op, positions, config.head_dim, config.rope_base, upcast(op, x).dtype)
@@ -84,7 +84,7 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
 def logits(op, p, config, x):
     """Scores of every row of the vocabulary: x [..., D] -> [..., V]. The tied head is the unscaled table."""
     if config.tied and is_quantized(p["embedding"]):
-        scores = p["embedding"].multiply(op, x)
+        scores = p["embedding"].multiply(op, cast_like(op, x, p["embedding"]))
     elif config.tied:
         # The table as it lies, [V, D], times each x: the runtime need not keep a transposed copy of it.
         scores = op.Gemm(cast_like(op, x, p["embedding"]), p["embedding"], transB=1)

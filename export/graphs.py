@@ -13,16 +13,19 @@ from numpy_ref.checkpoint import flatten, parameters, unflatten
 from numpy_ref.layers import identity
 from numpy_ref.segmentation import CELLS, SIDE
 
-from . import image, paligemma, sampling, segmentation
-from .layers import PORTABLE
+from . import fused, fused_half, image, paligemma, sampling, segmentation
+from .layers import HALF, PORTABLE
 
 OPSET = 24  # TensorScatter, the in-place cache write
 IR_VERSION = 11  # what onnxruntime 1.30 and later read
 
 
-def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE) -> ir.Model:
-    """prefill.onnx: pixel_values, input_ids, lengths, capacity -> logits, present.{i}.key/value."""
-    builder, p = _start("prefill", config, initializer, lambda path: True, operators)
+def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE, residual=None) -> ir.Model:
+    """prefill.onnx: pixel_values, input_ids, lengths, capacity -> logits, present.{i}.key/value.
+
+    `dtype` is the weights' and the cache's, `residual` the residual stream's (None: float32, or float64 if it is that).
+    """
+    builder, p = _start("prefill", config, initializer, lambda path: True, operators, dtype, residual)
     size = config.vision.image_size
     inputs = [
         builder.input(
@@ -36,9 +39,11 @@ def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operato
     return _finish(builder, config, logits, cache)
 
 
-def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE) -> ir.Model:
+def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE, residual=None) -> ir.Model:
     """decode.onnx: input_ids, lengths, past_key_values.{i}.key/value -> logits, present.{i}.key/value."""
-    builder, p = _start("decode", config, initializer, lambda path: path.startswith("text."), operators)
+    builder, p = _start(
+        "decode", config, initializer, lambda path: path.startswith("text."), operators, dtype, residual
+    )
     input_ids = builder.input("input_ids", DataType.INT64, ["B", 1])
     lengths = builder.input("lengths", DataType.INT32, ["B"])
     cache = [
@@ -72,14 +77,19 @@ def preprocess_model(config, resize) -> ir.Model:
     return _model(builder)
 
 
-def sample_model(known) -> ir.Model:
-    """sample.onnx: logits, temperature, top_k, top_p, uniform -> token. `known` [V] says what may be drawn."""
-    builder = _builder("sample")
+def sample_model(known, on_device=False) -> ir.Model:
+    """sample.onnx: logits, temperature, top_k, top_p, uniform -> token. `known` [V] says what may be drawn.
+
+    `on_device` makes it sample_device.onnx, which has `count` int64 [1] in place of top_k (`sampling.sample_among`).
+    """
+    builder = _builder("sample_device" if on_device else "sample")
     logits = builder.input("logits", DataType.FLOAT, ["B", len(known)])
     temperature, top_p = (builder.input(name, DataType.FLOAT, []) for name in ("temperature", "top_p"))
-    top_k, uniform = builder.input("top_k", DataType.INT64, []), builder.input("uniform", DataType.FLOAT, ["B"])
+    top_k = builder.input("count", DataType.INT64, [1]) if on_device else builder.input("top_k", DataType.INT64, [])
+    uniform = builder.input("uniform", DataType.FLOAT, ["B"])
     drawable = builder.initializer(ir.tensor(known, name="known"), "known")
-    token = sampling.sample(builder.op, logits, drawable, temperature, top_k, top_p, uniform)
+    sample = sampling.sample_among if on_device else sampling.sample
+    token = sample(builder.op, logits, drawable, temperature, top_k, top_p, uniform)
     token.dtype, token.shape = DataType.INT64, ir.Shape(["B"])
     builder.add_output(token, "token")
     return _model(builder)
@@ -109,7 +119,9 @@ def trace(function, arguments, weights=None, taps=False):
     """
     feeds, values = {}, {}
     _walk(arguments, "in", lambda name, array: feeds.setdefault(name, array))
-    builder = _builder(getattr(function, "__name__", "function"))
+    double = any(array.dtype == np.float64 for array in feeds.values())
+    residual = DataType.DOUBLE if double else DataType.FLOAT
+    builder = _builder(getattr(function, "__name__", "function"), residual=residual)
     for name, array in feeds.items():
         values[name] = builder.input(name, DataType.from_numpy(array.dtype), list(array.shape))
     keywords = _walk(arguments, "in", lambda name, array: values[name])
@@ -141,16 +153,29 @@ def _walk(tree, name, visit, leaf=np.ndarray):
     return tree
 
 
-def _builder(name, operators=PORTABLE) -> GraphBuilder:
+def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None) -> GraphBuilder:
+    """A graph to add nodes to. Its `op` carries what the functions that do so have to know of the graph.
+
+    instead     {function: what takes its place} (`layers.replaceable`)
+    residual    the dtype of the residual stream
+    max_length  how many positions there are
+    rounded     {value: the same in eight bits} (`quantize`)
+    """
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
-    builder.op.operators, builder.op.rounded = operators, {}
+    op = builder.op
+    op.instead, op.residual, op.max_length, op.rounded = instead or {}, residual, max_length, {}
     return builder
 
 
-def _start(name, config, initializer, used, operators):
-    builder = _builder(name, operators)
-    paths = [parameter.path for parameter in parameters(config) if used(parameter.path)]
-    return builder, unflatten({path: _declare(builder, initializer(path)) for path in paths})
+def _start(name, config, initializer, used, operators, dtype, residual):
+    """A builder, and the parameters as initializers of its graph, each under its tensor's name."""
+    instead = {} if operators == PORTABLE else fused_half.INSTEAD if dtype in HALF else fused.INSTEAD
+    residual = residual or (DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT)
+    builder, found = _builder(name, instead, residual, config.max_length), {}
+    for path in (parameter.path for parameter in parameters(config) if used(parameter.path)):
+        weight = initializer(path)
+        found[weight.name if isinstance(weight, ir.TensorProtocol) else path] = weight
+    return builder, unflatten({path: _declare(builder, weight) for path, weight in found.items()})
 
 
 def _declare(builder, weight):

@@ -1,8 +1,8 @@
 """Leaf functions that add nodes to a graph, each the twin of its namesake in `numpy_ref/layers.py`.
 
 Only standard operators whose kernels exist in float64 too (convolutions aside, which the model does not use), so that
-ONNX Runtime itself can be refereed in it. In a graph that is built with `operators="fused"` the functions marked
-`fusible` give way to their namesakes in `fused.py`.
+ONNX Runtime itself can be refereed in it. The functions marked `replaceable` give way to others where a graph is built
+with `operators="fused"`: `fused.py` and `fused_half.py` say which.
 """
 
 import math
@@ -17,19 +17,15 @@ PORTABLE, FUSED = OPERATORS = ("portable", "fused")
 HALF = (DataType.FLOAT16, DataType.BFLOAT16)
 
 
-def fusible(portable, name=None):
-    """Mark a function that has a namesake in `fused.py`: the one place where a graph's operators are chosen.
+def replaceable(portable):
+    """Mark a function for which a graph may have another: the one place where a graph's operators are chosen.
 
-    `name` is for one that cannot have its own name there.
+    `op.instead` {marked function: what takes its place} belongs to the graph; `portable` is the function itself.
     """
 
     @wraps(portable)
     def chosen(op, *arguments, **keywords):
-        if op.operators == FUSED:
-            from . import fused
-
-            return getattr(fused, name or portable.__name__)(op, *arguments, **keywords)
-        return portable(op, *arguments, **keywords)
+        return op.instead.get(chosen, portable)(op, *arguments, **keywords)
 
     chosen.portable = portable
     return chosen
@@ -56,7 +52,8 @@ def linear(op, x, kernel, bias=None):
     Here the activation is cast, where the reference casts the weight: a half-precision bundle multiplies in half
     precision, and `residual` takes the product back into the float32 stream. A quantized kernel knows how to multiply.
     """
-    y = kernel.multiply(op, x) if is_quantized(kernel) else op.MatMul(cast_like(op, x, kernel), kernel)
+    x = cast_like(op, x, kernel)
+    y = kernel.multiply(op, x) if is_quantized(kernel) else op.MatMul(x, kernel)
     return y if bias is None else op.Add(y, bias)
 
 
@@ -75,7 +72,7 @@ def embedding(op, ids, table, dtype):
     return cast_to(op, table.rows(op, ids) if is_quantized(table) else op.Gather(table, ids), dtype)
 
 
-@fusible
+@replaceable
 def gelu(op, x):
     """GELU in its tanh form.
 
@@ -97,7 +94,7 @@ def softcap(op, x, cap):
     return x if cap is None else op.Mul(op.Tanh(op.Div(x, cap)), cap)
 
 
-@fusible
+@replaceable
 def layer_norm(op, x, scale, bias, eps):
     """LayerNorm: x [..., D], scale [D], bias [D] -> [..., D]. Variance divides by D."""
     x32 = upcast(op, x)
@@ -108,7 +105,7 @@ def layer_norm(op, x, scale, bias, eps):
     return cast_like(op, scaled, x)
 
 
-@fusible
+@replaceable
 def rms_norm(op, x, scale, eps):
     """RMSNorm with the scale as an offset from one: x [..., D], scale [D] -> [..., D]."""
     x32 = upcast(op, x)
@@ -117,14 +114,14 @@ def rms_norm(op, x, scale, eps):
     return cast_like(op, op.Mul(normed, op.Add(cast_like(op, scale, x32), 1.0)), x)
 
 
-@fusible
+@replaceable
 def add_layer_norm(op, x, update, scale, bias, eps):
     """`residual`, and `layer_norm` of it: x, update [..., D] -> two [..., D]."""
     x = residual(op, x, update)
     return x, layer_norm(op, x, scale, bias, eps)
 
 
-@fusible
+@replaceable
 def add_rms_norm(op, x, update, scale, eps):
     """`residual`, and `rms_norm` of it: x, update [..., D] -> two [..., D]."""
     x = residual(op, x, update)
@@ -139,7 +136,7 @@ def rope_angles(op, positions, head_dim, base, dtype):
     return op.Cos(angles), op.Sin(angles)
 
 
-@fusible
+@replaceable
 def rope(op, x, cos, sin):
     """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
     first, second = op.Split(upcast(op, x), axis=-1, num_outputs=2, _outputs=2)

@@ -1,11 +1,14 @@
-"""PaliGemma's two graphs, prefill and decode: twin of `numpy_ref/paligemma.py`."""
+"""PaliGemma's two graphs, prefill and decode: twin of `numpy_ref/paligemma.py`.
+
+`op.residual` is the dtype of the residual stream.
+"""
 
 from onnx_ir import DataType
 
 from numpy_ref.layers import identity, scoped
 
 from . import gemma, siglip
-from .layers import cast_like, fusible, linear, upcast
+from .layers import cast_like, cast_to, linear, replaceable
 
 FEATURES = "image_features"  # in the prefill graph, where the picture ends and the decoder begins
 
@@ -28,7 +31,7 @@ def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
     return tap("embed_prefix", op.Concat(image, tap("embed", text), axis=1))
 
 
-@fusible
+@replaceable
 def prefix_mask(op, prefix_lengths, lengths, size, window=None):
     """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may."""
     steps = op.Range(0, size, 1)
@@ -42,7 +45,7 @@ def prefix_mask(op, prefix_lengths, lengths, size, window=None):
     return op.And(op.Or(both_in_prefix, causal), op.Less(key, length))
 
 
-@fusible
+@replaceable
 def decode_mask(op, lengths, capacity, window=None):
     """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]."""
     key, position = op.Unsqueeze(op.Range(0, capacity, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2])
@@ -62,14 +65,14 @@ def hidden_states(op, p, config, pixel_values, input_ids, lengths, prefix_length
 
 def prefill(op, p, config, pixel_values, input_ids, lengths, capacity, tap=identity):
     """Read picture and prompt: the logits after each row's last token [B, V], and the filled cache."""
-    lengths = op.Cast(lengths, to=DataType.INT64)
+    lengths, pixel_values = op.Cast(lengths, to=DataType.INT64), cast_to(op, pixel_values, op.residual)
     x, cache = hidden_states(op, p, config, pixel_values, input_ids, lengths, lengths, tap)
     last = last_position(op, x, lengths)
     cache = [tuple(pad_cache(op, value, capacity) for value in layer) for layer in cache]
     return tap("logits", gemma.logits(op, p["text"], config.text, last)), cache
 
 
-@fusible
+@replaceable
 def last_position(op, x, lengths):
     """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
     return op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
@@ -86,8 +89,8 @@ def pad_cache(op, array, capacity):
 def decode(op, p, config, input_ids, lengths, cache, tap=identity):
     """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
     lengths = op.Cast(lengths, to=DataType.INT64)
-    capacity, dtype = _length(op, cache[0][0], 2), cache[0][0].dtype
-    x = tap("embed", upcast(op, gemma.embed(op, p["text"], config.text, input_ids, dtype)))
+    capacity = _length(op, cache[0][0], 2)
+    x = tap("embed", gemma.embed(op, p["text"], config.text, input_ids, op.residual))
     windows = dict.fromkeys([*config.text.windows] or [None])
     masks = {window: decode_mask(op, lengths, capacity, window) for window in windows}
     positions = op.Unsqueeze(lengths, [1])

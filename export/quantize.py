@@ -65,7 +65,11 @@ class Blocks:
     flat: object
     scales: object
     bits: int
-    dtype = DataType.FLOAT
+
+    @property
+    def dtype(self) -> DataType:
+        """What it multiplies, and what comes out."""
+        return self.scales.dtype
 
     def declare(self, builder) -> "Blocks":
         """The same with its tensors as initializers of a graph."""
@@ -76,22 +80,23 @@ class Blocks:
         return self.values.shape[-1] * 8 // self.bits
 
     def multiply(self, op, x):
-        """x [..., in] float32 -> [..., out]."""
+        """x [..., in] -> [..., out]."""
         out, blocks = self.values.shape[0], self.values.shape[1]
+        rounded = {"accuracy_level": INT8_ACTIVATIONS} if self.dtype == DataType.FLOAT else {}
         y = op.MatMulNBits(
             x, self.values, self.scales, K=blocks * self.block, N=out, bits=self.bits, block_size=self.block,
-            accuracy_level=INT8_ACTIVATIONS, _domain=CONTRIB, _version=1,
+            **rounded, _domain=CONTRIB, _version=1,
         )  # fmt: skip
-        y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, out)
+        y.dtype, y.shape = self.dtype, _with_last(x.shape, out)
         return y
 
     def rows(self, op, ids):
-        """Rows of a table: ids [...] -> [..., in] float32."""
+        """Rows of a table: ids [...] -> [..., in]."""
         x = op.GatherBlockQuantized(
             self.flat, ids, self.scales, bits=self.bits, block_size=self.block, gather_axis=0, quantize_axis=1,
             _domain=CONTRIB, _version=1,
         )  # fmt: skip
-        x.dtype, x.shape = DataType.FLOAT, ir.Shape([*ids.shape, self.values.shape[1] * self.block])
+        x.dtype, x.shape = self.dtype, ir.Shape([*ids.shape, self.values.shape[1] * self.block])
         return x
 
 
@@ -151,13 +156,13 @@ def channel_parts(shape) -> list[Part]:
     return [Part(".int8", DataType.INT8, shape), Part(".int8.scale", DataType.FLOAT, shape[1:])]
 
 
-def block_parts(shape, bits: int, by_columns: bool) -> list[Part]:
-    """What Blocks stores of a kernel [in, out] (`by_columns`), or of a table [out, in]."""
+def block_parts(shape, bits: int, by_columns: bool, dtype=DataType.FLOAT) -> list[Part]:
+    """What Blocks stores of a kernel [in, out] (`by_columns`), or of a table [out, in], with scales in `dtype`."""
     size, out = shape if by_columns else shape[::-1]
     block = block_size(size)
     values = (out, size // block, block * bits // 8)
     name = f".int{bits}"
-    return [Part(name, DataType.UINT8, values), Part(f"{name}.scale", DataType.FLOAT, values[:2])]
+    return [Part(name, DataType.UINT8, values), Part(f"{name}.scale", dtype, values[:2])]
 
 
 def block_size(size: int) -> int | None:
@@ -177,7 +182,7 @@ def encode_channels(kernel) -> Iterator[Iterator[np.ndarray]]:
     yield iter([scales])
 
 
-def encode_blocks(weight, bits: int, by_columns: bool) -> Iterator[Iterator[np.ndarray]]:
+def encode_blocks(weight, bits: int, by_columns: bool, dtype=DataType.FLOAT) -> Iterator[Iterator[np.ndarray]]:
     """A kernel [in, out] or a table [out, in] -> the arrays of its values, then of its scales, in pieces."""
     rows = weight.T if by_columns else weight
     step, scales = max(1, STEP // rows.shape[1]), []
@@ -185,7 +190,8 @@ def encode_blocks(weight, bits: int, by_columns: bool) -> Iterator[Iterator[np.n
     def values():
         for start in range(0, len(rows), step):
             packed, scale = quantize_blocks(np.asarray(rows[start : start + step], np.float32), bits)
-            scales.append(scale)
+            with np.errstate(over="ignore"):  # whoever writes the scales looks at whether they are finite
+                scales.append(scale.astype(dtype.numpy()))
             yield packed
 
     yield values()

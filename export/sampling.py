@@ -12,14 +12,22 @@ from .layers import softmax
 
 def sample(op, logits, known, temperature, top_k, top_p, uniform):
     """Draw a token a row: logits [B, V], known [V] bool, numbers as scalars, uniform [B] in [0, 1) -> int64 [B]."""
-    logits = op.Where(known, logits, -math.inf)
     vocab = op.Shape(logits, start=1, end=2)
     greedy = op.Equal(temperature, 0.0)
     # Greedy is the likeliest alone; top_k 0, and any beyond the vocabulary, keeps all.
     count = op.Where(op.Equal(top_k, 0), vocab, op.Min(op.Unsqueeze(top_k, [0]), vocab))
     count = op.Where(greedy, [1], count)
+    return sample_among(op, logits, known, op.Where(greedy, 1.0, temperature), count, top_p, uniform)
+
+
+def sample_among(op, logits, known, temperature, count, top_p, uniform):
+    """Draw among the likeliest `count` int64 [1], with a temperature above 0; greedy is a count of 1.
+
+    What CUDA can do without a wait: its TopK reads the count on the host, so it must not be computed on the device.
+    """
+    logits = op.Where(known, logits, -math.inf)
     ranked, order = op.TopK(logits, count, axis=-1, _outputs=2)  # among equals the smaller id comes first
-    weights = keep_top_p(op, softmax(op, op.Div(ranked, op.Where(greedy, 1.0, temperature))), top_p)
+    weights = keep_top_p(op, softmax(op, op.Div(ranked, temperature)), top_p)
     rank = op.Unsqueeze(invert_cdf(op, weights, uniform), [1])
     return op.Squeeze(op.GatherElements(order, rank, axis=1), [1])
 
@@ -36,4 +44,5 @@ def invert_cdf(op, weights, uniform):
     cumulated = op.CumSum(weights, 1)
     total = op.Slice(cumulated, [-1], [2**31 - 1], [1])
     beyond = op.Greater(cumulated, op.Mul(op.Unsqueeze(uniform, [1]), total))
-    return op.ArgMax(op.Cast(beyond, to=DataType.INT32), axis=1, keepdims=0)
+    # Those that are not beyond are counted: CUDA has no ArgMax of whole numbers.
+    return op.Cast(op.ReduceSum(op.Cast(op.Not(beyond), to=DataType.FLOAT), [1], keepdims=0), to=DataType.INT64)

@@ -8,7 +8,7 @@ import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from threading import Lock
 
 import numpy as np
@@ -27,6 +27,9 @@ from .weights import FLOATS, stream_dtype
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _INSTALL = "it needs a driver for CUDA 13 and pip install 'onnxruntime-gpu[cuda,cudnn]'"
+ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small, and made for the host
+#: Products of float32 in float32: the provider's own default rounds their factors to TF32, which is off by 1e-3.
+DEFAULTS = {"use_tf32": "0"}
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
 # float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
 # too (prepack.py). Quantized weights are always repacked: their quick kernels read no other order.
@@ -52,19 +55,12 @@ def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool 
 
     On CUDA it is a DeviceSession; `host_graphs` makes it a HostSession.
     """
-    bundle = bundles.load_but_weights(path) if path else bundles.shipped()
+    if path:
+        bundle = bundles.load_but_weights(path)
+    else:
+        bundle = bundles.shipped(for_cuda=choose_provider(provider, quietly=True) == CUDA)
     tokenizer = Tokenizer.load(bundle.path, bundle.config)
-    kind = HostSession if host_graphs else kind_for(provider)
-    return open_session(bundle, provider, threads, kind, provider_options), tokenizer
-
-
-def kind_for(provider: str):
-    """The class of session that suits a provider; PaliGemmaError as `choose_provider`."""
-    if choose_provider(provider) != CUDA:
-        return Session
-    from .device import DeviceSession
-
-    return DeviceSession
+    return open_session(bundle, provider, threads, HostSession if host_graphs else None, provider_options), tokenizer
 
 
 def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
@@ -72,9 +68,33 @@ def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(bundles.check_weights_once, bundle)
         try:
-            return (kind or Session)(bundle, provider, threads, provider_options)
+            return engine(bundle, provider, threads, kind, provider_options)
         finally:
             checked.result()  # raises what is wrong with the file, which says more than the runtime did
+
+
+def engine(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
+    """A session of the kind that suits the provider, if none is asked for, of a bundle whose weights were checked."""
+    if place(bundle, provider) == CPU:
+        return (kind or Session)(bundle, "cpu", threads, provider_options)
+    from .device import DeviceSession
+
+    return (kind or DeviceSession)(bundle, "cuda", threads, provider_options)
+
+
+def place(bundle: Bundle, provider: str) -> str:
+    """The name of the provider that runs a bundle.
+
+    What cannot run wholly on the device is not run there, since it would leave it at every token: "auto" takes the CPU
+    and says why in one line. Raises PaliGemmaError if "cuda" is asked for.
+    """
+    chosen = choose_provider(provider)
+    if chosen == CUDA and bundle.only_for_cpu:
+        if provider == "cuda":
+            raise PaliGemmaError(f"--provider cuda: {bundle.only_for_cpu}")
+        print(f"running on the CPU: {bundle.only_for_cpu}", file=sys.stderr)
+        return CPU
+    return chosen
 
 
 class Session:
@@ -89,9 +109,12 @@ class Session:
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
         self.resize = bundle.description["image"]["resize"]
-        self.provider, self.provider_options = choose_provider(provider), dict(provider_options or {})
-        self.device = "cuda" if self.provider == CUDA else "cpu"
-        if self.provider == CPU and self.provider_options:
+        self.provider, self.provider_options = place(bundle, provider), dict(provider_options or {})
+        self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
+        if self.provider == CUDA:
+            self.device_id = chosen_device(self.provider_options)
+            self.provider_options = DEFAULTS | self.provider_options
+        elif self.provider_options:
             raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
@@ -99,10 +122,8 @@ class Session:
         with _stdout_kept(), kept, ThreadPoolExecutor(2) as pool:  # repacking weights takes one core each
             self._prepare()
             self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
-        if self.provider not in self._prefill.get_providers():  # the device is there, but not CUDA's libraries
-            if provider == "cuda":
-                raise PaliGemmaError(f"--provider cuda: its libraries do not load; {_INSTALL}")
-            self.provider, self.device = CPU, "cpu"
+        if self.provider == CUDA:
+            self._check_placement()
         self.masks = self._paint if "masks" in bundle.description["graphs"] else None
 
     def prefill(self, pixel_values, input_ids, lengths, capacity):
@@ -128,11 +149,15 @@ class Session:
     def decode(self, input_ids, lengths, cache):
         """input_ids [B, 1] at position lengths [B] -> logits [B, V]; the cache is updated in place."""
         check_room(lengths.max() + 1, cache.capacity)
-        cache.input_ids.update_inplace(np.ascontiguousarray(input_ids, np.int64))
-        cache.lengths.update_inplace(np.ascontiguousarray(lengths, np.int32))
+        self._put(np.ascontiguousarray(input_ids, np.int64), cache.input_ids)
+        self._put(np.ascontiguousarray(lengths, np.int32), cache.lengths)
         with self._told("decode"):
             self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
         return self._logits(cache), cache
+
+    def _put(self, array, value):
+        """Copy an array into a value on the device."""
+        value.update_inplace(array)
 
     def _logits(self, cache):
         return cache.logits.numpy().copy()  # on the CPU .numpy() is a view of the buffer
@@ -157,7 +182,8 @@ class Session:
     def _open(self, name, threads):
         options = self._options_of(name)
         options.intra_op_num_threads = threads
-        providers = [(CUDA, self._provider_options_of(name)), CPU] if self.provider == CUDA else [CPU]
+        on_device = self.provider == CUDA and name in ON_DEVICE
+        providers = [(CUDA, self._provider_options_of(name)), CPU] if on_device else [CPU]
         with self._told(name):
             opened = onnxruntime.InferenceSession(self._file(name), options, providers=providers)
         found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
@@ -168,6 +194,22 @@ class Session:
                     f"{bundles.DESCRIPTION} has it; export the bundle again"
                 )
         return opened
+
+    def _check_placement(self):
+        """Raise PaliGemmaError unless what decode reads and writes at every step is on the device.
+
+        The runtime leaves a node without a kernel there to the CPU, and copies what is bound to it once, when it is
+        bound: from then on such a session computes with what was there then.
+        """
+        for opened, graph in ((self._prefill, "prefill"), (self._decode, "decode")):
+            if CUDA not in opened.get_providers():
+                raise PaliGemmaError(f"--provider cuda: its libraries do not load; {_INSTALL}")
+            infos = [*opened.get_output_memory_infos(), *(opened.get_input_memory_infos() if graph == "decode" else ())]
+            if any(info.name != "Cuda" for info in infos):
+                raise PaliGemmaError(
+                    f"{self._file(graph)}: CUDA has no kernels for all of it; run it with --provider cpu, or export "
+                    "the bundle again"
+                )
 
     def _io(self, name):
         return graph_io(name, self.config)
@@ -230,11 +272,11 @@ class Cache:
     """The key and value buffers of one generation, bound to the decode graph as past and as present."""
 
     def __init__(self, session: Session, batch: int, capacity: int):
-        text, device = session.config.text, session.device
+        text = session.config.text
         self.batch, self.capacity = batch, capacity
 
         def buffer(shape, dtype):
-            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, session.device, session.device_id)
 
         shape = [batch, text.kv_heads, capacity, text.head_dim]
         dtype = stream_dtype(session.bundle.description["precision"])
@@ -267,11 +309,13 @@ def graph_io(name: str, config) -> dict[str, tuple]:
     past = {f"past_key_values.{i}.{kind}": cache for i in layers for kind in ("key", "value")}
     pixel_values, logits = {"pixel_values": (None, 3, size, size)}, {"logits": (None, text.vocab)}
     ids, lengths = {"input_ids": (None, None)}, {"lengths": (None,)}
+    drawing = {**logits, "temperature": (), "top_p": (), "uniform": (None,), "token": (None,)}
     return {
         "prefill": {**pixel_values, **ids, **lengths, "capacity": (), **logits, **present},
         "decode": {**ids, **lengths, **past, **logits, **present},
         "preprocess": {"image": (None, None, 3), "pixel_values": (1, 3, size, size)},
-        "sample": {**logits, "temperature": (), "top_k": (), "top_p": (), "uniform": (None,), "token": (None,)},
+        "sample": {**drawing, "top_k": ()},
+        "sample_device": {**drawing, "count": (1,)},
         "masks": {"codes": (None, CELLS * CELLS), "masks": (None, SIDE, SIDE)},
     }[name]
 
@@ -285,25 +329,49 @@ def _fits(found, shape) -> bool:
     )
 
 
-def choose_provider(wanted: str) -> str:
+def choose_provider(wanted: str, quietly: bool = False) -> str:
     """ "auto", "cpu" or "cuda" -> the provider's name.
 
-    Auto takes CUDA only where a device answers: the GPU build of the runtime lists CUDA on every machine.
+    Auto takes CUDA only where a device answers: the GPU build of the runtime lists CUDA on every machine. Where one
+    does but CUDA's libraries do not load, it takes the CPU and says so in one line, unless `quietly`.
     Raises PaliGemmaError if CUDA is asked for and cannot be had: there is no silent fallback.
     """
     if wanted == "cpu":
         return CPU
+    has_device = False
     if CUDA not in onnxruntime.get_available_providers():
         missing = "this onnxruntime is built without it"
     elif not _cuda_devices():
         missing = "no NVIDIA device answers"
+    elif reason := _cuda_trouble():
+        missing, has_device = f"its libraries do not load ({reason})", True
     else:
-        with _stdout_kept():
-            onnxruntime.preload_dlls()
         return CUDA
     if wanted == "cuda":
         raise PaliGemmaError(f"--provider cuda: {missing}; {_INSTALL}")
+    if has_device and not quietly:
+        print(f"running on the CPU: there is an NVIDIA device, but {missing}; {_INSTALL}", file=sys.stderr)
     return CPU
+
+
+@cache
+def _cuda_trouble() -> str:
+    """Why the runtime's CUDA provider does not load, in one line; empty if it does."""
+    with _stdout_kept():
+        onnxruntime.preload_dlls()
+    try:
+        onnxruntime.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", 0)
+    except Exception as error:  # the runtime's exceptions have no common class
+        return " ".join(str(error).split())
+    return ""
+
+
+def chosen_device(provider_options) -> int:
+    """The number of the device that `device_id` asks for; PaliGemmaError if there is none."""
+    wanted, count = provider_options.get("device_id", "0"), _cuda_devices()
+    if not wanted.isdecimal() or int(wanted) >= count:
+        raise PaliGemmaError(f"--provider-option device_id={wanted}: the devices of this machine are 0 to {count - 1}")
+    return int(wanted)
 
 
 def _cuda_devices() -> int:

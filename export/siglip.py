@@ -1,7 +1,6 @@
 """The SigLIP vision tower: twin of `numpy_ref/siglip.py`."""
 
 import math
-from functools import partial
 
 from numpy_ref.layers import identity, scoped
 
@@ -9,11 +8,11 @@ from .layers import (
     add_layer_norm,
     attend,
     cast_like,
-    fusible,
     gelu,
     layer_norm,
     linear,
     merge_heads,
+    replaceable,
     residual,
     split_heads,
 )
@@ -28,7 +27,7 @@ def patch_embed(op, p, config, pixel_values):
     return linear(op, patches, **p)
 
 
-@partial(fusible, name="patch_attention")
+@replaceable
 def attention(op, p, config, x, tap=identity):
     """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]."""
     query = op.Mul(split_heads(op, linear(op, x, **p["query"]), config.heads), 1 / math.sqrt(config.head_dim))
@@ -43,7 +42,7 @@ def mlp(op, p, x):
     return linear(op, gelu(op, linear(op, x, **p["up"])), **p["down"])
 
 
-@partial(fusible, name="patch_block")
+@replaceable
 def block(op, p, config, x, tap=identity):
     """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(op, x, **p["attention_norm"], eps=config.eps))

@@ -6,6 +6,7 @@ rows at a time: a model never has to fit in memory. What each precision makes of
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
@@ -20,15 +21,18 @@ from numpy_ref.errors import PaliGemmaError
 from numpy_ref.storage import BLOCK, all_finite, blocks, check_finite, first_not_finite
 
 from . import quantize
+from .layers import FUSED, PORTABLE
 from .quantize import Part
 
 FILE = "weights.bin"
 ALIGNMENT = 4096  # what the ONNX specification recommends, so that a tensor can be mapped
 #: The precisions whose weights are kept as numbers of one type, and that type.
 FLOATS = {"float32": DataType.FLOAT, "float16": DataType.FLOAT16, "bfloat16": DataType.BFLOAT16}
-QUANTIZED = ("int8", "int4")
+#: Weights in few bits; activations in float32, for the CPU, or in the half precision that the name ends in, for CUDA.
+QUANTIZED = ("int8", "int4", "int4-float16", "int4-bfloat16")
 PRECISIONS = (*FLOATS, *QUANTIZED)
 SIDE_BY_SIDE = (("query", "key", "value"), ("gate", "up"))
+_JOINED = re.compile(r"(.*\.blocks\.\d+\.attention)\.(?:query|key|value)\.(kernel|bias)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies. `path` is the weight's; `name` the tensor's, which differs where a weight has several."""
+    """Where one tensor lies. `path` is the weight's; `name` the tensor's, which differs where a weight has several.
+
+    Weights that are joined (`plan`) have one path together.
+    """
 
     path: str
     name: str
@@ -55,7 +62,7 @@ class Stored:
 
 def stream_dtype(precision: str) -> DataType:
     """What the cache, and the weights that are not quantized, are kept in."""
-    return FLOATS.get(precision, DataType.FLOAT)
+    return FLOATS.get(precision.rpartition("-")[2], DataType.FLOAT)
 
 
 def forms(parameter, precision: str) -> list[Form]:
@@ -63,21 +70,23 @@ def forms(parameter, precision: str) -> list[Form]:
 
     int8: kernels by channel, for both graphs; the table in blocks of 8 bits.
     int4: kernels by channel for prefill; the decoder's in blocks of 4 bits too, for decode; the table likewise.
+    int4-float16, int4-bfloat16: the decoder's kernels and the table in blocks of 4 bits, for both graphs.
     """
-    path, shape = parameter.path, parameter.shape
+    path, shape, dtype = parameter.path, parameter.shape, stream_dtype(precision)
     if precision in FLOATS:
-        return [_whole(shape, FLOATS[precision])]
+        return [_whole(shape, dtype)]
     bits = 8 if precision == "int8" else 4
     if path == "text.embedding" and quantize.block_size(shape[1]):
-        return [_blocks(shape, bits, by_columns=False)]
+        return [_blocks(shape, bits, False, dtype)]
     if path == "text.head.kernel" and quantize.block_size(shape[0]):
-        return [_blocks(shape, bits, by_columns=True)]
-    if ".blocks." in path and path.endswith(".kernel"):
-        found = [Form("channels", tuple(quantize.channel_parts(shape)), quantize.encode_channels)]
-        if precision == "int4" and path.startswith("text.") and quantize.block_size(shape[0]):
-            found.append(_blocks(shape, bits, by_columns=True))
-        return found
-    return [_whole(shape, DataType.FLOAT)]
+        return [_blocks(shape, bits, True, dtype)]
+    if ".blocks." not in path or not path.endswith(".kernel"):
+        return [_whole(shape, dtype)]
+    fits = path.startswith("text.") and quantize.block_size(shape[0])
+    if dtype != DataType.FLOAT:
+        return [_blocks(shape, bits, True, dtype) if fits else _whole(shape, dtype)]
+    found = [Form("channels", tuple(quantize.channel_parts(shape)), quantize.encode_channels)]
+    return [*found, _blocks(shape, bits, True, dtype)] if precision == "int4" and fits else found
 
 
 def _whole(shape, dtype):
@@ -88,19 +97,21 @@ def _in_dtype(array, dtype):
     yield (np.frombuffer(block, np.uint8) for block in blocks(array, dtype))
 
 
-def _blocks(shape, bits, by_columns):
-    parts = tuple(quantize.block_parts(shape, bits, by_columns))
-    return Form("blocks", parts, partial(quantize.encode_blocks, bits=bits, by_columns=by_columns))
+def _blocks(shape, bits, by_columns, dtype):
+    parts = tuple(quantize.block_parts(shape, bits, by_columns, dtype))
+    return Form("blocks", parts, partial(quantize.encode_blocks, bits=bits, by_columns=by_columns, dtype=dtype))
 
 
-def plan(config, precision="float32") -> dict[str, Stored]:
+def plan(config, precision="float32", operators=PORTABLE) -> dict[str, Stored]:
     """Place every tensor of a model: name -> Stored, in the order in which they are written.
 
     Kernels in blocks that read the same input lie side by side, values and scales apart, so that a graph can take them
-    as one.
+    as one. For fused operators in half precision whole kernels of queries, keys and values are joined by their columns,
+    and their biases, into one tensor.
     """
     placed, offset = {}, 0
-    for group in _groups(config, precision):
+    joins = operators == FUSED and stream_dtype(precision) != DataType.FLOAT
+    for group in _groups(config, precision, joins):
         for part in range(len(group[0][1].parts)):
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
             for path, form in group:
@@ -111,13 +122,25 @@ def plan(config, precision="float32") -> dict[str, Stored]:
     return placed
 
 
-def _groups(config, precision) -> list[list[tuple[str, Form]]]:
+def joined_path(path: str) -> str | None:
+    """The path that the kernels, or biases, of a query, a key and a value have together; None for other weights."""
+    found = _JOINED.fullmatch(path)
+    return f"{found[1]}.query_key_value.{found[2]}" if found else None
+
+
+def _groups(config, precision, joins) -> list[list[tuple[str, Form]]]:
     """What is placed together: (path, form) alone, or several in blocks that read the same input."""
     groups, waiting = [], {}
     for parameter in parameters(config):
         layer, _, name = parameter.path.removesuffix(".kernel").rpartition(".")
         for form in forms(parameter, precision):
             partners = next((names for names in SIDE_BY_SIDE if name in names), None)
+            if joins and form.kind == "whole" and (path := joined_path(parameter.path)):
+                waiting.setdefault(path, []).append(parameter.shape)
+                if len(waiting[path]) == 3:
+                    shape = (*parameter.shape[:-1], sum(shape[-1] for shape in waiting[path]))
+                    groups.append([(path, _whole(shape, form.parts[0].dtype))])
+                continue
             if form.kind != "blocks" or not partners:
                 groups.append([(parameter.path, form)])
                 continue
@@ -126,6 +149,30 @@ def _groups(config, precision) -> list[list[tuple[str, Form]]]:
             if len(group) == len(partners):
                 groups.append(group)
     return groups
+
+
+class Columns:
+    """Arrays of the same number of rows, [in, out] each, seen as one, a slice of rows at a time; or vectors as one."""
+
+    def __init__(self, arrays):
+        self.arrays, first = arrays, arrays[0]
+        self.dtype, self.ndim = first.dtype, first.ndim
+        self.shape = (*first.shape[:-1], sum(array.shape[-1] for array in arrays))
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        if self.ndim == 1:
+            return np.concatenate([array[:] for array in self.arrays])[rows]
+        return np.concatenate([array[rows] for array in self.arrays], axis=1)
+
+
+def _array(arrays, path):
+    """What is written under a path: the weight, or those that are joined there."""
+    if path in arrays:
+        return arrays[path]
+    return Columns([array for name, array in arrays.items() if joined_path(name) == path])
 
 
 def size(placed) -> int:
@@ -167,20 +214,24 @@ def _contents(placed, arrays) -> Iterator[memoryview]:
             # Looked at as it passes, without reading the model again; what is wrong with a quantized weight shows in
             # its scales.
             if stored.dtype.is_floating_point() and not all_finite(written.view(stored.dtype.numpy())):
-                _refuse(stored, arrays[stored.path])
+                _refuse(stored, arrays)
             yield written.data
         end = stored.offset + stored.length
 
 
-def _refuse(stored, array):
+def _refuse(stored, arrays):
     """Raise PaliGemmaError that names what is not finite in a weight, or grew infinite in the bundle's dtype."""
-    check_finite(stored.path, array)
     dtype = stored.dtype.numpy()
-    place = first_not_finite(array, dtype)
-    raise PaliGemmaError(
-        f"tensor {stored.path} holds {array[place]} at {list(place)}, beyond the range of {dtype}; "
-        "choose another --precision"
-    )
+    for path, array in arrays.items():
+        if stored.path not in (path, joined_path(path)):
+            continue
+        check_finite(path, array)
+        if place := first_not_finite(array, dtype):
+            raise PaliGemmaError(
+                f"tensor {path} holds {array[place]} at {list(place)}, beyond the range of {dtype}; "
+                "choose another --precision"
+            )
+    raise PaliGemmaError(f"tensor {stored.path} has a scale beyond the range of {dtype}; choose another --precision")
 
 
 def _encoded(placed, arrays):
@@ -189,7 +240,7 @@ def _encoded(placed, arrays):
     for stored in placed.values():
         key = stored.path, stored.form.kind
         if key not in begun:
-            begun[key] = stored.form.encode(arrays[stored.path])
+            begun[key] = stored.form.encode(_array(arrays, stored.path))
         yield stored, next(begun[key])
         if stored.name.endswith(stored.form.parts[-1].suffix):
             del begun[key]
@@ -198,14 +249,15 @@ def _encoded(placed, arrays):
 def initializer(placed, directory="", graph="prefill"):
     """path -> the weight as a graph takes it: tensors that refer into the weights file.
 
-    Of a weight that is stored in two forms decode takes the second.
+    Of a weight that is stored in two forms decode takes the second. One that is joined to others is that tensor, under
+    the name that they have together.
     """
     by_path: dict[str, list[Stored]] = {}
     for stored in placed.values():
         by_path.setdefault(stored.path, []).append(stored)
 
     def reference(path):
-        found = by_path[path]
+        found = by_path[path if path in by_path else joined_path(path)]
         form = found[0].form if graph == "prefill" else found[-1].form
         parts = [stored for stored in found if stored.form is form]
         if form.kind == "whole":
