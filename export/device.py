@@ -21,18 +21,19 @@ from .session import CUDA, Cache, Session
 from .weights import FILE
 
 SHARED_FROM = 2**20  # bytes; smaller weights are not worth a place of their own
-GRAPH = "enable_cuda_graph"
+GRAPH, CAPTURED = "enable_cuda_graph", ("decode", "sample_device")
 
 
 class DeviceSession(Session):
     """A session whose logits stay on the device as OrtValues, which its `sample` takes.
 
-    With the provider option `enable_cuda_graph` decode is captured once a batch size and then replayed. Caches then
-    have all of the model's positions and are used again, so one generation at a time may run.
+    With the provider option `enable_cuda_graph` decode and sampling are captured, once a batch size (sampling once for
+    each number of candidates too), and then replayed. Caches then have all of the model's positions and are used again,
+    so one generation at a time may run.
     """
 
     def __init__(self, bundle, provider="auto", threads=0, provider_options=None):
-        self._shared, self._stream, self._caches = None, None, {}
+        self._shared, self._stream, self._caches, self._options = None, None, {}, {}
         self._draws = WeakKeyDictionary()  # logits -> how they are drawn from, as long as the logits are there
         super().__init__(bundle, provider, threads, provider_options)
 
@@ -66,13 +67,19 @@ class DeviceSession(Session):
             self._caches[batch] = Cache(self, batch, self.max_length)
         return self._caches[batch]
 
-    def _run_options(self, cache=None):
-        options = onnxruntime.RunOptions()
-        if self._stream:  # what comes next is on the same stream, and waits there
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if self.captures and cache:
-            options.add_run_config_entry("gpu_graph_id", str(cache.batch))
-        return options
+    def _run_options(self, cache):
+        return self._options_for(cache.batch)
+
+    def _options_for(self, *graph):
+        """How to run what is captured, if it is, as this graph of its session: one for equal numbers."""
+        if graph not in self._options:
+            options = onnxruntime.RunOptions()
+            if self._stream:  # what comes next is on the same stream, and waits there
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            if self.captures:
+                options.add_run_config_entry("gpu_graph_id", str(len(self._options)))
+            self._options[graph] = options
+        return self._options[graph]
 
     def _prepare(self):
         """Before the graphs are opened: the weights' one copy, and the stream."""
@@ -87,7 +94,7 @@ class DeviceSession(Session):
         return options
 
     def _provider_options_of(self, name):
-        options = {key: value for key, value in self.provider_options.items() if key != GRAPH or name == "decode"}
+        options = {key: value for key, value in self.provider_options.items() if key != GRAPH or name in CAPTURED}
         return options | ({"user_compute_stream": str(self._stream.address)} if self._stream else {})
 
     @cached_property
@@ -113,7 +120,6 @@ class Draw:
         for name, value in (("logits", logits), *self.inputs.items()):
             self.binding.bind_ortvalue_input(name, value)
         self.binding.bind_ortvalue_output("token", self.token)
-        self.options = session._run_options()
 
     def __call__(self, temperature, top_k, top_p, uniform):
         """-> token [B]."""
@@ -127,7 +133,8 @@ class Draw:
         if self.sent.get("count") != count:
             self.binding.bind_cpu_input("count", np.array([count], np.int64))
             self.sent["count"] = count
-        self.session._sample.run_with_iobinding(self.binding, self.options)
+        options = self.session._options_for(self.token.shape()[0], count)
+        self.session._sample.run_with_iobinding(self.binding, options)
         return self.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
 
 
