@@ -176,35 +176,31 @@ class Log:
     captured: `replays` says how often that ran.
     """
 
-    def __init__(self, events, before: dict[int, int] | None = None):
+    def __init__(self, events, phases, before: dict[int, int] | None = None):
         self.events = tuple(events)  # (phase, event)
+        self.phases = tuple(phases)  # those that were begun, in their order
         self._before = before or {}  # bytes in use on each device before the first of them
 
     @classmethod
     def read(cls, file: Path) -> "Log":
         """The log of a program; ValueError names a line that is none of the stub's."""
-        events, phase = [], ""
+        events, phases = [], [""]
         for line in file.read_text().splitlines():
             kind, *pairs = line.split("\t")
             values = dict(pair.split("=", 1) for pair in pairs)
             if kind == "mark":
-                phase = values["name"]
+                phases.append(values["name"])
             else:
-                events.append((phase, _event(kind, values, line)))
-        return cls(events)
+                events.append((phases[-1], _event(kind, values, line)))
+        return cls(events, dict.fromkeys(phases))
 
     def __getitem__(self, phase: str) -> "Log":
-        """The events of a phase, or of all phases of that name; KeyError if nothing was done in it."""
-        first = next((i for i, (found, _) in enumerate(self.events) if found == phase), None)
-        if first is None:
+        """The events of a phase, or of all phases of that name; KeyError if it was never begun."""
+        if phase not in self.phases:
             raise KeyError(f"{phase!r}: no such phase, there are {list(self.phases)}")
+        first = next((i for i, (found, _) in enumerate(self.events) if found == phase), len(self.events))
         before = {event.device: event.in_use for _, event in self.events[:first] if isinstance(event, Allocation)}
-        return Log([(found, event) for found, event in self.events if found == phase], before)
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """The phases in which something was done, in their order."""
-        return tuple(dict.fromkeys(phase for phase, _ in self.events))
+        return Log([(found, event) for found, event in self.events if found == phase], [phase], before)
 
     def of(self, kind) -> list:
         """The events of a class, captured ones too."""

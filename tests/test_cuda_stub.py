@@ -1,0 +1,310 @@
+"""The stub of the CUDA libraries: what it forbids, models and logs, under ONNX Runtime's own CUDA provider."""
+
+import signal
+
+import pytest
+
+from export import bundle
+from numpy_ref import checkpoint
+
+from . import cuda_stub
+from .cuda_stub.log import Kernel
+
+OUT_OF_MEMORY, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 2, 900, 901
+INVALID_HANDLE, CAPTURE_IMPLICIT = 400, 906
+FLOAT16 = 2  # of cudaDataType_t
+
+BEGIN = """
+import ctypes
+import numpy as np
+import onnxruntime
+from tests.cuda_stub.inside import *
+
+def model(**options):  # x [2, 8] -> x @ w + b in float16, on CUDA
+    from onnx import TensorProto, helper, numpy_helper
+    weight, bias = np.ones((8, 4), np.float16), np.ones(4, np.float16)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, [2, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, [2, 4])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=[("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+    )
+    assert session.get_providers()[0] == "CUDAExecutionProvider"
+    return session
+
+def memory(size):
+    made = ctypes.c_void_p()
+    call("cudaMalloc", ctypes.byref(made), ctypes.c_size_t(size))
+    return made
+
+def stream(blocking=True):
+    made = ctypes.c_void_p()
+    call("cudaStreamCreateWithFlags", ctypes.byref(made), 0 if blocking else 1)
+    return made
+
+def error(function, *arguments):
+    try:
+        call(function, *arguments)
+    except OSError as found:
+        return found.errno
+    return 0
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stub():
+    cuda_stub.require()
+
+
+def run(script, *arguments, **options):
+    return cuda_stub.run(BEGIN + script, *arguments, **options)
+
+
+def test_it_builds_once():
+    folder = cuda_stub.build()
+    assert (folder / "libcudart.so.13").is_file()
+    before = folder.stat().st_mtime_ns
+    assert cuda_stub.build() == folder
+    assert folder.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("access", ["ctypes.string_at(place, 1)", "ctypes.memset(place, 1, 1)"])
+def test_the_host_cannot_touch_device_memory(access):
+    with pytest.raises(cuda_stub.ScriptFailed) as failed:
+        run(f"place = memory(4096).value; mark('touch'); {access}")
+    assert failed.value.status == -signal.SIGSEGV
+    assert failed.value.log.allocations[0].bytes == 4096
+
+
+def test_what_a_script_prints_on_failure_is_told():
+    with pytest.raises(cuda_stub.ScriptFailed, match="ValueError: here"):
+        run("raise ValueError('here')")
+
+
+def test_copies_keep_the_values():
+    """Up, from one buffer to another, and down."""
+    printed, log = run("""
+values = np.arange(6, dtype=np.float32)
+mark("up")
+up = onnxruntime.OrtValue.ortvalue_from_numpy(values, "cuda", 0)
+mark("across")
+other = memory(24)
+call("cudaMemcpy", other, ctypes.c_void_p(up.data_ptr()), ctypes.c_size_t(24), 3)
+call("cudaMemset", ctypes.c_void_p(up.data_ptr()), 0, ctypes.c_size_t(24))
+assert not up.numpy().any()
+call("cudaMemcpy", ctypes.c_void_p(up.data_ptr()), other, ctypes.c_size_t(24), 3)
+mark("down")
+print(up.numpy().tolist())
+""")
+    assert printed.strip() == "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]"
+    (up,) = log["up"].copies()
+    assert (up.direction, up.bytes, up.pageable, up.source, up.target) == ("H2D", 24, True, -1, 0)
+    assert [copy.waits for copy in log["across"].copies("D2D")] == [False, False]
+    assert log["down"].copied("D2H") == log["down"].copied() == 24
+    assert log["down"].waits
+    assert not log.violations
+
+
+def test_pinned_memory_and_scalars():
+    printed, log = run("""
+pinned, place, queue = ctypes.c_void_p(), memory(64), stream()
+call("cudaMallocHost", ctypes.byref(pinned), ctypes.c_size_t(64))
+pageable = ctypes.create_string_buffer(64)
+for host in (pinned, pageable):
+    mark("up")
+    call("cudaMemcpyAsync", place, host, ctypes.c_size_t(64), 1, queue)
+    mark("down")
+    call("cudaMemcpyAsync", host, place, ctypes.c_size_t(64), 2, queue)
+deliver(int32=7, int64=9)
+for kind in (ctypes.c_int32, ctypes.c_int64):
+    value = kind()
+    call("cudaMemcpy", ctypes.byref(value), place, ctypes.c_size_t(ctypes.sizeof(kind)), 2)
+    print(value.value)
+""")
+    assert printed.split() == ["7", "9"]
+    assert [copy.pageable for copy in log["up"].copies()] == [False, True]
+    assert not any(copy.waits for copy in log["up"].copies())  # from pageable memory it is staged
+    assert [copy.waits for copy in log["down"].copies()[:2]] == [False, True]
+    assert [pin.bytes for pin in log.pinned] == [64]
+
+
+def test_calls_that_are_wrong_fail():
+    """Each with CUDA's error, and told in the log."""
+    printed, log = run("""
+place = memory(64)
+host = ctypes.create_string_buffer(128)
+print(error("cudaMemcpy", place, host, ctypes.c_size_t(64), 2))  # not device to host
+print(error("cudaMemcpy", place, host, ctypes.c_size_t(65), 1))
+print(error("cudaFree", ctypes.c_void_p(place.value + 1)))
+print(error("cudaMemsetAsync", place, 0, ctypes.c_size_t(64), ctypes.c_void_p(4096)))
+print(error("cudaMalloc", ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(1000)))
+print(error("cudaGetLastError"), error("cudaGetLastError"))
+""", memory=1000)  # fmt: skip
+    assert printed.split() == ["1", "1", "1", str(INVALID_HANDLE), str(OUT_OF_MEMORY), str(OUT_OF_MEMORY), "0"]
+    assert [broken.error for broken in log.violations] == [1, 1, 1, INVALID_HANDLE, OUT_OF_MEMORY]
+    assert log.peak() == 64
+
+
+def test_a_model_in_its_phases():
+    _, log = run("""
+session = model()
+binding = session.io_binding()
+binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(np.ones((2, 8), np.float16), "cuda", 0))
+binding.bind_output("y", "cuda")
+mark("run")
+session.run_with_iobinding(binding)
+mark("down")
+binding.copy_outputs_to_cpu()
+""")
+    assert not log[""].products
+    assert log[""].copied("H2D") >= 2 * (8 * 4 + 4 + 2 * 8)  # weights and x
+    (product,) = log["run"].products
+    assert {product.m, product.n, product.k, product.type} == {2, 4, 8, FLOAT16}
+    assert log["run"].kernels == ["_BinaryElementWise"] or len(log["run"].kernels) == 1
+    assert all(kernel.grid[0] >= 1 for kernel in log["run"].of(Kernel))
+    assert not log["run"].copies()
+    assert log["run"].launches == 2
+    assert log["down"].copied("D2H") == 2 * 2 * 4
+    assert not log["down"].launches - len(log["down"].copies())
+    assert log.devices == {0}
+    assert not log.violations
+    assert log["run"].peak() >= log.allocations[0].bytes
+
+
+def test_capture_and_replay():
+    """The provider captures the first run after its warm ups, and replays the graph from then on."""
+    _, log = run("""
+session = model(enable_cuda_graph="1")
+binding = session.io_binding()
+x = onnxruntime.OrtValue.ortvalue_from_numpy(np.ones((2, 8), np.float16), "cuda", 0)
+y = onnxruntime.OrtValue.ortvalue_from_shape_and_type([2, 4], np.float16, "cuda", 0)
+binding.bind_ortvalue_input("x", x)
+binding.bind_ortvalue_output("y", y)
+mark("first")
+session.run_with_iobinding(binding)
+mark("later")
+for _ in range(3):
+    session.run_with_iobinding(binding)
+""")
+    assert [capture.state for capture in log["first"].captures] == ["begin", "end"]
+    assert len(log["first"].captured) == 2
+    assert len(log["later"].replays) == log["later"].launches == 3
+    for replay in log["later"].replays:
+        assert (replay.kernel, replay.product, replay.copy) == (1, 1, 0)
+    assert not log["later"].kernels
+    assert not log["later"].products
+    assert not log.violations
+
+
+def test_a_graph_copies_when_it_is_launched():
+    printed, log = run("""
+queue, place, source = stream(), memory(4), (ctypes.c_int32 * 1)(5)
+graph, ready, found = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int32()
+def read():
+    call("cudaMemcpy", ctypes.byref(found), place, ctypes.c_size_t(4), 2)
+    return found.value
+call("cudaStreamBeginCapture", queue, 0)
+call("cudaMemcpyAsync", place, source, ctypes.c_size_t(4), 1, queue)
+call("cudaStreamEndCapture", queue, ctypes.byref(graph))
+call("cudaGraphInstantiate", ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+print(read())
+source[0] = 6
+call("cudaGraphLaunch", ready, queue)
+print(read())
+""")
+    assert printed.split() == ["0", "6"]
+    assert [replay.copy for replay in log.replays] == [1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ("'cudaMalloc', ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(8)", CAPTURE_UNSUPPORTED),
+        ("'cudaFree', place", CAPTURE_UNSUPPORTED),
+        ("'cudaMallocHost', ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(8)", CAPTURE_UNSUPPORTED),
+        ("'cudaMemcpy', place, bytes(8), ctypes.c_size_t(8), 1", CAPTURE_UNSUPPORTED),
+        ("'cudaDeviceSynchronize'", CAPTURE_UNSUPPORTED),
+        ("'cudaStreamSynchronize', queue", CAPTURE_UNSUPPORTED),
+        ("'cudaMemsetAsync', place, 0, ctypes.c_size_t(8), None", CAPTURE_IMPLICIT),
+    ],
+)
+def test_what_a_capture_forbids(wrong, found):
+    """It is an error, and the end of the capture too."""
+    printed, log = run(f"""
+queue, place, graph = stream(), memory(8), ctypes.c_void_p()
+call("cudaStreamBeginCapture", queue, 0)
+print(error({wrong}))
+print(error("cudaMemsetAsync", place, 0, ctypes.c_size_t(8), queue))
+print(error("cudaStreamEndCapture", queue, ctypes.byref(graph)), graph.value)
+print(error("cudaDeviceSynchronize"))
+""")
+    assert printed.split() == [str(found), str(CAPTURE_INVALIDATED), str(CAPTURE_INVALIDATED), "None", "0"]
+    assert [broken.error for broken in log.violations] == [found]
+    assert [capture.state for capture in log.captures] == ["begin", "invalid"]
+
+
+def test_two_devices():
+    """Memory, streams and current device are each its own; the session is on the one that was asked for."""
+    printed, log = run("""
+print(device_count())
+queue = stream()
+use_device(1)
+mark("open")
+session = model(device_id="1")
+mark("run")
+session.run(None, {"x": np.ones((2, 8), np.float16)})
+print(in_use(0), in_use(1) > 0)
+mark("wrong")
+print(error("cudaLaunchKernel", None, Dim3(1, 1, 1), Dim3(1, 1, 1), None, ctypes.c_size_t(0), queue))
+""".replace("queue = stream()", "queue = stream()\nclass Dim3(ctypes.Structure): _fields_ = [(i, ctypes.c_uint) for i in 'xyz']"), devices=2)  # fmt: skip
+    assert printed.split() == ["2", "0", "True", str(INVALID_HANDLE)]
+    assert log["open"].devices == log["run"].devices == {1}
+    assert {device for device, _ in log["run"].streams} == {1}
+    assert log.peak(0) == 0
+    assert log.peak(1) > 0
+    assert "another device" in log["wrong"].violations[0].rule
+
+
+def test_no_device():
+    """As where a driver is installed, but nothing answers."""
+    printed, _ = run(
+        "from export.session import choose_provider; print(device_count(), choose_provider('auto'))", devices=0
+    )
+    assert printed.split() == ["0", "CPUExecutionProvider"]
+
+
+def test_the_shipped_model_decodes(tmp_path):
+    """A portable bundle in float16: after the prompt, only tokens go to the device and nothing waits in between."""
+    bundle.write(checkpoint.load(), tmp_path / "out", "float16")
+    _, log = run(
+        """
+import sys
+from export import bundle, session
+from export.device import DeviceSession
+opened = DeviceSession(bundle.load(sys.argv[1]), "cuda")
+assert opened.provider == session.CUDA
+config = opened.config
+ids = np.array([[config.image_token] * config.vision.patches + [config.bos, 5, 6]])
+pixels, lengths = np.zeros((1, 3, config.vision.image_size, config.vision.image_size)), np.array([ids.shape[1]])
+mark("prefill")
+logits, cache = opened.prefill(pixels, ids, lengths, 80)
+mark("decode")
+for step in range(2):
+    logits, cache = opened.decode(ids[:, -1:], lengths + step, cache)
+mark("read")
+assert logits.numpy().shape == (1, config.text.vocab)
+""",
+        str(tmp_path / "out"),
+    )
+    assert log["prefill"].products
+    assert len(log["decode"].products) > 2
+    assert len(log["decode"].kernels) > 2
+    assert len(log["decode"].copies("H2D")) == 2 * 2  # ids and lengths
+    assert not log["decode"].copies("D2H")
+    assert not log["decode"].captures
+    assert log.devices == {0}
+    assert not log.violations
