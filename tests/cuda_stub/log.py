@@ -176,31 +176,39 @@ class Log:
     captured: `replays` says how often that ran.
     """
 
-    def __init__(self, events, phases, before: dict[int, int] | None = None):
+    def __init__(self, events, begun):
         self.events = tuple(events)  # (phase, event)
-        self.phases = tuple(phases)  # those that were begun, in their order
-        self._before = before or {}  # bytes in use on each device before the first of them
+        self._begun = tuple(begun)  # (phase, bytes then in use by device) for each mark
 
     @classmethod
     def read(cls, file: Path) -> "Log":
         """The log of a program; ValueError names a line that is none of the stub's."""
-        events, phases = [], [""]
+        events, phase, in_use = [], "", {}
+        begun = [(phase, {})]
         for line in file.read_text().splitlines():
             kind, *pairs = line.split("\t")
             values = dict(pair.split("=", 1) for pair in pairs)
             if kind == "mark":
-                phases.append(values["name"])
-            else:
-                events.append((phases[-1], _event(kind, values, line)))
-        return cls(events, dict.fromkeys(phases))
+                phase = values["name"]
+                begun.append((phase, dict(in_use)))
+                continue
+            event = _event(kind, values, line)
+            events.append((phase, event))
+            if isinstance(event, Allocation):
+                in_use[event.device] = event.in_use
+        return cls(events, begun)
 
     def __getitem__(self, phase: str) -> "Log":
         """The events of a phase, or of all phases of that name; KeyError if it was never begun."""
         if phase not in self.phases:
             raise KeyError(f"{phase!r}: no such phase, there are {list(self.phases)}")
-        first = next((i for i, (found, _) in enumerate(self.events) if found == phase), len(self.events))
-        before = {event.device: event.in_use for _, event in self.events[:first] if isinstance(event, Allocation)}
-        return Log([(found, event) for found, event in self.events if found == phase], [phase], before)
+        events, begun = ([pair for pair in pairs if pair[0] == phase] for pairs in (self.events, self._begun))
+        return Log(events, begun)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases that were begun, in their order."""
+        return tuple(dict.fromkeys(phase for phase, _ in self._begun))
 
     def of(self, kind) -> list:
         """The events of a class, captured ones too."""
@@ -247,7 +255,7 @@ class Log:
     def peak(self, device: int = 0) -> int:
         """The most bytes that were in use on a device at one time."""
         found = [event.in_use for _, event in self.events if isinstance(event, Allocation) and event.device == device]
-        return max([self._before.get(device, 0), *found])
+        return max([*found, *(in_use.get(device, 0) for _, in_use in self._begun)])
 
     @property
     def captures(self) -> list[Capture]:

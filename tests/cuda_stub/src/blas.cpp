@@ -37,7 +37,9 @@ EXPORT int cublasGetMathMode(Handle* handle, int* mode) {
   *mode = handle->math;
   return 0;
 }
-EXPORT const char* cublasGetStatusName(int status) { return status ? "CUBLAS_STATUS_EXECUTION_FAILED" : "CUBLAS_STATUS_SUCCESS"; }
+EXPORT const char* cublasGetStatusName(int status) {
+  return status ? "CUBLAS_STATUS_EXECUTION_FAILED" : "CUBLAS_STATUS_SUCCESS";
+}
 EXPORT const char* cublasGetStatusString(int status) { return cublasGetStatusName(status); }
 
 // The arguments before the sizes are handle and the two transpositions, those between sizes and types are the factors,
@@ -88,7 +90,7 @@ EXPORT int cublasDgeam(Handle* handle, int, int, int m, int n, ...) {
 EXPORT int cublasScopy_v2(Handle* handle, int n, ...) { return product(handle, "cublasScopy", 1, n, 0, 1, kFloat32); }
 EXPORT int cublasSscal_v2(Handle* handle, int n, ...) { return product(handle, "cublasSscal", 1, n, 0, 1, kFloat32); }
 
-// Of triangular solvers, which no graph here has.
+// Factorisations, for operators that no graph here has.
 EXPORT int cublasSgetrfBatched(...) { return 15; }  // CUBLAS_STATUS_NOT_SUPPORTED
 EXPORT int cublasDgetrfBatched(...) { return 15; }
 EXPORT int cublasSgetriBatched(...) { return 15; }

@@ -74,7 +74,8 @@ struct Stream {
   Capture* capture = nullptr;
 };
 
-// The stream behind a handle; null handles and CUDA's two special ones are the default stream of the current device.
+// The stream behind a handle: null and the two special handles (cudaStreamLegacy, cudaStreamPerThread) are all the
+// default stream of the current device.
 // nullptr for a handle that was never made or is destroyed.
 Stream* find_stream(void* handle);
 
@@ -84,8 +85,8 @@ struct Step {
   std::function<void()> effect;
 };
 
-// Whether `call` may give work to `handle` now: the stream must exist and the capture rules must allow it. `kernels`
-// says that the work has to be of the current device, as launches have, but not copies.
+// Whether `call` may give work to `handle` now: the stream must exist and the capture rules must allow it. What
+// `launches` something needs a stream of the current device; a copy does not.
 Error admit(const char* call, void* handle, bool launches, Stream** stream);
 void perform(Stream* stream, Step step);
 
