@@ -11,7 +11,7 @@ from . import cuda_stub
 from .cuda_stub.log import Fill, Kernel, Log
 
 OUT_OF_MEMORY, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 2, 900, 901
-INVALID_HANDLE, CAPTURE_ISOLATION, CAPTURE_IMPLICIT, CAPTURED_EVENT = 400, 905, 906, 907
+INVALID_HANDLE, ILLEGAL_ADDRESS, CAPTURE_ISOLATION, CAPTURE_IMPLICIT, CAPTURED_EVENT = 400, 700, 905, 906, 907
 FLOAT16 = 2  # of cudaDataType_t
 
 BEGIN = """
@@ -269,6 +269,56 @@ print(error("cudaStreamWaitEvent", first, before, 0))
 """)
     assert printed.split() == [str(CAPTURED_EVENT), str(CAPTURE_ISOLATION)]
     assert [(fill.stream, fill.captured) for fill in log.of(Fill)] == [(2, True)]
+
+
+PRODUCT = """
+library, handle = ctypes.CDLL("libcublas.so.13"), ctypes.c_void_p()
+library.cublasCreate_v2(ctypes.byref(handle))
+
+def product(a, b, c, queue=None):
+    library.cublasSetStream_v2(handle, queue)
+    number = ctypes.c_float(1)
+    one = ctypes.byref(number)
+    return library.cublasSgemm_v2(handle, 0, 0, 2, 3, 4, one, a, 2, b, 4, one, c, 2)
+"""
+
+
+def test_a_product_reaches_its_operands():
+    """They are memory of its device; the host's and another device's are not."""
+    printed, log = run(
+        PRODUCT
+        + """
+place, host = memory(64), ctypes.create_string_buffer(64)
+use_device(1)
+other = memory(64)
+print(product(other, other, other), product(other, host, other), product(place, other, other))
+""",
+        devices=2,
+    )
+    assert printed.split() == ["0", "13", "13"]
+    assert [(product.m, product.n, product.k, product.device) for product in log.products] == [(2, 3, 4, 1)]
+    assert [broken.rule for broken in log.violations] == ["no memory of a device", "memory of another device"]
+    assert {broken.error for broken in log.violations} == {ILLEGAL_ADDRESS}
+
+
+def test_a_replay_of_what_was_freed():
+    _, log = run(
+        PRODUCT
+        + """
+place, queue, graph, ready = memory(64), stream(), ctypes.c_void_p(), ctypes.c_void_p()
+call("cudaStreamBeginCapture", queue, 0)
+assert product(place, place, place, queue) == 0
+call("cudaStreamEndCapture", queue, ctypes.byref(graph))
+call("cudaGraphInstantiate", ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+mark("right")
+call("cudaGraphLaunch", ready, queue)
+call("cudaFree", place)
+mark("wrong")
+call("cudaGraphLaunch", ready, queue)
+"""
+    )
+    assert not log["right"].violations
+    assert [broken.call for broken in log["wrong"].violations] == ["cublasSgemm"]
 
 
 def test_two_devices():

@@ -10,8 +10,13 @@ struct Handle {
 
 constexpr int kFloat32 = 0, kFloat64 = 1;  // cudaDataType_t
 
-int product(Handle* handle, const char* function, int m, int n, int k, int batch, int type, int compute = -1) {
-  const StubProduct found{function, m, n, k, batch, type, compute, handle->math};
+struct Operands {
+  const void *a, *b, *c;
+};
+
+int product(Handle* handle, const char* function, int m, int n, int k, int batch, int type, int compute = -1,
+            Operands known = {}) {
+  const StubProduct found{function, m, n, k, batch, type, compute, handle->math, {known.a, known.b, known.c}};
   return stub_product(handle->stream, &found) ? 13 : 0;  // CUBLAS_STATUS_EXECUTION_FAILED
 }
 
@@ -42,36 +47,40 @@ EXPORT const char* cublasGetStatusName(int status) {
 }
 EXPORT const char* cublasGetStatusString(int status) { return cublasGetStatusName(status); }
 
-// The arguments before the sizes are handle and the two transpositions, those between sizes and types are the factors,
-// matrices and strides; `...` would not do for what comes on the stack, so all are written out.
-EXPORT int cublasSgemm_v2(Handle* handle, int, int, int m, int n, int k, ...) {
-  return product(handle, "cublasSgemm", m, n, k, 1, kFloat32);
+// The arguments before the sizes are the handle and the two transpositions, those after them the factors, and for each
+// matrix its address, leading dimension and, by function, type and stride.
+EXPORT int cublasSgemm_v2(Handle* handle, int, int, int m, int n, int k, const void*, const void* a, int, const void* b,
+                          int, const void*, void* c, int) {
+  return product(handle, "cublasSgemm", m, n, k, 1, kFloat32, -1, {a, b, c});
 }
-EXPORT int cublasDgemm_v2(Handle* handle, int, int, int m, int n, int k, ...) {
-  return product(handle, "cublasDgemm", m, n, k, 1, kFloat64);
+EXPORT int cublasDgemm_v2(Handle* handle, int, int, int m, int n, int k, const void*, const void* a, int, const void* b,
+                          int, const void*, void* c, int) {
+  return product(handle, "cublasDgemm", m, n, k, 1, kFloat64, -1, {a, b, c});
 }
-EXPORT int cublasGemmEx(Handle* handle, int, int, int m, int n, int k, const void*, const void*, int, int, const void*,
-                        int, int, const void*, void*, int type, int, int compute, int) {
-  return product(handle, "cublasGemmEx", m, n, k, 1, type, compute);
+EXPORT int cublasGemmEx(Handle* handle, int, int, int m, int n, int k, const void*, const void* a, int, int,
+                        const void* b, int, int, const void*, void* c, int type, int, int compute, int) {
+  return product(handle, "cublasGemmEx", m, n, k, 1, type, compute, {a, b, c});
 }
-EXPORT int cublasGemmStridedBatchedEx(Handle* handle, int, int, int m, int n, int k, const void*, const void*, int, int,
-                                      long long, const void*, int, int, long long, const void*, void*, int type, int,
-                                      long long, int batch, int compute, int) {
-  return product(handle, "cublasGemmStridedBatchedEx", m, n, k, batch, type, compute);
+EXPORT int cublasSgemmStridedBatched(Handle* handle, int, int, int m, int n, int k, const void*, const void* a, int,
+                                     long long, const void* b, int, long long, const void*, void* c, int, long long,
+                                     int batch) {
+  return product(handle, "cublasSgemmStridedBatched", m, n, k, batch, kFloat32, -1, {a, b, c});
 }
+EXPORT int cublasDgemmStridedBatched(Handle* handle, int, int, int m, int n, int k, const void*, const void* a, int,
+                                     long long, const void* b, int, long long, const void*, void* c, int, long long,
+                                     int batch) {
+  return product(handle, "cublasDgemmStridedBatched", m, n, k, batch, kFloat64, -1, {a, b, c});
+}
+EXPORT int cublasGemmStridedBatchedEx(Handle* handle, int, int, int m, int n, int k, const void*, const void* a, int,
+                                      int, long long, const void* b, int, int, long long, const void*, void* c,
+                                      int type, int, long long, int batch, int compute, int) {
+  return product(handle, "cublasGemmStridedBatchedEx", m, n, k, batch, type, compute, {a, b, c});
+}
+
+// A batch given as arrays of addresses on the device, which are not looked at.
 EXPORT int cublasGemmBatchedEx(Handle* handle, int, int, int m, int n, int k, const void*, const void*, int, int,
                                const void*, int, int, const void*, void*, int type, int, int batch, int compute, int) {
   return product(handle, "cublasGemmBatchedEx", m, n, k, batch, type, compute);
-}
-EXPORT int cublasSgemmStridedBatched(Handle* handle, int, int, int m, int n, int k, const void*, const void*, int,
-                                     long long, const void*, int, long long, const void*, void*, int, long long,
-                                     int batch) {
-  return product(handle, "cublasSgemmStridedBatched", m, n, k, batch, kFloat32);
-}
-EXPORT int cublasDgemmStridedBatched(Handle* handle, int, int, int m, int n, int k, const void*, const void*, int,
-                                     long long, const void*, int, long long, const void*, void*, int, long long,
-                                     int batch) {
-  return product(handle, "cublasDgemmStridedBatched", m, n, k, batch, kFloat64);
 }
 EXPORT int cublasSgemmBatched(Handle* handle, int, int, int m, int n, int k, const void*, const void*, int, const void*,
                               int, const void*, void*, int, int batch) {

@@ -33,10 +33,16 @@ int destroy(Empty* object) {
   return 0;
 }
 
-int product(const char* function, const Layout* a, const Layout* d, int compute, void* stream) {
-  const auto m = static_cast<long long>(d->rows), n = static_cast<long long>(d->columns);
-  const auto k = m ? static_cast<long long>(a->rows * a->columns) / m : 0;  // in either orientation of A
-  const StubProduct found{function, m, n, k, d->batch, d->type, compute, -1};
+struct Matrix {
+  const void* place;
+  const Layout* layout;
+};
+
+int product(const char* function, Matrix a, Matrix b, Matrix d, int compute, void* stream) {
+  const auto m = static_cast<long long>(d.layout->rows), n = static_cast<long long>(d.layout->columns);
+  const auto k = m ? static_cast<long long>(a.layout->rows * a.layout->columns) / m : 0;  // A transposed or not
+  const StubProduct found{function, m,  n, k, d.layout->batch, d.layout->type, compute,
+                          -1,       {a.place, b.place, d.place}};
   return stub_product(stream, &found) ? 13 : 0;  // CUBLAS_STATUS_EXECUTION_FAILED
 }
 
@@ -55,7 +61,8 @@ EXPORT int cublasLtMatmulDescDestroy(Description* description) {
 }
 EXPORT int cublasLtMatmulDescSetAttribute(...) { return 0; }
 
-EXPORT int cublasLtMatrixLayoutCreate(Layout** made, int type, std::uint64_t rows, std::uint64_t columns, std::int64_t) {
+EXPORT int cublasLtMatrixLayoutCreate(Layout** made, int type, std::uint64_t rows, std::uint64_t columns,
+                                      std::int64_t) {
   *made = new Layout{type, rows, columns};
   return 0;
 }
@@ -79,15 +86,16 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, voi
   *count = 1;
   return 0;
 }
-EXPORT int cublasLtMatmul(void*, const Description* description, const void*, const void*, const Layout* a,
-                          const void*, const Layout*, const void*, const void*, const Layout*, void*, const Layout* d,
-                          const void*, void*, std::size_t, void* stream) {
-  return product("cublasLtMatmul", a, d, description->compute, stream);
+EXPORT int cublasLtMatmul(void*, const Description* description, const void*, const void* a, const Layout* a_layout,
+                          const void* b, const Layout* b_layout, const void*, const void*, const Layout*, void* d,
+                          const Layout* d_layout, const void*, void*, std::size_t, void* stream) {
+  return product("cublasLtMatmul", {a, a_layout}, {b, b_layout}, {d, d_layout}, description->compute, stream);
 }
 
 EXPORT int cublasLtMatrixTransformDescCreate(Empty** made, int) { return create(made); }
 EXPORT int cublasLtMatrixTransformDescDestroy(Empty* description) { return destroy(description); }
-EXPORT int cublasLtMatrixTransform(void*, void*, const void*, const void*, const Layout* a, const void*, const void*,
-                                   const Layout*, void*, const Layout* c, void* stream) {
-  return product("cublasLtMatrixTransform", a, c, -1, stream);
+EXPORT int cublasLtMatrixTransform(void*, void*, const void*, const void* a, const Layout* a_layout, const void*,
+                                   const void* b, const Layout* b_layout, void* c, const Layout* c_layout,
+                                   void* stream) {
+  return product("cublasLtMatrixTransform", {a, a_layout}, {b, b_layout}, {c, c_layout}, -1, stream);
 }

@@ -140,6 +140,7 @@ static const char* name_of(int error) {
     case kInvalidDevice: return "cudaErrorInvalidDevice";
     case kInvalidHandle: return "cudaErrorInvalidResourceHandle";
     case kIllegalState: return "cudaErrorIllegalState";
+    case kIllegalAddress: return "cudaErrorIllegalAddress";
     case kCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
     case kCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
     case kCaptureUnmatched: return "cudaErrorStreamCaptureUnmatched";

@@ -12,7 +12,7 @@ struct Handle {
 struct Empty {};
 
 int compute(Handle* handle, const char* function) {
-  const StubProduct product{function, 0, 0, 0, 0, -1, -1, -1};
+  const StubProduct product{function, 0, 0, 0, 0, -1, -1, -1, {}};
   return stub_product(handle->stream, &product) ? 5000 : 0;  // CUDNN_STATUS_EXECUTION_FAILED
 }
 

@@ -128,11 +128,17 @@ EXPORT int stub_product(void* handle, const StubProduct* product) {
   Lock lock(mutex());
   Stream* stream;
   if (Error error = admit(product->function, handle, true, &stream)) return error;
+  auto check = [product = *product, device = stream->device] {
+    for (const void* operand : product.operands)
+      if (Error error = reachable(product.function, operand, device)) return error;
+    return kSuccess;
+  };
+  if (Error error = check()) return error;
   Line line("product");
   placed(line, stream).with("function", std::string(product->function))
       .with("m", product->m).with("n", product->n).with("k", product->k).with("batch", product->batch)
       .with("type", product->type).with("compute", product->compute).with("math", product->math);
-  perform(stream, {"product", nullptr});
+  perform(stream, {"product", check});
   return kSuccess;
 }
 

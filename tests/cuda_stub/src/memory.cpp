@@ -59,6 +59,12 @@ static bool has_room(const void* address, std::size_t size) {
   return static_cast<const char*>(address) + size <= found->first + found->second.size;
 }
 
+Error reachable(const char* call, const void* address, int device) {
+  const int found = device_of(address);
+  if (!address || found == device || is_pinned(address)) return kSuccess;
+  return broken(call, kIllegalAddress, found < 0 ? "no memory of a device" : "memory of another device");
+}
+
 static Error allocate(const char* call, void** made, std::size_t size, int device) {
   *made = nullptr;
   if (!size) return kSuccess;
@@ -127,7 +133,9 @@ enum Direction { kHostToHost = 0, kHostToDevice = 1, kDeviceToHost = 2, kDeviceT
 static const char* const kDirections[] = {"H2H", "H2D", "D2H", "D2D"};
 
 // Pinned memory belongs to the host and is within the device's reach, so either name of it is right.
-static bool may_be(const void* address, bool device) { return is_pinned(address) || (device_of(address) >= 0) == device; }
+static bool may_be(const void* address, bool device) {
+  return is_pinned(address) || (device_of(address) >= 0) == device;
+}
 
 static Error copy(const char* call, const Copy& wanted, int kind, void* handle, bool asynchronous) {
   Lock lock(mutex());

@@ -25,6 +25,7 @@ enum Error : int {  // the values of cudaError_t
   kInvalidDevice = 101,
   kInvalidHandle = 400,
   kIllegalState = 401,
+  kIllegalAddress = 700,
   kCaptureUnsupported = 900,
   kCaptureInvalidated = 901,
   kCaptureUnmatched = 903,
@@ -92,6 +93,9 @@ void perform(Stream* stream, Step step);
 
 // kSuccess, or the error of a call that no thread (or not this one) may make while a stream is being captured.
 Error allowed_in_capture(const char* call);
+
+// kSuccess if a kernel on the device can reach the address (or there is none): its own memory or pinned host memory.
+Error reachable(const char* call, const void* address, int device);
 
 // `line` with the place where work goes: stream, device and whether it is being captured.
 Line& placed(Line& line, const Stream* stream);
