@@ -75,6 +75,15 @@ def test_it_builds_once():
     assert folder.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(("required", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_where_it_cannot_be_built(monkeypatch, required, outcome):
+    """Tests are skipped, or fail where the stub is required."""
+    monkeypatch.setattr(cuda_stub.shutil, "which", lambda name: None)
+    monkeypatch.setenv("REQUIRE_CUDA_STUB", required)
+    with pytest.raises(outcome, match="needs g"):
+        cuda_stub.require()
+
+
 @pytest.mark.parametrize("access", ["ctypes.string_at(place, 1)", "ctypes.memset(place, 1, 1)"])
 def test_the_host_cannot_touch_device_memory(access):
     with pytest.raises(cuda_stub.ScriptFailed) as failed:
