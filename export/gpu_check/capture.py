@@ -115,8 +115,8 @@ def two_threads(settings, found) -> None:
 def lines(part, found) -> list[str]:
     if part.startswith("captured"):
         differ = len(found["cases_differ"])
-        return [f"{part:<32}{found['cases'] - differ} of {found['cases']} generations say what plain ones say"]
+        return [f"{part:<28}{found['cases'] - differ} of {found['cases']} generations say what plain ones say"]
     if part.startswith("memory"):
         grown = found["growth"] / 2**20
-        return [f"{part:<32}{grown:+.1f} MiB over {found['generations']} generations"]
-    return [f"{part:<32}{found['rounds'] - found['rounds_differ']} of {found['rounds']} rounds as alone"]
+        return [f"{part:<28}{grown:+.1f} MiB over {found['generations']} generations"]
+    return [f"{part:<28}{found['rounds'] - found['rounds_differ']} of {found['rounds']} rounds as alone"]

@@ -1,6 +1,7 @@
-"""The command: runs the stages, each in a process of its own, prints what they found, and one JSON object at the end."""
+"""The command: runs the stages, each in a process of its own, and prints what they found, at the end as JSON."""
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
@@ -36,7 +37,7 @@ STAGES = {
 }
 LARGE = ("speed", "kernels")  # which need the large bundles
 TIME = 480  # seconds for everything
-LABEL = 24
+LABEL = 28
 
 
 def check(settings: Settings, stages=None, seconds: float = TIME) -> dict:
@@ -128,10 +129,10 @@ def run_process(name, settings, file, end, part_limit, update) -> Report:
 
 
 class Tail:
-    """Passes on what a process writes to its standard error, and keeps the end of it."""
+    """Passes on what a process writes, to standard error, and keeps the end of it."""
 
     def __init__(self, process):
-        self.pipe, self.kept = process.stderr, b""
+        self.pipe, self.kept = process.stdout, b""
         self.thread = threading.Thread(target=self._pass, daemon=True)
         self.thread.start()
 
@@ -149,21 +150,17 @@ class Tail:
 def start(what: str, settings: Settings, *arguments):
     """A process of this command that does one thing; what it prints goes where its errors go."""
     command = [sys.executable, "-X", "faulthandler", "-m", "export.gpu_check", what, settings.as_json()]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL if what == "--make" else subprocess.PIPE,
-        stderr=None if what == "--make" else subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    kept = (
+        {"stdout": subprocess.DEVNULL} if what == "--make" else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    )
+    return subprocess.Popen([*command, *map(str, arguments)], stdin=subprocess.DEVNULL, start_new_session=True, **kept)
 
 
 def stop(process) -> None:
     """End a process and those that it started; where it was is written to its standard error first."""
-    if process.poll() is None and hasattr(signal, "SIGABRT"):
-        process.send_signal(signal.SIGABRT)
-        try:
-            process.wait(3)
-        except subprocess.TimeoutExpired:
-            pass
+    if process.poll() is None and hasattr(signal, "SIGUSR1"):
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (AttributeError, OSError):
@@ -211,6 +208,8 @@ def child(arguments) -> int | None:
         models.make_full(Settings.from_json(arguments.make))
         return 0
     if arguments.work:
+        if hasattr(signal, "SIGUSR1"):
+            faulthandler.register(signal.SIGUSR1)  # `stop` asks where it is
         settings, (module, file) = Settings.from_json(arguments.work[0]), arguments.work[1:]
         if settings.on_device:
             choose_provider("cuda")  # loads CUDA's libraries, for those who ask the device itself

@@ -149,10 +149,10 @@ def lines(part, found) -> list[str]:
         told = []
         for graph, kernels in found["chosen"].items():
             names = ", ".join(f"{count} {name}" for name, count in kernels.items())
-            told.append(f"{part:<24}{graph:<8} {names or 'the runtime printed nothing'}")
+            told.append(f"{part:<28}{graph:<8} {names or 'the runtime printed nothing'}")
         return told
     busy, span = found["busy_us"], found["span_us"]
     head = (
-        f"{part:<24}{found['launches']:.0f} launches, {busy:.0f} us on the device, of {span:.0f} us under the profiler"
+        f"{part:<28}{found['launches']:.0f} launches, {busy:.0f} us on the device, of {span:.0f} us under the profiler"
     )
     return [head, *(f"{k['us']:>12.1f} us {k['launches']:>6.0f}x  {k['name'][:84]}" for k in found["kernels"])]

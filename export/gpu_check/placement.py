@@ -46,7 +46,7 @@ def placed(file: Path, on_device: bool) -> dict:
         options.optimized_model_filepath = str(dump)
         providers = [CUDA, CPU] if on_device else [CPU]
         session = onnxruntime.InferenceSession(file, options, providers=providers)
-        memcpy = sum(node.op_type.startswith("Memcpy") for node in onnx.load(dump).graph.node)
+        memcpy = sum(node.op_type.startswith("Memcpy") for node in onnx.load(dump, load_external_data=False).graph.node)
     if on_device and CUDA not in session.get_providers():
         raise NotHere("CUDA's libraries do not load")
     nodes, on_cpu = Counter(), Counter()
@@ -80,9 +80,9 @@ def lines(part, found) -> list[str]:
         values = ", ".join(f"{count} {place}" for place, count in places.items())
         on_cpu = ", ".join(f"{operator} {count}" for operator, count in graph["on_cpu"].items())
         label = part if name == GRAPHS[0] else ""
-        told.append(f"{label:<24}{name:<8} nodes {nodes}; Memcpy {graph['memcpy']}; values {values}")
+        told.append(f"{label:<28}{name:<8} nodes {nodes}; Memcpy {graph['memcpy']}; values {values}")
         if on_cpu:
-            told.append(f"{'':<32} on the CPU: {on_cpu}")
+            told.append(f"{'':<28} on the CPU: {on_cpu}")
     if not found["opens"]:
-        told.append(f"{'':<24}refused: {found['refused']}")
+        told.append(f"{'':<28}refused: {found['refused']}")
     return told

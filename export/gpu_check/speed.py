@@ -1,4 +1,4 @@
-"""Stage 5: the random model of full size: first token, a further token, and what share of the memory's speed that is."""
+"""Stage 5: the random model of full size: first token, a further one, and what share of the memory's speed that is."""
 
 import time
 
@@ -106,7 +106,7 @@ def split(engine, settings) -> dict:
 
 def lines(part, found) -> list[str]:
     told = [
-        f"{part:<24}first token {found['first_token_ms']:.2f} ms (picture {found['picture_ms']:.2f}), "
+        f"{part:<28}first token {found['first_token_ms']:.2f} ms (picture {found['picture_ms']:.2f}), "
         f"{found['ms_per_token']:.3f} ms a token, {found['tokens_per_s']:.1f} tokens/s; load {found['load_s']:.1f} s"
     ]
     reads = f"reads {found['weight_bytes'] / 1e9:.2f} GB a token at {found['bytes_per_s'] / 1e12:.3f} TB/s"
@@ -118,9 +118,9 @@ def lines(part, found) -> list[str]:
         reads += f"; {found['peak_bytes'] / cuda.GIB:.2f} GiB of the device"
     step, eight = found["step"], found["batch_8"]
     return [
-        *told, f"{'':<24}{reads}; {found['operators']}",
-        f"{'':<24}a step: graph {step['graph_ms']:.3f} ms, launched in {step['launch_ms']:.3f}, sampling "
+        *told, f"{'':<28}{reads}; {found['operators']}",
+        f"{'':<28}a step: graph {step['graph_ms']:.3f} ms, launched in {step['launch_ms']:.3f}, sampling "
         f"{step['sampling_ms']:.3f} ms",
-        f"{'':<24}batch {BATCH}: first tokens {eight['first_token_ms']:.2f} ms, {eight['ms_per_token']:.3f} ms a step, "
+        f"{'':<28}batch {BATCH}: first tokens {eight['first_token_ms']:.2f} ms, {eight['ms_per_token']:.3f} ms a step, "
         f"{eight['tokens_per_s']:.1f} tokens/s",
     ]  # fmt: skip

@@ -116,7 +116,7 @@ def work(module, settings: Settings, report: Report) -> int:
             report.end(part, NOT_HERE, str(reason))
             over = False
         except Exception as error:
-            traceback.print_exc()
+            found["traceback"] = traceback.format_exc()[-4000:]
             report.end(part, FAILED, one_line(error))
             over = True
         if over and i + 1 < len(waiting):
