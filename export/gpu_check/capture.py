@@ -37,8 +37,10 @@ def run(part, settings, found) -> None:
 def same_tokens(settings, name, found) -> None:
     """Captured and plain sessions, batches 1, 3, 1 again, a short generation behind a long one, greedy and drawn."""
     bundle = models.shipped(settings, name)
+    if not settings.on_device:
+        raise NotHere("decode is captured on CUDA alone")
+    plain = models.opened(bundle, settings)  # one that cannot run there is told from one that cannot be captured
     captured = models.opened(bundle, settings, captured=True)
-    plain = models.opened(bundle, settings)
     cases = [(1, LONG, 0.0), (3, LONG, 0.0), (1, LONG, 0.0), (1, SHORT, 0.0), (3, SHORT, 1.5), (1, LONG, 1.5)]
     differ = []
     for batch, count, temperature in cases:

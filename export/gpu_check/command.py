@@ -4,6 +4,7 @@ import argparse
 import faulthandler
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ STAGES = {
     "speed": "export.gpu_check.speed",
     "peer": "export.gpu_check.peer",
     "kernels": "export.gpu_check.kernels",
+    "compiled": "export.gpu_check.compiled",
 }
 LARGE = ("speed", "kernels")  # which need the large bundles
 TIME = 480  # seconds for everything
@@ -142,7 +144,10 @@ class Tail:
             self.kept = (self.kept + line)[-2000:]
 
     def text(self) -> str:
+        """The last lines; to be asked for once, when the process has ended."""
         self.thread.join(5)
+        if not self.thread.is_alive():  # nobody else holds the other end
+            self.pipe.close()
         lines = [line.strip() for line in self.kept.decode(errors="replace").splitlines() if line.strip()]
         return " | ".join(lines[-4:])[:600]
 
@@ -177,13 +182,32 @@ def signal_name(code: int) -> str:
 
 def text(module, part, found) -> list[str]:
     """The lines of a part that was answered, or why it was not."""
-    if found["status"] in (FAILED, NOT_HERE):
-        return [f"{part:<{LABEL}}{found['status']}: {found.get('error', '')}"]
+    if found["status"] == NOT_HERE:
+        return [f"{part:<{LABEL}}{NOT_HERE}: {found['error']}"]
+    if found["status"] == FAILED:
+        return [f"{part:<{LABEL}}{FAILED}: {found['error']}", *_so_far(module, part, found)]
     try:
         lines = module.lines(part, found)
     except Exception as error:
         lines = [f"{part:<{LABEL}}{found['status']}, but cannot be shown ({error!r})"]
     return [*lines, *([f"{'':<{LABEL}}DIFFERS"] if found["status"] == DIFFERS else [])]
+
+
+def _so_far(module, part, found) -> list[str]:
+    """What a part that failed had found until then, as far as that can be shown."""
+    try:
+        return module.lines(part, found)
+    except Exception:
+        return []
+
+
+def plain(value):
+    """The same for JSON, which has no NaN and no infinity: those become text."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bar(name, total):
@@ -245,7 +269,7 @@ def main(argv=None):
         if not arguments.folder:
             shutil.rmtree(folder, ignore_errors=True)
     told = {"variant": arguments.variant, "layers": arguments.layers, "provider": settings.provider}
-    result = json.dumps({**told, "seconds": round(time.monotonic() - begun, 1), "stages": answers})
+    result = json.dumps({**told, "seconds": round(time.monotonic() - begun, 1), "stages": plain(answers)})
     print(f"\n{result}", flush=True)
     if arguments.output:
         with storage.new_file(arguments.output) as file:

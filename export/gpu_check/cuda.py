@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from .stage import NotHere
+
 GIB = 2**30
 RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "cudart64_13.dll", "cudart64_12.dll")
 PRODUCTS = ("libcublas.so.13", "libcublas.so.12", "cublas64_13.dll", "cublas64_12.dll")
-DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 TO_HOST, ON_DEVICE = 2, 3  # kinds of cudaMemcpy
-ROUNDS = 10
+ROUNDS = 6
 #: Bytes a second of the memory, by the data sheet: the first whose word is in the device's name.
 DATA_SHEETS = {
     "B200": 8.0e12, "GH200": 4.0e12, "H200": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12, "H100": 3.35e12,
@@ -42,10 +43,10 @@ def library(names: tuple[str, ...]):
 
 
 def call(function: str, *arguments, names=RUNTIMES) -> None:
-    """Call a function of a library; OSError if it is not there, or says that it failed."""
+    """Call a function of a library; OSError if it says that it failed, NotHere without it."""
     found = library(names)
     if found is None or not hasattr(found, function):
-        raise OSError(f"{names[0]} with {function} is not to be found")
+        raise NotHere(f"{names[0]} with {function} is not to be found")
     if code := getattr(found, function)(*arguments):
         raise OSError(f"{function} failed with code {code}")
 
@@ -115,7 +116,7 @@ def best_seconds(work) -> float:
     return min(times[1:])
 
 
-def copy_bandwidth(size: int = 4 * GIB) -> float:
+def copy_bandwidth(size: int = GIB) -> float:
     """Bytes a second, read and written, of a copy on the device."""
     with Buffer(size) as source, Buffer(size) as target:
         amount = ctypes.c_size_t(size)
@@ -123,7 +124,7 @@ def copy_bandwidth(size: int = 4 * GIB) -> float:
     return 2 * size / seconds
 
 
-def read_bandwidth(size: int = 2 * GIB) -> float:
+def read_bandwidth(size: int = GIB) -> float:
     """Bytes a second of a dot product of two large arrays, which only reads."""
     handle, count = ctypes.c_void_p(), size // 4
 

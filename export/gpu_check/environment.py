@@ -29,10 +29,10 @@ def run(part, settings, found) -> None:
     if part == "device":
         found.add(**device())
     elif part == "copy":
-        width, sheet = cuda.copy_bandwidth(amount(4 * cuda.GIB)), cuda.data_sheet(cuda.device_name())
+        width, sheet = cuda.copy_bandwidth(amount(cuda.GIB)), cuda.data_sheet(cuda.device_name())
         found.add(bytes_per_s=width, data_sheet=sheet, share=round(width / sheet, 3) if sheet else None)
     else:
-        found.add(bytes_per_s=cuda.read_bandwidth(amount(2 * cuda.GIB)))
+        found.add(bytes_per_s=cuda.read_bandwidth(amount(cuda.GIB)))
 
 
 def amount(wanted: int) -> int:

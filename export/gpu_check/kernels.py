@@ -1,5 +1,6 @@
 """Stage 7: the kernels that a decode step and prefill spend their time in, and which attention was chosen."""
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -21,12 +22,13 @@ LIMIT, PART_LIMIT = 120, 60
 FRESH = True
 DEAREST, STEPS, PREFILLS = 10, 20, 3
 DEBUG = "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"  # has the runtime say which attention each node takes
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 CHOSEN = re.compile(r"Operator=(\S+).*?SdpaKernel=(\S+)")
 
 
 def parts(settings: Settings) -> list[str]:
     precisions = [precision for precision in models.full_precisions(settings) if "-" not in precision]
-    return [f"{what} {precision}" for precision in precisions for what in ("attention", "decode", "prefill")]
+    return [f"{what} {precision}" for precision in precisions for what in ("profile", "attention")]
 
 
 def run(part, settings, found) -> None:
@@ -37,12 +39,11 @@ def run(part, settings, found) -> None:
         attention(settings, precision, found)
         return
     torch = profiler()
-    engine = models.opened(models.full(settings, precision), settings)
-    calls = calls_of(engine)
-    repeats = {"decode": STEPS, "prefill": PREFILLS}[what]
-    for _ in range(3):
-        calls[what]()
-    found.add(**profiled(torch, calls[what], repeats))
+    calls = calls_of(models.opened(models.full(settings, precision), settings))
+    for graph, repeats in (("decode", STEPS), ("prefill", PREFILLS)):
+        for _ in range(3):
+            calls[graph]()
+        found.add(**{graph: profiled(torch, calls[graph], repeats)})
 
 
 def profiler():
@@ -110,16 +111,18 @@ def attention(settings, precision, found) -> None:
     """Which attention each node takes, as the runtime itself prints it: {graph: {operator and kernel: nodes}}."""
     os.environ[DEBUG] = "1"
     engine = models.opened(models.full(settings, precision), settings)
-    chosen = {}
     with printed() as read:
         calls = calls_of(engine)
         cuda.synchronize()
-        chosen["prefill"] = read()
+        found.add(prefill=chosen(read()))
         calls["decode"]()
         cuda.synchronize()
-        chosen["decode"] = read()
-    found.add(chosen={graph: dict(Counter(map(" ".join, CHOSEN.findall(text)))) for graph, text in chosen.items()})
-    found.add(printed={graph: text[:2000] for graph, text in chosen.items()})
+        found.add(decode=chosen(read()))
+
+
+def chosen(text: str) -> dict[str, int]:
+    """What the runtime printed, as {operator and kernel: how many nodes}."""
+    return dict(Counter(map(" ".join, CHOSEN.findall(COLOR.sub("", text)))))
 
 
 @contextmanager
@@ -133,6 +136,7 @@ def printed():
 
         def read():
             nonlocal seen
+            ctypes.CDLL(None).fflush(None)  # the runtime writes through C's buffers
             text = os.pread(file.fileno(), 2**24, seen)
             seen += len(text)
             return text.decode(errors="replace")
@@ -147,12 +151,15 @@ def printed():
 def lines(part, found) -> list[str]:
     if part.startswith("attention"):
         told = []
-        for graph, kernels in found["chosen"].items():
+        for graph, kernels in ((name, found[name]) for name in ("prefill", "decode") if name in found):
             names = ", ".join(f"{count} {name}" for name, count in kernels.items())
             told.append(f"{part:<28}{graph:<8} {names or 'the runtime printed nothing'}")
         return told
+    return [line for graph in ("decode", "prefill") if graph in found for line in shown(part, graph, found[graph])]
+
+
+def shown(part, graph, found) -> list[str]:
+    """The kernels of one graph as text."""
     busy, span = found["busy_us"], found["span_us"]
-    head = (
-        f"{part:<28}{found['launches']:.0f} launches, {busy:.0f} us on the device, of {span:.0f} us under the profiler"
-    )
+    head = f"{part:<28}{graph}: {found['launches']:.0f} launches, {busy:.0f} of {span:.0f} us on the device, profiled"
     return [head, *(f"{k['us']:>12.1f} us {k['launches']:>6.0f}x  {k['name'][:84]}" for k in found["kernels"])]

@@ -179,6 +179,8 @@ def off_device(engine) -> list[str]:
 
 def host_array(value) -> np.ndarray:
     """A copy of an OrtValue on the host, of bfloat16 too."""
+    if value.device_name() != "cpu":
+        cuda.synchronize()
     if value.data_type() != "tensor(bfloat16)":
         return np.array(value.numpy())
     shape, kind = value.shape(), np.dtype(ml_dtypes.bfloat16)

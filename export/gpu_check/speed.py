@@ -109,18 +109,24 @@ def lines(part, found) -> list[str]:
         f"{part:<28}first token {found['first_token_ms']:.2f} ms (picture {found['picture_ms']:.2f}), "
         f"{found['ms_per_token']:.3f} ms a token, {found['tokens_per_s']:.1f} tokens/s; load {found['load_s']:.1f} s"
     ]
-    reads = f"reads {found['weight_bytes'] / 1e9:.2f} GB a token at {found['bytes_per_s'] / 1e12:.3f} TB/s"
+    if "weight_bytes" in found:
+        told.append(f"{'':<28}{reading(found)}; {found['operators']}")
+    if step := found.get("step"):
+        parts = f"graph {step['graph_ms']:.3f} ms, launched in {step['launch_ms']:.3f}"
+        told.append(f"{'':<28}a step: {parts}, sampling {step['sampling_ms']:.3f} ms")
+    if batch := found.get("batch_8"):
+        rate = f"{batch['ms_per_token']:.3f} ms a step, {batch['tokens_per_s']:.1f} tokens/s"
+        told.append(f"{'':<28}batch {BATCH}: first tokens {batch['first_token_ms']:.2f} ms, {rate}")
+    return told
+
+
+def reading(found) -> str:
+    """What a token reads and how quickly, beside the bandwidths that are known, and the memory it took."""
+    told = f"reads {found['weight_bytes'] / 1e9:.2f} GB a token at {found['bytes_per_s'] / 1e12:.3f} TB/s"
     if found["share_of_copy"]:
-        reads += f", {found['share_of_copy']:.0%} of the copy's {found['copy_bytes_per_s'] / 1e12:.2f}"
+        told += f", {found['share_of_copy']:.0%} of the copy's {found['copy_bytes_per_s'] / 1e12:.2f}"
     if found["share_of_data_sheet"]:
-        reads += f", {found['share_of_data_sheet']:.0%} of the data sheet's {found['data_sheet'] / 1e12:.2f}"
+        told += f", {found['share_of_data_sheet']:.0%} of the data sheet's {found['data_sheet'] / 1e12:.2f}"
     if found.get("peak_bytes"):
-        reads += f"; {found['peak_bytes'] / cuda.GIB:.2f} GiB of the device"
-    step, eight = found["step"], found["batch_8"]
-    return [
-        *told, f"{'':<28}{reads}; {found['operators']}",
-        f"{'':<28}a step: graph {step['graph_ms']:.3f} ms, launched in {step['launch_ms']:.3f}, sampling "
-        f"{step['sampling_ms']:.3f} ms",
-        f"{'':<28}batch {BATCH}: first tokens {eight['first_token_ms']:.2f} ms, {eight['ms_per_token']:.3f} ms a step, "
-        f"{eight['tokens_per_s']:.1f} tokens/s",
-    ]  # fmt: skip
+        told += f"; {found['peak_bytes'] / cuda.GIB:.2f} GiB of the device"
+    return told
