@@ -138,8 +138,8 @@ def test_shares_of_the_bandwidth():
     """Five gigabytes in two milliseconds are 2.5 TB/s."""
     found = speed.shares(5_000_000_000, 2.0, 3.0e12, 3.35e12)
     assert found["bytes_per_s"] == 2.5e12
-    assert found["share_of_copy"] == 2.5 / 3.0
-    assert found["share_of_data_sheet"] == 2.5 / 3.35
+    assert found["share_of_copy"] == pytest.approx(2.5 / 3.0)
+    assert found["share_of_data_sheet"] == pytest.approx(2.5 / 3.35)
     assert speed.shares(10, 1.0, None, None)["share_of_data_sheet"] is None
 
 

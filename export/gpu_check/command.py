@@ -141,15 +141,24 @@ class Tail:
     def _pass(self):
         for line in self.pipe:
             sys.stderr.write(line.decode(errors="replace"))
-            self.kept = (self.kept + line)[-2000:]
+            self.kept = (self.kept + line)[-20000:]
 
     def text(self) -> str:
         """The last lines; to be asked for once, when the process has ended."""
         self.thread.join(5)
         if not self.thread.is_alive():  # nobody else holds the other end
             self.pipe.close()
-        lines = [line.strip() for line in self.kept.decode(errors="replace").splitlines() if line.strip()]
-        return " | ".join(lines[-4:])[:600]
+        return " | ".join(telling(self.kept.decode(errors="replace").splitlines()))[:800]
+
+
+def telling(lines: list[str]) -> list[str]:
+    """Of what a process wrote before its end: the place that it was at, if that is told, else the last lines."""
+    lines = [line.strip() for line in lines if line.strip()]
+    places = [i for i, line in enumerate(lines) if "most recent call first" in line]
+    if not places:
+        return lines[-4:]
+    fatal = [line for line in lines if line.startswith("Fatal Python error")]
+    return [*fatal, *lines[places[-1] + 1 : places[-1] + 5]]
 
 
 def start(what: str, settings: Settings, *arguments):
