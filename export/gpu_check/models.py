@@ -28,6 +28,7 @@ from .stage import NotHere, Settings
 PICTURE = checkpoints.SHIPPED / "example.png"
 NORMALS = 4_194_301  # that random weights are tiled from: a prime, so that no two rows of a matrix are equal
 SLACK, STRIDE = 2**20, 7919  # tensors of one scale begin at different places of one array
+FAULTS = ("ONNX Runtime cannot load or run it", "--provider cuda")  # what no bundle is to blame for
 MOST_WAIT = 200  # seconds that a stage waits for a large bundle
 
 
@@ -56,7 +57,7 @@ def shipped(settings: Settings, name: str):
 def sources() -> str:
     """A digest of this project's code: a folder that is kept has bundles of several versions."""
     root = Path(__file__).parent.parent
-    files = sorted([*root.glob("*.py"), *root.parent.glob("numpy_ref/*.py")])
+    files = [*sorted(root.glob("*.py")), *sorted(root.parent.glob("numpy_ref/*.py")), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -160,7 +161,7 @@ def opened(bundle, settings: Settings, captured: bool = False):
             bundle, settings.provider, kind=DeviceSession, provider_options={GRAPH: "1"} if captured else None
         )
     except PaliGemmaError as error:
-        if "ONNX Runtime cannot load or run it" in str(error):
+        if any(words in str(error) for words in FAULTS):
             raise
         raise NotHere(str(error)) from None
     if settings.on_device and (elsewhere := off_device(engine)):

@@ -73,8 +73,8 @@ def opened(settings: Settings):
         for name, tensor in model.state_dict().items():
             array = arrays.get(canonical(name))
             if array is not None:
-                bits = np.ascontiguousarray(array).view(np.int16 if settings.on_device else np.float32)
-                tensor.copy_(torch.from_numpy(bits).view(kind))
+                bits = array.view(np.int16 if settings.on_device else np.float32)
+                tensor.copy_(torch.from_numpy(bits).to(device).view(kind))  # turned there, not on the host
     return model, round(time.perf_counter() - started, 1)
 
 

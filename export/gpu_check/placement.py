@@ -48,7 +48,7 @@ def placed(file: Path, on_device: bool) -> dict:
         session = onnxruntime.InferenceSession(file, options, providers=providers)
         memcpy = sum(node.op_type.startswith("Memcpy") for node in onnx.load(dump, load_external_data=False).graph.node)
     if on_device and CUDA not in session.get_providers():
-        raise NotHere("CUDA's libraries do not load")
+        raise RuntimeError("CUDA's libraries do not load")
     nodes, on_cpu = Counter(), Counter()
     for subgraph in session.get_provider_graph_assignment_info():
         for node in subgraph.get_nodes():
