@@ -5,7 +5,7 @@ import itertools
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import ml_dtypes
@@ -112,7 +112,10 @@ def make_full(settings: Settings) -> None:
     wanted = [p for p in full_precisions(settings) if not full_folder(settings, p).exists()]
     if wanted:
         with ProcessPoolExecutor(len(wanted) if settings.on_device else 1) as pool:
-            list(pool.map(partial(_make, settings), wanted))
+            made = [(precision, pool.submit(_make, settings, precision)) for precision in wanted]
+        for precision, process in made:
+            if error := process.exception():  # killed, as it is where memory runs out
+                reason_of(full_folder(settings, precision)).write_text(f"{type(error).__name__}: {error}")
 
 
 def _make(settings, precision) -> None:

@@ -75,6 +75,8 @@ def opened(settings: Settings):
             if array is not None:
                 bits = array.view(np.int16 if settings.on_device else np.float32)
                 tensor.copy_(torch.from_numpy(bits).to(device).view(kind))  # turned there, not on the host
+    if settings.on_device:
+        torch.cuda.reset_peak_memory_stats()
     return model, round(time.perf_counter() - started, 1)
 
 
