@@ -50,12 +50,13 @@ class RandomArray:
 def random_tensors(config, dtype: np.dtype, seed: int = 0) -> dict[str, RandomArray]:
     """Hugging Face names to random tensors, scaled so that activations keep their size through the layers."""
     return {
-        saved_name(p.hf.name): RandomArray(p.hf.shape, dtype, (seed, i), _scale(p))
+        saved_name(p.hf.name): RandomArray(p.hf.shape, dtype, (seed, i), scale_of(p))
         for i, p in enumerate(parameters(config))
     }
 
 
-def _scale(parameter) -> float:
+def scale_of(parameter) -> float:
+    """The standard deviation with which a parameter is drawn."""
     if len(parameter.shape) == 1:
         return 0.1
     return 0.02 if parameter.path == "text.embedding" else parameter.shape[0] ** -0.5

@@ -1,0 +1,206 @@
+"""What the stages run: the shipped model in every form, and a random one of full size that is made quickly."""
+
+import hashlib
+import itertools
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from export import bundle as bundles
+from export import weights
+from export.device import GRAPH, DeviceSession
+from export.layers import OPERATORS
+from export.session import open_session
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.image import open_image, preprocess
+from numpy_ref.synthetic import scale_of
+from numpy_ref.tokenizer import known_ids
+
+from . import cuda
+from .stage import NotHere, Settings
+
+PICTURE = checkpoints.SHIPPED / "example.png"
+NORMALS = 4_194_301  # that random weights are tiled from: a prime, so that no two rows of a matrix are equal
+SLACK, STRIDE = 2**20, 7919  # tensors of one scale begin at different places of one array
+FAULTS = ("ONNX Runtime cannot load or run it", "--provider cuda")  # what no bundle is to blame for
+MOST_WAIT = 200  # seconds that a stage waits for a large bundle
+
+
+# --- the shipped model -------------------------------------------------------------------------------------
+
+
+def shipped_names() -> list[str]:
+    """Every precision with every set of operators, as `precision operators`."""
+    return [" ".join(pair) for pair in itertools.product(weights.PRECISIONS, OPERATORS)]
+
+
+def shipped(settings: Settings, name: str):
+    """A bundle of the shipped model, made when it is first asked for. NotHere if there is none of that kind."""
+    folder = settings.folder / f"shipped-{sources()}" / name.replace(" ", "-")
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        precision, operators = name.split()
+        try:
+            bundles.write(checkpoints.load(), folder, precision, operators=operators)
+        except PaliGemmaError as error:
+            raise NotHere(f"cannot be exported: {error}") from None
+    return bundles.load(folder)
+
+
+@cache
+def sources() -> str:
+    """A digest of this project's code: a folder that is kept has bundles of several versions."""
+    root = Path(__file__).parent.parent
+    files = [*sorted(root.glob("*.py")), *sorted(root.parent.glob("numpy_ref/*.py")), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+# --- a random model of full size ---------------------------------------------------------------------------
+
+
+def few_layers(config, layers: int):
+    """A model's first layers, of each tower."""
+    text = replace(config.text, depth=layers, windows=config.text.windows[:layers])
+    return replace(config, vision=replace(config.vision, depth=layers), text=text)
+
+
+def full_precisions(settings: Settings) -> list[str]:
+    """What the large model is timed in."""
+    wanted = ("float16", "bfloat16", "int4-float16") if settings.on_device else ("float32",)
+    return [precision for precision in wanted if precision in weights.PRECISIONS]
+
+
+def random_arrays(config, dtype) -> dict[str, np.ndarray]:
+    """Every weight by path, random and of `synthetic`'s scales, as views of one array a scale: made in a second or two.
+
+    The numbers repeat, which costs a kernel nothing: it reads each from where it lies.
+    """
+    parameters = checkpoints.parameters(config)
+    largest: dict[float, int] = {}
+    for parameter in parameters:
+        scale = scale_of(parameter)
+        largest[scale] = max(largest.get(scale, 0), int(np.prod(parameter.shape)))
+    normals = np.random.Generator(np.random.SFC64(0)).standard_normal(NORMALS, np.float32)
+    pools = {scale: tiled((normals * np.float32(scale)).astype(dtype), size) for scale, size in largest.items()}
+
+    def view(i, parameter):
+        start, size = i * STRIDE % SLACK, int(np.prod(parameter.shape))
+        return pools[scale_of(parameter)][start : start + size].reshape(parameter.shape)
+
+    return {parameter.path: view(i, parameter) for i, parameter in enumerate(parameters)}
+
+
+def tiled(values, size: int):
+    """The values over and over, `size` of them and some to begin later."""
+    bits = values.view(f"u{values.dtype.itemsize}")
+    return np.resize(bits, size + SLACK).view(values.dtype)
+
+
+def full_folder(settings: Settings, precision: str) -> Path:
+    config = hashlib.sha256(repr(settings.config).encode()).hexdigest()[:8]
+    return settings.folder / f"random-{config}-{sources()}" / precision
+
+
+def make_full(settings: Settings) -> None:
+    """Every large bundle that is not there yet, side by side; what cannot be made leaves its reason in a file."""
+    wanted = [p for p in full_precisions(settings) if not full_folder(settings, p).exists()]
+    if wanted:
+        with ProcessPoolExecutor(len(wanted) if settings.on_device else 1) as pool:
+            made = [(precision, pool.submit(_make, settings, precision)) for precision in wanted]
+        for precision, process in made:
+            if error := process.exception():  # killed, as it is where memory runs out
+                reason_of(full_folder(settings, precision)).write_text(f"{type(error).__name__}: {error}")
+
+
+def _make(settings, precision) -> None:
+    folder = full_folder(settings, precision)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    reason, started = reason_of(folder), time.perf_counter()
+    reason.unlink(missing_ok=True)
+    try:
+        dtype = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}.get(precision)
+        dtype = dtype or np.dtype(ml_dtypes.bfloat16)
+        params = checkpoints.unflatten(random_arrays(settings.config, dtype))
+        checkpoint = checkpoints.Checkpoint(folder.parent, settings.config, params, dtype)
+        bundles.write(checkpoint, folder, precision)
+        bundles.load(folder)  # hashed once more, so that loading is timed as it is from the second time on
+        folder.with_suffix(".seconds").write_text(f"{time.perf_counter() - started:.1f}")
+    except Exception as error:
+        reason.write_text(f"{type(error).__name__}: {error}")
+
+
+def reason_of(folder: Path) -> Path:
+    """Where it is told why a large bundle could not be made."""
+    return folder.with_suffix(".failed")
+
+
+def full(settings: Settings, precision: str):
+    """The large bundle, once it is there. NotHere with the reason if it could not be made."""
+    folder, limit = full_folder(settings, precision), time.monotonic() + MOST_WAIT
+    while not (folder.exists() and folder.with_suffix(".seconds").exists()):
+        if reason_of(folder).exists():
+            raise RuntimeError(f"the {precision} bundle could not be made: {reason_of(folder).read_text()}")
+        if time.monotonic() > limit:
+            raise RuntimeError(f"the {precision} bundle was not there within {MOST_WAIT} s")
+        time.sleep(0.2)
+    return bundles.load_but_weights(folder)
+
+
+# --- running them ------------------------------------------------------------------------------------------
+
+
+def opened(bundle, settings: Settings, captured: bool = False):
+    """The bundle's session on the device. NotHere where a bundle of its kind cannot run there."""
+    if captured and not settings.on_device:
+        raise NotHere("decode is captured on CUDA alone")
+    try:
+        engine = open_session(
+            bundle, settings.provider, kind=DeviceSession, provider_options={GRAPH: "1"} if captured else None
+        )
+    except PaliGemmaError as error:
+        if any(words in str(error) for words in FAULTS):
+            raise
+        raise NotHere(str(error)) from None
+    if settings.on_device and (elsewhere := off_device(engine)):
+        raise NotHere(f"does not run wholly on the device: {', '.join(elsewhere)}")
+    return engine
+
+
+def off_device(engine) -> list[str]:
+    """The inputs and outputs of decode that do not live on the device; a few of them."""
+    graph = engine._decode
+    inputs = zip(graph.get_inputs(), graph.get_input_memory_infos(), strict=True)
+    outputs = zip(graph.get_outputs(), graph.get_output_memory_infos(), strict=True)
+    found = [f"{value.name} on {info.name}" for value, info in (*inputs, *outputs) if info.name != "Cuda"]
+    return found[:3]
+
+
+def host_array(value) -> np.ndarray:
+    """A copy of an OrtValue on the host, of bfloat16 too."""
+    if value.device_name() != "cpu":
+        cuda.synchronize()
+    if value.data_type() != "tensor(bfloat16)":
+        return np.array(value.numpy())
+    shape, kind = value.shape(), np.dtype(ml_dtypes.bfloat16)
+    if value.device_name() == "cpu":
+        raise NotHere("bfloat16 on the CPU")
+    return cuda.to_host(value.data_ptr(), int(np.prod(shape)) * kind.itemsize).view(kind).reshape(shape)
+
+
+def picture(engine, batch: int = 1) -> np.ndarray:
+    """The example's pixel values, once a row."""
+    pixels = preprocess(open_image(PICTURE), engine.config.vision.image_size, resize=engine.resize)
+    return np.repeat(pixels, batch, 0)
+
+
+def endless(config) -> np.ndarray:
+    """Which ids may be drawn where every answer is to have its full length."""
+    known = known_ids(config)
+    known[config.eos] = False
+    return known
