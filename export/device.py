@@ -5,7 +5,6 @@ stream that the graphs share, decode as a captured graph) comes in by the provid
 the CPU provider, where it is tested.
 """
 
-import ctypes
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -14,9 +13,9 @@ import onnx
 import onnxruntime
 from onnx.external_data_helper import ExternalDataInfo
 
-from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import check_room
 
+from . import cuda
 from .session import CUDA, Cache, Session
 from .weights import FILE
 
@@ -27,9 +26,9 @@ GRAPH, CAPTURED = "enable_cuda_graph", ("decode", "sample_device")
 class DeviceSession(Session):
     """A session whose logits stay on the device as OrtValues, which its `sample` takes.
 
-    With the provider option `enable_cuda_graph` decode and sampling are captured, once a batch size (sampling once for
-    each number of candidates too), and then replayed. Caches then have all of the model's positions and are used again,
-    so one generation at a time may run.
+    With the provider option `enable_cuda_graph` decode and sampling are captured and then replayed: decode once for
+    each size of a batch and its cache, sampling for each number of candidates too. Caches come in powers of two then
+    and are used again, so one generation at a time may run.
     """
 
     def __init__(self, bundle, provider="auto", threads=0, provider_options=None):
@@ -43,16 +42,28 @@ class DeviceSession(Session):
         return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")
 
     def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
-        """Draw a token a row from logits on the device -> token [B]; which ids are `known` is in the graph."""
+        """Draw a token a row from logits on the device -> token [B]; which ids are `known` is in the graph.
+
+        The token's copy to the host is the one wait.
+        """
         if logits not in self._draws:
             self._draws[logits] = Draw(self, logits)
+        draw, vocab = self._draws[logits], self.config.text.vocab
+        if temperature == 0:  # greedy: the likeliest alone
+            temperature, top_k, top_p, uniform = 1.0, 1, 1.0, np.zeros(draw.token.shape(), np.float32)
+        candidates = min(top_k or vocab, vocab)
+        draw.set_count(candidates)
+        for name, number in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
+            if draw.is_new(name, number):
+                self._put(np.asarray(number, np.float32), draw.inputs[name])
         with self._told("sample_device"):
-            return self._draws[logits](temperature, top_k, top_p, uniform)
+            self._sample.run_with_iobinding(draw.binding, self._options_for(draw, candidates))
+        return draw.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
 
     def _put(self, array, value):
         """Copy an array into a value on the device; not waiting, but in the order of the launches."""
         if self._stream:
-            self._stream.copy(array, value.data_ptr())
+            cuda.copy_to(value.data_ptr(), array, self._stream)
         else:
             value.update_inplace(array)
 
@@ -63,15 +74,17 @@ class DeviceSession(Session):
         if not self.captures:
             return super()._cache(batch, capacity)
         check_room(capacity, self.max_length)
-        if batch not in self._caches:
-            self._caches[batch] = Cache(self, batch, self.max_length)
-        return self._caches[batch]
+        size = min(self.max_length, 2 ** (capacity - 1).bit_length())
+        if (batch, size) not in self._caches:
+            self._caches[batch, size] = Cache(self, batch, size)
+        return self._caches[batch, size]
 
     def _run_options(self, cache):
-        return self._options_for(cache.batch)
+        return self._options_for(cache.batch, cache.capacity)
 
     def _options_for(self, *graph):
-        """How to run what is captured, if it is, as this graph of its session: one for equal numbers."""
+        """How to run a graph; a captured one by a number of its own, the same for what is equal."""
+        graph = graph if self.captures else ()
         if graph not in self._options:
             options = onnxruntime.RunOptions()
             if self._stream:  # what comes next is on the same stream, and waits there
@@ -84,7 +97,7 @@ class DeviceSession(Session):
     def _prepare(self):
         """Before the graphs are opened: the weights' one copy, and the stream."""
         self._shared = upload(self.bundle, self.device, self.device_id)
-        self._stream = Stream(self.device_id) if self.provider == CUDA else None
+        self._stream = cuda.stream(self.device_id) if self.provider == CUDA else None
 
     def _options_of(self, name):
         options = super()._options_of(name)
@@ -95,7 +108,7 @@ class DeviceSession(Session):
 
     def _provider_options_of(self, name):
         options = {key: value for key, value in self.provider_options.items() if key != GRAPH or name in CAPTURED}
-        return options | ({"user_compute_stream": str(self._stream.address)} if self._stream else {})
+        return options | ({"user_compute_stream": str(self._stream)} if self._stream else {})
 
     @cached_property
     def _sample(self):
@@ -103,39 +116,29 @@ class DeviceSession(Session):
 
 
 class Draw:
-    """The sampling graph bound to the logits of one generation.
-
-    What does not change from one token to the next stays on the device; the token's copy to the host is the one wait.
-    """
+    """The sampling graph's inputs and output beside one generation's logits; what does not change is sent once."""
 
     def __init__(self, session: DeviceSession, logits):
-        self.session, self.vocab = session, session.config.text.vocab
-        batch = logits.shape()[0]
-        self.binding, self.sent = session._sample.io_binding(), {}
+        batch, self._sent = logits.shape()[0], {}
         self.inputs = {
             name: _buffer(session, shape, np.float32)
             for name, shape in (("temperature", []), ("top_p", []), ("uniform", [batch]))
         }
         self.token = _buffer(session, [batch], np.int64)
+        self.binding = session._sample.io_binding()
         for name, value in (("logits", logits), *self.inputs.items()):
             self.binding.bind_ortvalue_input(name, value)
         self.binding.bind_ortvalue_output("token", self.token)
 
-    def __call__(self, temperature, top_k, top_p, uniform):
-        """-> token [B]."""
-        if temperature == 0:  # greedy: the likeliest alone
-            temperature, top_k, top_p, uniform = 1.0, 1, 1.0, np.zeros(self.token.shape(), np.float32)
-        for name, number in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
-            if not np.array_equal(self.sent.get(name), number):
-                self.session._put(np.asarray(number, np.float32), self.inputs[name])
-                self.sent[name] = number
-        count = min(top_k or self.vocab, self.vocab)
-        if self.sent.get("count") != count:
-            self.binding.bind_cpu_input("count", np.array([count], np.int64))
-            self.sent["count"] = count
-        options = self.session._options_for(self.token.shape()[0], count)
-        self.session._sample.run_with_iobinding(self.binding, options)
-        return self.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+    def is_new(self, name, number) -> bool:
+        """Whether an input is another than the last time."""
+        before, self._sent[name] = self._sent.get(name), np.array(number)
+        return before is None or not np.array_equal(before, number)
+
+    def set_count(self, candidates: int) -> None:
+        """How many of the likeliest to draw from: a number that the host is asked for."""
+        if self.is_new("count", candidates):
+            self.binding.bind_cpu_input("count", np.array([candidates], np.int64))
 
 
 def _buffer(session, shape, dtype):
@@ -160,43 +163,3 @@ def upload(bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.Ort
             # Seen through DLPack: a session takes no buffer that is an OrtValue's own.
             values[tensor.name] = onnxruntime.OrtValue.from_dlpack(value._ortvalue)
     return values
-
-
-class Stream:
-    """A CUDA stream on a device, as the runtime's `user_compute_stream`.
-
-    It waits for the default stream and is waited for by it, so what the runtime copies there has its place among the
-    launches here. PaliGemmaError where CUDA does not make one.
-    """
-
-    _LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "cudart64_13.dll", "cudart64_12.dll")
-    _HOST_TO_DEVICE = 1
-
-    def __init__(self, device_id: int = 0):
-        self._cuda, made, before = self._library(), ctypes.c_void_p(), ctypes.c_int()
-        self._check(self._cuda.cudaGetDevice(ctypes.byref(before)))
-        self._check(self._cuda.cudaSetDevice(device_id))
-        self._check(self._cuda.cudaStreamCreate(ctypes.byref(made)))
-        self._check(self._cuda.cudaSetDevice(before))
-        self.address = made.value
-
-    def copy(self, array: np.ndarray, address: int) -> None:
-        """Copy an array to an address on the device; the array may change as soon as this returns."""
-        self._check(
-            self._cuda.cudaMemcpyAsync(
-                ctypes.c_void_p(address), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes),
-                self._HOST_TO_DEVICE, ctypes.c_void_p(self.address),
-            )
-        )  # fmt: skip
-
-    def _check(self, code):
-        if code:
-            raise PaliGemmaError(f"CUDA's runtime library answers with error {code}")
-
-    def _library(self):
-        for name in self._LIBRARIES:
-            try:
-                return ctypes.CDLL(name)
-            except OSError:
-                continue
-        raise PaliGemmaError(f"none of CUDA's runtime libraries is found: {', '.join(self._LIBRARIES)}")

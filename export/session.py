@@ -4,7 +4,6 @@ The cache is a set of buffers on the device. Prefill writes them; every decode s
 as past and as present, so the runtime updates it in place. The same code drives CUDA and the CPU.
 """
 
-import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -21,6 +20,7 @@ from numpy_ref.segmentation import CELLS, SIDE
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
+from . import cuda
 from .bundle import Bundle
 from .memory import freed_memory_kept
 from .weights import FLOATS, stream_dtype
@@ -294,8 +294,8 @@ class Cache:
             self.binding.bind_ortvalue_output(f"present.{name}", value)
 
     def numpy(self) -> dict[str, np.ndarray]:
-        """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]; not of bfloat16."""
-        return {name: value.numpy().copy() for name, value in self.buffers.items()}
+        """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]."""
+        return {name: cuda.on_host(value) for name, value in self.buffers.items()}
 
 
 def graph_io(name: str, config) -> dict[str, tuple]:
@@ -341,7 +341,7 @@ def choose_provider(wanted: str, quietly: bool = False) -> str:
     has_device = False
     if CUDA not in onnxruntime.get_available_providers():
         missing = "this onnxruntime is built without it"
-    elif not _cuda_devices():
+    elif not cuda.device_count():
         missing = "no NVIDIA device answers"
     elif reason := _cuda_trouble():
         missing, has_device = f"its libraries do not load ({reason})", True
@@ -368,20 +368,7 @@ def _cuda_trouble() -> str:
 
 def chosen_device(provider_options) -> int:
     """The number of the device that `device_id` asks for; PaliGemmaError if there is none."""
-    wanted, count = provider_options.get("device_id", "0"), _cuda_devices()
+    wanted, count = provider_options.get("device_id", "0"), cuda.device_count()
     if not wanted.isdecimal() or int(wanted) >= count:
         raise PaliGemmaError(f"--provider-option device_id={wanted}: the devices of this machine are 0 to {count - 1}")
     return int(wanted)
-
-
-def _cuda_devices() -> int:
-    """How many devices the CUDA driver reports; 0 without a driver."""
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            driver = ctypes.CDLL(library)
-        except OSError:
-            continue
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value
-    return 0

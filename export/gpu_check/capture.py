@@ -4,11 +4,12 @@ import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from export import cuda
 from numpy_ref.generate import generate
 from numpy_ref.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer
 
-from . import cuda, models
+from . import models
 from .correctness import PROMPTS
 from .stage import NotHere, Settings
 

@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 
-from export import weights
+from export import cuda, weights
 from export.verify import BUDGETS, STEPS, relative_error
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref import paligemma
@@ -72,14 +72,14 @@ def compare(engine, model, sizes) -> dict[str, float]:
     capacity, errors = ids.shape[1] + STEPS, {}
     expected, cache = paligemma.prefill(params, config, pixels.astype(np.float64), ids, lengths, capacity)
     logits, buffers = engine.prefill(pixels, ids, lengths, capacity)
-    errors[f"batch {batch} prefill logits"] = relative_error(models.host_array(logits), expected)
+    errors[f"batch {batch} prefill logits"] = relative_error(cuda.on_host(logits), expected)
     errors[f"batch {batch} prefill cache"] = cache_error(cache, buffers, lengths)
     for step in range(STEPS):
         token = random.choice(drawable, (batch, 1))
         expected, cache = paligemma.decode(params, config, token, lengths, cache)
         logits, buffers = engine.decode(token, lengths, buffers)
         lengths = lengths + 1
-        errors[f"batch {batch} decode {step + 1} logits"] = relative_error(models.host_array(logits), expected)
+        errors[f"batch {batch} decode {step + 1} logits"] = relative_error(cuda.on_host(logits), expected)
     errors[f"batch {batch} decode {STEPS} cache"] = cache_error(cache, buffers, lengths)
     return errors
 
@@ -92,7 +92,7 @@ def cache_error(cache, buffers, lengths) -> float:
         return np.concatenate([row[:, :length].ravel() for row, length in rows]).astype(np.float64)
 
     def error(i, kind, array):
-        return relative_error(filled(models.host_array(buffers.buffers[f"{i}.{kind}"])), filled(array))
+        return relative_error(filled(cuda.on_host(buffers.buffers[f"{i}.{kind}"])), filled(array))
 
     return max(
         error(i, kind, array)
@@ -146,7 +146,7 @@ def draws(engine) -> dict:
     tokenizer = Tokenizer.load(engine.bundle.path, config)
     ids, lengths = pad_prompts([tokenizer.prompt(text) for text in PROMPTS[:3]], config.pad)
     logits, _ = engine.prefill(models.picture(engine, len(ids)), ids, lengths, ids.shape[1] + 1)
-    values, known, edges, differ = models.host_array(logits), tokenizer.known(), 0, []
+    values, known, edges, differ = cuda.on_host(logits), tokenizer.known(), 0, []
     for temperature, top_k, top_p in DRAWS:
         for _ in range(UNIFORMS):
             uniform = random.random(len(ids), np.float32)

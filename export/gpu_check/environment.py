@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import onnxruntime
 
-from . import cuda
+from export import cuda
+
+from . import bandwidth
 from .stage import NotHere, Settings
 
 LIMIT = PART_LIMIT = 60
@@ -29,10 +31,10 @@ def run(part, settings, found) -> None:
     if part == "device":
         found.add(**device())
     elif part == "copy":
-        width, sheet = cuda.copy_bandwidth(amount(cuda.GIB)), cuda.data_sheet(cuda.device_name())
+        width, sheet = bandwidth.copy_bandwidth(amount(bandwidth.GIB)), bandwidth.data_sheet(cuda.device_name())
         found.add(bytes_per_s=width, data_sheet=sheet, share=round(width / sheet, 3) if sheet else None)
     else:
-        found.add(bytes_per_s=cuda.read_bandwidth(amount(cuda.GIB)))
+        found.add(bytes_per_s=bandwidth.read_bandwidth(amount(bandwidth.GIB)))
 
 
 def amount(wanted: int) -> int:
@@ -78,7 +80,7 @@ def lines(part, found) -> list[str]:
     if part == "device":
         driver = found.get("smi_driver_version", "unknown")
         return [
-            f"{found['name']}, {found['memory_bytes'] / cuda.GIB:.1f} GiB; driver {driver}, CUDA runtime "
+            f"{found['name']}, {found['memory_bytes'] / bandwidth.GIB:.1f} GiB; driver {driver}, CUDA runtime "
             f"{found['runtime']}, driver's CUDA {found['driver_cuda']}"
         ]
     width = f"{part:<8}{found['bytes_per_s'] / 1e12:.3f} TB/s"

@@ -12,10 +12,10 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from export import peers
+from export import cuda, peers
 from numpy_ref.generate import pad_prompts
 
-from . import cuda, models
+from . import models
 from .stage import NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 60

@@ -22,13 +22,11 @@ from numpy_ref.image import open_image, preprocess
 from numpy_ref.synthetic import scale_of
 from numpy_ref.tokenizer import known_ids
 
-from . import cuda
 from .stage import NotHere, Settings
 
 PICTURE = checkpoints.SHIPPED / "example.png"
 NORMALS = 4_194_301  # that random weights are tiled from: a prime, so that no two rows of a matrix are equal
 SLACK, STRIDE = 2**20, 7919  # tensors of one scale begin at different places of one array
-FAULTS = ("ONNX Runtime cannot load or run it", "--provider cuda")  # what no bundle is to blame for
 MOST_WAIT = 200  # seconds that a stage waits for a large bundle
 
 
@@ -159,38 +157,12 @@ def opened(bundle, settings: Settings, captured: bool = False):
     """The bundle's session on the device. NotHere where a bundle of its kind cannot run there."""
     if captured and not settings.on_device:
         raise NotHere("decode is captured on CUDA alone")
-    try:
-        engine = open_session(
-            bundle, settings.provider, kind=DeviceSession, provider_options={GRAPH: "1"} if captured else None
-        )
-    except PaliGemmaError as error:
-        if any(words in str(error) for words in FAULTS):
-            raise
-        raise NotHere(str(error)) from None
-    if settings.on_device and (elsewhere := off_device(engine)):
-        raise NotHere(f"does not run wholly on the device: {', '.join(elsewhere)}")
-    return engine
-
-
-def off_device(engine) -> list[str]:
-    """The inputs and outputs of decode that do not live on the device; a few of them."""
-    graph = engine._decode
-    inputs = zip(graph.get_inputs(), graph.get_input_memory_infos(), strict=True)
-    outputs = zip(graph.get_outputs(), graph.get_output_memory_infos(), strict=True)
-    found = [f"{value.name} on {info.name}" for value, info in (*inputs, *outputs) if info.name != "Cuda"]
-    return found[:3]
-
-
-def host_array(value) -> np.ndarray:
-    """A copy of an OrtValue on the host, of bfloat16 too."""
-    if value.device_name() != "cpu":
-        cuda.synchronize()
-    if value.data_type() != "tensor(bfloat16)":
-        return np.array(value.numpy())
-    shape, kind = value.shape(), np.dtype(ml_dtypes.bfloat16)
-    if value.device_name() == "cpu":
-        raise NotHere("bfloat16 on the CPU")
-    return cuda.to_host(value.data_ptr(), int(np.prod(shape)) * kind.itemsize).view(kind).reshape(shape)
+    if settings.on_device and bundle.only_for_cpu:
+        raise NotHere(bundle.only_for_cpu)
+    if not settings.on_device and bundle.description["precision"].endswith("bfloat16"):
+        raise NotHere("the CPU has no bfloat16 kernels")
+    options = {GRAPH: "1"} if captured else None
+    return open_session(bundle, settings.provider, kind=DeviceSession, provider_options=options)
 
 
 def picture(engine, batch: int = 1) -> np.ndarray:

@@ -13,7 +13,7 @@ from . import models
 from .stage import NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 30
-GRAPHS = ("prefill", "decode", "sample")
+GRAPHS = ("prefill", "decode", "sample_device")
 
 
 def parts(settings: Settings) -> list[str]:
@@ -22,7 +22,7 @@ def parts(settings: Settings) -> list[str]:
 
 def run(part, settings, found) -> None:
     bundle = models.shipped(settings, part)
-    if part.startswith("bfloat16") and not settings.on_device:
+    if part.split()[0].endswith("bfloat16") and not settings.on_device:
         raise NotHere("the CPU has no bfloat16 kernels")
     graphs = {}
     for name in GRAPHS:

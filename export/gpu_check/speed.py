@@ -4,11 +4,11 @@ import time
 
 import numpy as np
 
-from export import peers
+from export import cuda, peers
 from export.benchmark import weight_bytes
 from numpy_ref.generate import generate, pad_prompts
 
-from . import cuda, models
+from . import bandwidth, models
 from .stage import Settings
 
 LIMIT, PART_LIMIT = 200, 100
@@ -38,7 +38,7 @@ def run(part, settings, found) -> None:
     read, copy, sheet = weight_bytes(bundle.path, "decode"), None, None
     if settings.on_device:
         found.add(peak_bytes=cuda.memory()[0] - before)  # the runtime keeps what it once took
-        copy, sheet = cuda.copy_bandwidth(cuda.GIB), cuda.data_sheet(cuda.device_name())
+        copy, sheet = bandwidth.copy_bandwidth(bandwidth.GIB), bandwidth.data_sheet(cuda.device_name())
     found.add(**shares(read, found["ms_per_token"], copy, sheet))
     found.add(step=split(engine, settings))
     found.add(batch_8=answer_times(engine, BATCH, min(BATCH_STEPS, settings.steps)))
@@ -128,5 +128,5 @@ def reading(found) -> str:
     if found["share_of_data_sheet"]:
         told += f", {found['share_of_data_sheet']:.0%} of the data sheet's {found['data_sheet'] / 1e12:.2f}"
     if found.get("peak_bytes"):
-        told += f"; {found['peak_bytes'] / cuda.GIB:.2f} GiB of the device"
+        told += f"; {found['peak_bytes'] / bandwidth.GIB:.2f} GiB of the device"
     return told

@@ -18,6 +18,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.cuda import MissingError
 from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
 
 OK, DIFFERS, FAILED, NOT_HERE = "ok", "differs", "failed", "not here"
@@ -112,7 +113,7 @@ def work(module, settings: Settings, report: Report) -> int:
             module.run(part, settings, found)
             report.end(part, DIFFERS if found.get("differs") else OK)
             over = getattr(module, "FRESH", False)
-        except NotHere as reason:
+        except (NotHere, MissingError) as reason:
             report.end(part, NOT_HERE, str(reason))
             over = False
         except Exception as error:

@@ -1,19 +1,12 @@
-"""The CUDA runtime asked directly, without another library: bandwidth, memory, waiting, and copies to the host."""
+"""How fast a device's memory is: measured, and by its data sheet."""
 
 import ctypes
 import re
-import sys
-from functools import cache
-from pathlib import Path
 
-import numpy as np
-
-from .stage import NotHere
+from export.cuda import ON_DEVICE, call
 
 GIB = 2**30
-RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "cudart64_13.dll", "cudart64_12.dll")
 PRODUCTS = ("libcublas.so.13", "libcublas.so.12", "cublas64_13.dll", "cublas64_12.dll")
-TO_HOST, ON_DEVICE = 2, 3  # kinds of cudaMemcpy
 ROUNDS = 6
 #: Bytes a second of the memory, by the data sheet: the first whose word is in the device's name.
 DATA_SHEETS = {
@@ -27,62 +20,6 @@ DATA_SHEETS = {
 def data_sheet(name: str) -> float | None:
     """The bandwidth that a device of this name is sold with, in bytes a second; None if it is not in the table."""
     return next((width for word, width in DATA_SHEETS.items() if re.search(rf"\b{re.escape(word)}\b", name)), None)
-
-
-@cache
-def library(names: tuple[str, ...]):
-    """The first of the libraries that loads, by name or from an `nvidia` package beside others; None without one."""
-    for name in names:
-        packages = (file for path in sys.path for file in Path(path or ".").glob(f"nvidia/*/lib/{name}"))
-        for file in (name, *packages):
-            try:
-                return ctypes.CDLL(str(file))
-            except OSError:
-                continue
-    return None
-
-
-def call(function: str, *arguments, names=RUNTIMES) -> None:
-    """Call a function of a library; OSError if it says that it failed, NotHere without it."""
-    found = library(names)
-    if found is None or not hasattr(found, function):
-        raise NotHere(f"{names[0]} with {function} is not to be found")
-    if code := getattr(found, function)(*arguments):
-        raise OSError(f"{function} failed with code {code}")
-
-
-def number(function: str, kind=ctypes.c_int, names=RUNTIMES) -> int:
-    """What a function writes into its one argument."""
-    value = kind()
-    call(function, ctypes.byref(value), names=names)
-    return value.value
-
-
-def device_name() -> str:
-    """The name of the first device: what its properties begin with."""
-    properties = ctypes.create_string_buffer(16384)  # far more than the structure of any version has
-    call("cudaGetDeviceProperties", properties, 0)
-    return properties.value.decode(errors="replace")
-
-
-def memory() -> tuple[int, int]:
-    """Bytes of the device's memory that are in use, and all of them."""
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-    return total.value - free.value, total.value
-
-
-def synchronize() -> None:
-    """Wait until the device has done all that it was given."""
-    call("cudaDeviceSynchronize")
-
-
-def to_host(pointer: int, size: int) -> np.ndarray:
-    """Bytes of the device's memory."""
-    values = np.empty(size, np.uint8)
-    call("cudaDeviceSynchronize")
-    call("cudaMemcpy", values.ctypes.data_as(ctypes.c_void_p), ctypes.c_void_p(pointer), ctypes.c_size_t(size), TO_HOST)
-    return values
 
 
 class Buffer:
