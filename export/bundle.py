@@ -48,13 +48,18 @@ class Bundle:
         return self.description.get("prepacked") == processor()
 
     @property
+    def operators(self) -> str:
+        """Which set of operators its graphs have."""
+        return self.description.get("operators", PORTABLE)
+
+    @property
     def only_for_cpu(self) -> str:
         """Why it cannot run wholly on a CUDA device, and what to do about it; empty if it can."""
         precision = self.description["precision"]
         if weights.stream_dtype(precision) not in HALF:
             if precision in weights.QUANTIZED:
                 return f"{self.path}: {precision} is for the CPU; for CUDA export it with --precision int4-float16"
-            if self.description.get("operators") != PORTABLE:
+            if self.operators != PORTABLE:
                 advice = "--precision float16, or --operators portable"
                 return f"{self.path}: fused operators in float32 are for the CPU; for CUDA export it with {advice}"
         if "sample_device" not in self.description["graphs"]:

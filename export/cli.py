@@ -24,11 +24,19 @@ def export_onnx(argv=None):
     )  # fmt: skip
     options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument(
-        "--precision", choices=bundles.weights.PRECISIONS, default="float32", help="of the weights (float32)"
-    )
+        "--precision", choices=bundles.weights.PRECISIONS, default="float32",
+        help="of the weights (float32): float32, int8 and int4 for the CPU, the others for CUDA; int4-float16 has "
+        "weights in four bits and activations in float16",
+    )  # fmt: skip
     options.add_argument(
         "--operators", choices=OPERATORS,
-        help="standard ones alone, or ONNX Runtime's own where they are quicker (fused; in half precision portable)",
+        help="standard ones alone, or ONNX Runtime's own where they are quicker (fused); float32 runs on CUDA with "
+        "portable ones",
+    )  # fmt: skip
+    options.add_argument(
+        "--residual", choices=tuple(bundles.weights.FLOATS), metavar="DTYPE",
+        help="of the residual stream, with fused operators in half precision: float32, which cannot overflow (the "
+        "default in float16), or that of the weights, which is quicker (the default in bfloat16)",
     )  # fmt: skip
     options.add_argument(
         "--max-length", type=int, metavar="C", help="longest prompt and answer together (the model's own limit)"
@@ -46,7 +54,8 @@ def export_onnx(argv=None):
         options.error("--output DIR is required (or --plan, to see what would be written)")
     checkpoint = checkpoints.load(arguments.checkpoint)
     if arguments.plan:
-        return _print_plan(bundles.plan(checkpoint, arguments.precision, arguments.max_length, arguments.operators))
+        wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual
+        return _print_plan(bundles.plan(checkpoint, *wanted))
     verify = None
     if arguments.verify:
         from .verify import check, verify
@@ -54,7 +63,7 @@ def export_onnx(argv=None):
         check(checkpoint, arguments.precision)  # before gigabytes are written
     bundles.write(
         checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators,
-        arguments.prepack,
+        arguments.prepack, arguments.residual,
     )  # fmt: skip
     print(f"wrote {arguments.output}")
     return 0
@@ -152,6 +161,7 @@ def run_onnx_batch(argv=None):
     prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
 
     from . import batch, dataset
+    from .session import shipped
 
     rows = dataset.open_dataset(arguments.input, prompt)
     if arguments.engine == "ray":
@@ -159,7 +169,7 @@ def run_onnx_batch(argv=None):
     else:
         from .batch import workers
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    bundle = bundles.load(arguments.bundle) if arguments.bundle else bundles.shipped()
+    bundle = bundles.load(arguments.bundle) if arguments.bundle else shipped(arguments.provider)
     job = batch.Job(rows, bundle, prompt, arguments.max_new_tokens, sampling, arguments.boxes, arguments.provider)
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)

@@ -30,9 +30,10 @@ from .session import CPU, CUDA, Session, choose_provider
 #: (python -m tests.calibrate): float32 1.1e-6, float16 2.1e-3, bfloat16 2.1e-2, int8 and int4 7.6e-2.
 #: What int4 costs shows in a trained model, on whose logits for noise it is off by 0.4.
 BUDGETS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int4": 0.8}
+BUDGETS |= {"int4-float16": BUDGETS["int4"], "int4-bfloat16": BUDGETS["int4"]}
 #: What few bits may cost on pictures of noise, where a model is least sure: mean divergence from the reference in nats.
 #: A quantized bundle of a trained model has less on pictures of its kind (python -m export.drift).
-DIVERGENCES = {"int8": 0.05, "int4": 0.5}
+DIVERGENCES = {"int8": 0.05, "int4": 0.5, "int4-float16": 0.5, "int4-bfloat16": 0.5}
 STEPS, EXAMPLES = 4, 3
 # The slow evaluator of the onnx package stands in where the runtime has no kernel: bfloat16 without a GPU.
 SMALL = 20_000_000
@@ -102,8 +103,12 @@ def verify(bundle, checkpoint) -> list[dict]:
 
 def check(checkpoint, precision) -> None:
     """Raise PaliGemmaError if this machine cannot verify a bundle of this precision."""
-    if precision == "bfloat16" and choose_provider("auto") != CUDA and _size(checkpoint) > SMALL:
-        raise PaliGemmaError("--verify of a bfloat16 bundle of this size needs a CUDA device; the CPU has no kernels")
+    if not precision.endswith("bfloat16") or choose_provider("auto") == CUDA:
+        return
+    if precision in weights.QUANTIZED or _size(checkpoint) > SMALL:
+        raise PaliGemmaError(
+            f"--verify of a bundle of this size in {precision} needs a CUDA device: the CPU has no kernels"
+        )
 
 
 def rows(bundle, checkpoint) -> list[Row]:
@@ -112,10 +117,11 @@ def rows(bundle, checkpoint) -> list[Row]:
     A quantized one is seen end to end alone, against the weights before they were rounded.
     """
     precision = bundle.description["precision"]
-    if precision in weights.QUANTIZED:
-        return compare_stages(checkpoint, bundle, CPU)
-    provider = choose_provider("auto") if precision != "float32" else CPU
+    half = weights.stream_dtype(precision) != ir.DataType.FLOAT
+    provider = choose_provider("auto") if half else CPU
     check(checkpoint, precision)
+    if precision in weights.QUANTIZED:
+        return compare_stages(checkpoint, bundle, provider)
     rounded = _rounded(checkpoint, precision)
     compared = list(compare_parts(rounded, bundle, provider))
     if precision != "bfloat16" or provider == CUDA:
@@ -126,8 +132,8 @@ def rows(bundle, checkpoint) -> list[Row]:
 def compare_parts(checkpoint, bundle, provider=CPU) -> Iterator[Row]:
     """One row a part: its worst tap."""
     precision = bundle.description["precision"]
-    dtype, tensors = weights.FLOATS[precision], weights.initializer(weights.plan(checkpoint.config, precision))
-    config = checkpoint.config
+    config, dtype = checkpoint.config, weights.FLOATS[precision]
+    tensors = weights.apart(config, weights.plan(config, precision, bundle.operators), bundle.path)
     total = 2 + config.vision.depth + 2 * (config.text.depth + 2) + 2
     walk = parts(checkpoint)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
@@ -221,7 +227,8 @@ def compare_stages(checkpoint, bundle, provider=CPU) -> list[Row]:
 def drift_of(bundle, checkpoint) -> dict:
     """How far a quantized bundle's distributions are from the reference's, over the answers to a few examples."""
     found, config = drift.Drift(), checkpoint.config
-    reference, session, known = NumpyEngine(checkpoint), Session(bundle, "cpu"), known_ids(config)
+    provider = "cuda" if bundle.description["precision"].endswith("bfloat16") else "cpu"  # which has no kernels for it
+    reference, session, known = NumpyEngine(checkpoint), Session(bundle, provider), known_ids(config)
     for seed in range(EXAMPLES):
         inputs = example(config, seed)
         prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.lengths, strict=True)]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
+from itertools import accumulate, pairwise
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -270,6 +272,23 @@ def initializer(placed, directory="", graph="prefill"):
         return quantize.Blocks(values, flat if path == "text.embedding" else None, scales, bits)
 
     return reference
+
+
+def apart(config, placed, directory):
+    """path -> the weight alone, as a tensor; of what is joined in the file, its own columns in memory."""
+    reference, stored = initializer(placed, directory), {each.path: each for each in placed.values()}
+
+    def tensor(path):
+        if path in stored:
+            return reference(path)
+        whole = stored[joined_path(path)]
+        members = [p for p in parameters(config) if joined_path(p.path) == whole.path]
+        edges = pairwise(accumulate((p.shape[-1] for p in members), initial=0))
+        begin, end = next(edge for p, edge in zip(members, edges, strict=True) if p.path == path)
+        array = np.memmap(Path(directory) / FILE, whole.dtype.numpy(), "r", whole.offset, whole.shape)
+        return ir.tensor(np.ascontiguousarray(array[..., begin:end]), name=path)
+
+    return tensor
 
 
 def _external(stored, directory, shape=None, suffix=""):
