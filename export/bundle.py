@@ -272,14 +272,14 @@ def sha256(file) -> str:
 
 
 def _operators(config, precision, wanted) -> str:
-    """Fused, unless others are wanted, or the model's heads do not fit; PaliGemmaError if both."""
+    """Fused, unless others are wanted, or the model's heads do not fit; PaliGemmaError if fused ones are wanted then."""
     half, size = weights.stream_dtype(precision) in HALF, config.text.head_dim
     if not half or size % ROTATED == 0:
         return wanted or FUSED
-    if wanted == FUSED or precision in weights.QUANTIZED:
+    if wanted == FUSED:
         raise PaliGemmaError(
-            f"in half precision fused operators take heads whose size is a multiple of {ROTATED}, and those of this "
-            f"model have {size}; export it in float16 or bfloat16 with --operators portable"
+            f"--operators fused: in half precision they take heads whose size is a multiple of {ROTATED}, and those of "
+            f"this model have {size}; export it with --operators portable"
         )
     return PORTABLE
 

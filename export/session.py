@@ -57,14 +57,14 @@ def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool 
 
     On CUDA it is a DeviceSession; `host_graphs` makes it a HostSession.
     """
-    bundle = bundles.load_but_weights(path) if path else shipped(provider)
+    bundle = bundles.load_but_weights(path) if path else shipped(provider, provider_options)
     tokenizer = Tokenizer.load(bundle.path, bundle.config)
     return open_session(bundle, provider, threads, HostSession if host_graphs else None, provider_options), tokenizer
 
 
-def shipped(provider: str = "auto") -> Bundle:
+def shipped(provider: str = "auto", provider_options=None) -> Bundle:
     """The shipped model's bundle, as the provider runs it."""
-    return bundles.shipped(for_cuda=choose_provider(provider, quietly=True) == CUDA)
+    return bundles.shipped(for_cuda=choose_provider(provider, provider_options, quietly=True) == CUDA)
 
 
 def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
@@ -79,20 +79,20 @@ def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=
 
 def engine(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
     """A session of the kind that suits the provider, if none is asked for, of a bundle whose weights were checked."""
-    if place(bundle, provider) == CPU:
+    if place(bundle, provider, provider_options) == CPU:
         return (kind or Session)(bundle, "cpu", threads, provider_options)
     from .device import DeviceSession
 
     return (kind or DeviceSession)(bundle, "cuda", threads, provider_options)
 
 
-def place(bundle: Bundle, provider: str) -> str:
+def place(bundle: Bundle, provider: str, provider_options=None) -> str:
     """The name of the provider that runs a bundle.
 
     What cannot run wholly on the device is not run there, since it would leave it at every token: "auto" takes the CPU
     and says why in one line. Raises PaliGemmaError if "cuda" is asked for.
     """
-    chosen = choose_provider(provider)
+    chosen = choose_provider(provider, provider_options)
     if chosen == CUDA and bundle.only_for_cpu:
         if provider == "cuda":
             raise PaliGemmaError(f"--provider cuda: {bundle.only_for_cpu}")
@@ -113,7 +113,8 @@ class Session:
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
         self.resize = bundle.description["image"]["resize"]
-        self.provider, self.provider_options = place(bundle, provider), dict(provider_options or {})
+        self.provider_options = dict(provider_options or {})
+        self.provider = place(bundle, provider, self.provider_options)
         self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
         if self.provider == CUDA:
             prefer_cudnn()
@@ -334,7 +335,7 @@ def _fits(found, shape) -> bool:
     )
 
 
-def choose_provider(wanted: str, quietly: bool = False) -> str:
+def choose_provider(wanted: str, provider_options=None, quietly: bool = False) -> str:
     """ "auto", "cpu" or "cuda" -> the provider's name.
 
     Auto takes CUDA only where a device answers: the GPU build of the runtime lists CUDA on every machine. Where one
@@ -348,7 +349,7 @@ def choose_provider(wanted: str, quietly: bool = False) -> str:
         missing = "this onnxruntime is built without it"
     elif not cuda.device_count():
         missing = "no NVIDIA device answers"
-    elif reason := _cuda_trouble():
+    elif reason := _cuda_trouble(chosen_device(provider_options or {})):
         missing, has_device = f"its libraries do not load ({reason})", True
     else:
         return CUDA
@@ -360,12 +361,12 @@ def choose_provider(wanted: str, quietly: bool = False) -> str:
 
 
 @cache
-def _cuda_trouble() -> str:
-    """Why the runtime's CUDA provider does not load, in one line; empty if it does."""
+def _cuda_trouble(device_id: int) -> str:
+    """Why the runtime's CUDA provider does not load, in one line; empty if it does. It takes a byte of the device."""
     with _stdout_kept():
         onnxruntime.preload_dlls()
     try:
-        onnxruntime.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", 0)
+        onnxruntime.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", device_id)
     except Exception as error:  # the runtime's exceptions have no common class
         return " ".join(str(error).split())
     return ""

@@ -76,6 +76,13 @@ class Timings:
     decode_s: float = 0.0
     decode_tokens: int = field(default=0)
 
+    def add_wait(self, step: int, seconds: float) -> None:
+        """Seconds waited for the logits of a step, which prefill gave, or decode."""
+        if step:
+            self.decode_s += seconds
+        else:
+            self.prefill_s += seconds
+
     @property
     def decode_tokens_per_s(self) -> float:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
@@ -158,7 +165,10 @@ def generate(
     timings.prefill_s = time.perf_counter() - started
     for step in range(np.max(max_new_tokens)):
         check_logits(engine, logits, alive, pixel_values, prompts, said)
+        started = time.perf_counter()
         token = draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
+        if not isinstance(logits, np.ndarray):  # a device was still at work on them, and this the wait for it
+            timings.add_wait(step, time.perf_counter() - started)
         token = np.where(alive, token, config.pad)
         said.append(token)
         yield token

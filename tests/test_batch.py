@@ -362,7 +362,7 @@ def test_nothing_is_left_where_nothing_was_answered(rows, tmp_path, capsys, monk
     def fail(*arguments):
         raise PaliGemmaError("the session does not open")
 
-    monkeypatch.setattr(batch, "kind_for", fail)
+    monkeypatch.setattr(batch, "engine", fail)
     assert "does not open" in refused(capsys, rows, tmp_path / "out.jsonl")
     assert not list(tmp_path.iterdir())
 

@@ -274,11 +274,11 @@ def test_not_a_bundle(tmp_path):
 
 def test_cuda_is_never_assumed():
     """Where no device answers, auto is quiet and takes the CPU, and cuda says what is missing."""
-    from export import session
+    from export import cuda
 
     quiet = call("run-onnx", EXAMPLE, "caption en", "--provider", "auto")
     assert (quiet.returncode, quiet.stderr) == (0, "")
-    if session._cuda_devices() == 0:
+    if cuda.device_count() == 0:
         refused(call("run-onnx", EXAMPLE, "caption en", "--provider", "cuda"), "--provider cuda", "onnxruntime-gpu")
 
 

@@ -52,8 +52,51 @@ def test_fused_graphs_keep_the_float32_budget(tmp_path, model, operators, capsys
         assert row.error < BUDGET, row
 
 
+@pytest.mark.parametrize("residual", ["float32", "float16"])
+def test_fused_graphs_in_half_precision_keep_its_budget(tmp_path, model, residual):
+    """On the CPU provider, which has the operators in float16; bfloat16 needs a device (`python -m export.gpu_check`)."""
+    if model.config.text.head_dim % 16:
+        with pytest.raises(PaliGemmaError, match="multiple of 16, and those of this model have 10"):
+            bundle.write(model, tmp_path / "out", "float16", operators=FUSED)
+        bundle.write(model, tmp_path / "out", "float16")
+        assert bundle.load(tmp_path / "out").operators == PORTABLE
+        return
+    bundle.write(model, tmp_path / "out", "float16", residual=residual)
+    opened = bundle.load(tmp_path / "out")
+    assert (opened.operators, opened.description["residual"]) == (FUSED, residual)
+    found = verify.rows(opened, model)
+    assert {row.stage for row in found} == {"prefill", "decode", "end to end"}
+    for row in found:
+        assert row.error < verify.BUDGETS["float16"], row
+
+
+def test_the_residual_stream_is_what_was_asked_for(tmp_path):
+    loaded = checkpoint.load()
+    for precision, operators, residual in (
+        ("float16", None, "float32"), ("bfloat16", None, "bfloat16"), ("float16", PORTABLE, "float32"),
+        ("int4-float16", None, "float32"), ("int4-bfloat16", None, "bfloat16"), ("int4", None, "float32"),
+    ):  # fmt: skip
+        assert bundle.prepare(loaded, precision, operators=operators).description["residual"] == residual
+    for precision, operators, residual in (("float32", None, "float16"), ("float16", PORTABLE, "float16"),
+                                           ("float16", None, "bfloat16"), ("int8", None, "float16")):  # fmt: skip
+        with pytest.raises(PaliGemmaError, match=f"--residual {residual}: with {operators or FUSED} operators in"):
+            bundle.prepare(loaded, precision, operators=operators, residual=residual)
+
+
+def test_joined_weights_are_those_of_the_checkpoint(tmp_path):
+    """The kernels of queries, keys and values lie side by side, column by column, and so do biases."""
+    loaded = checkpoint.load()
+    bundle.write(loaded, tmp_path / "out", "float16")
+    placed = weights.plan(loaded.config, "float16", FUSED)
+    assert "text.blocks.0.attention.query_key_value.kernel" in placed
+    assert "text.blocks.0.attention.query.kernel" not in placed
+    apart = weights.apart(loaded.config, placed, tmp_path / "out")
+    for path, array in checkpoint.flatten(loaded.params).items():
+        assert np.array_equal(apart(path).numpy(), np.asarray(array, np.float16)), path
+
+
 def operators_of(model, graph, operators, precision="float32"):
-    placed = weights.plan(model.config, precision)
+    placed = weights.plan(model.config, precision, operators)
     build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
     dtype = weights.stream_dtype(precision)
     made = build(model.config, weights.initializer(placed, graph=graph), dtype, operators=operators)
@@ -68,9 +111,13 @@ def test_the_operators_are_those_that_are_meant():
     assert decode["GroupQueryAttention"] == text
     assert decode["SimplifiedLayerNormalization"] == 2 * text + 1
     half = {graph: operators_of(loaded, graph, FUSED, "float16") for graph in ("prefill", "decode")}
-    assert half["decode"]["SimplifiedLayerNormalization"] == text + 1  # the others are of sums
-    assert half["decode"]["SkipSimplifiedLayerNormalization"] == text
+    assert half["decode"]["GroupQueryAttention"] == half["prefill"]["GroupQueryAttention"] == text
+    assert half["prefill"]["Attention"] == vision
+    assert half["decode"]["SimplifiedLayerNormalization"] == 1  # the others are of sums
+    assert half["decode"]["SkipSimplifiedLayerNormalization"] == 2 * text
     assert half["prefill"]["SkipLayerNormalization"] == vision
+    assert half["decode"]["MatMul"] == 5 * text  # query, key and value; output; gate; up; down
+    assert not {"Softmax", "TensorScatter", "RotaryEmbedding"} & {*half["prefill"], *half["decode"]}
     assert not {"Softmax", "TensorScatter"} & {*prefill, *decode}  # no scores, no copy of the cache
     portable = operators_of(loaded, "decode", PORTABLE)
     assert not {"GroupQueryAttention", "MatMulNBits", "SimplifiedLayerNormalization"} & {*portable}

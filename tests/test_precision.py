@@ -58,9 +58,9 @@ def test_half_precision_keeps_the_stream_in_float32(name, tmp_path):
 
 
 def test_a_bfloat16_bundle_says_what_it_needs(tmp_path):
-    from export.session import _cuda_devices
+    from export import cuda
 
-    if _cuda_devices():
+    if cuda.device_count():
         pytest.skip("there is a GPU")
     bundle.write(checkpoint.load(GOLDEN / "paligemma1"), tmp_path / "out", "bfloat16")
     with pytest.raises(PaliGemmaError, match="bfloat16 bundle needs CUDA"):

@@ -155,16 +155,18 @@ def test_what_is_stored_in_few_bits(precision):
         if path == "text.embedding":
             assert found == {"blocks"}
         elif path.startswith("text.blocks.") and path.endswith("kernel"):
-            assert found == ({"channels"} if precision == "int8" else {"channels", "blocks"})
+            kinds_of = {"int8": {"channels"}, "int4": {"channels", "blocks"}}
+            assert found == kinds_of.get(precision, {"blocks"})
         elif path.startswith("vision.blocks.") and path.endswith("kernel"):
-            assert found == {"channels"}
+            assert found == ({"whole"} if "-" in precision else {"channels"})
         else:
             assert found == {"whole"}
     ends = [(stored.offset, stored.offset + stored.length) for stored in placed.values()]
     assert all(before[1] <= after[0] for before, after in pairwise(ends))
 
 
-@pytest.fixture(scope="module", params=weights.QUANTIZED)
+# int4-bfloat16 has no kernels on the CPU: tests/test_cuda.py
+@pytest.fixture(scope="module", params=["int8", "int4", "int4-float16"])
 def quantized(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("quantized") / request.param
     bundle.write(checkpoint.load(), path, request.param, verify=verify.verify)
@@ -179,8 +181,8 @@ def test_the_shipped_model_hardly_drifts(quantized):
     engine = Session(quantized, "cpu")
     found = drift.on_scenes(Session(bundle.shipped(), "cpu"), engine, tokenizer, scenes=12, seed=3)
     assert found["tokens"] > 500
-    assert found["top_1"] >= {"int8": 0.995, "int4": 0.98}[precision]
-    assert found["kl_mean"] < {"int8": 0.001, "int4": 0.02}[precision]
+    assert found["top_1"] >= {"int8": 0.995}.get(precision, 0.98)
+    assert found["kl_mean"] < {"int8": 0.001}.get(precision, 0.02)
     assert found["kl_max"] > 0
     text = drift.table(precision, found)
     assert precision in text
@@ -190,14 +192,15 @@ def test_the_shipped_model_hardly_drifts(quantized):
 def test_a_picture_is_rounded_without_regard_to_its_neighbors(quantized):
     """What lies beside it in a batch, however bright, changes nothing."""
     example = verify.example(quantized.config)
+    budget = 1e-3 if quantized.description["precision"] == "int4-float16" else 1e-4  # whose products are in float16
     pixels, ids, lengths, capacity = example.prefill(np.float32)
     engine, alone = Session(quantized, "cpu"), []
     for i in range(len(lengths)):
         alone.append(engine.prefill(pixels[i : i + 1], ids[i : i + 1], lengths[i : i + 1], capacity)[0])
     together, _ = engine.prefill(pixels, ids, lengths, capacity)
-    assert np.abs(together - np.concatenate(alone)).max() < 1e-4 * np.abs(together).max()
+    assert np.abs(together - np.concatenate(alone)).max() < budget * np.abs(together).max()
     brighter, _ = engine.prefill(pixels * np.float32([1, 1000])[:, None, None, None], ids, lengths, capacity)
-    assert np.abs(brighter[0] - together[0]).max() < 1e-4 * np.abs(together).max()
+    assert np.abs(brighter[0] - together[0]).max() < budget * np.abs(together).max()
 
 
 def test_verification_is_kept(quantized):
@@ -210,7 +213,8 @@ def test_verification_is_kept(quantized):
 
 def test_it_is_small(quantized):
     whole = sum(4 * np.prod(parameter.shape) for parameter in parameters(quantized.config))
-    assert quantized.weight_bytes < {"int8": 0.36, "int4": 0.42}[quantized.description["precision"]] * whole
+    shares = {"int8": 0.36, "int4": 0.42, "int4-float16": 0.35}  # of float32; the small vision tower weighs most here
+    assert quantized.weight_bytes < shares[quantized.description["precision"]] * whole
 
 
 def test_drift_sees_a_difference():

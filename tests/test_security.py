@@ -112,6 +112,7 @@ FILES = (
     "masks.onnx",
     "preprocess.onnx",
     "sample.onnx",
+    "sample_device.onnx",
     "tokenizer.model",
 )
 

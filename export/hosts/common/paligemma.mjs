@@ -19,6 +19,7 @@ export class PaliGemma {
     const tokenizer = makeTokenizer(Library, await source.read("tokenizer.json"), description);
     const sessions = {};
     for (const [name, { file }] of Object.entries(description.graphs)) {
+      if (name === "sample_device") continue; // is for CUDA
       try {
         sessions[name] = await createSession(file, description);
       } catch (error) {

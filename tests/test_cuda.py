@@ -1,0 +1,498 @@
+"""Bundles on CUDA, as far as that can be seen without a GPU: ONNX Runtime's own provider over a stub of the libraries.
+
+Where its nodes are put, what it launches, copies, waits for and captures are the provider's own; values are not there,
+since kernels compute nothing (`python -m export.gpu_check` compares them on a device).
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export import bundle
+from export.weights import FILE
+from numpy_ref import checkpoint
+from numpy_ref.checkpoint import Checkpoint, parameters, unflatten
+from numpy_ref.config import VARIANTS
+
+from . import cuda_stub
+from .cuda_stub.log import Copy, Kernel, Product
+
+ON_CUDA = [
+    ("float32", "portable"), ("float16", "portable"), ("float16", "fused"), ("bfloat16", "portable"),
+    ("bfloat16", "fused"), ("int4-float16", "fused"), ("int4-float16", "portable"), ("int4-bfloat16", "fused"),
+]  # fmt: skip
+NOT_ON_CUDA = [("float32", "fused"), ("int8", "portable"), ("int8", "fused"), ("int4", "portable"), ("int4", "fused")]
+BATCHES = (1, 3)
+STEPS = 4
+TF32 = 3  # of cublasMath_t
+#: What the provider leaves to the host: sizes, which kernels want there.
+SIZES = {"Shape", "Squeeze", "Unsqueeze", "Cast", "Sub", "Add", "Concat", "Slice", "Gather", "Reshape", "Min", "Range"}
+
+BEGIN = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from export import bundle, session
+from export.gpu_check import placement
+from numpy_ref.generate import pad_prompts
+from tests.cuda_stub.inside import *
+
+def open_bundle(folder, **options):
+    return session.open_session(bundle.load(folder), "cuda", provider_options=options)
+
+def answer(engine, batch, steps, name="", temperature=0.0, capacity=None):
+    config = engine.config
+    image = [config.image_token] * config.vision.patches
+    ids, lengths = pad_prompts([[*image, config.bos, *range(5, 8 + 3 * row)] for row in range(batch)], config.pad)
+    size = config.vision.image_size
+    mark(f"{name}prefill")
+    logits, cache = engine.prefill(np.zeros((batch, 3, size, size)), ids, lengths, ids.shape[1] + steps)
+    uniform = np.linspace(0.1, 0.9, batch, dtype=np.float32)
+    for step in range(steps):
+        mark(f"{name}sample {step}")
+        token = engine.sample(logits, None, temperature, 40 * bool(temperature), 0.9, uniform + np.float32(step / 100))
+        mark(f"{name}decode {step}")
+        logits, cache = engine.decode(token[:, None], lengths + step, cache)
+    mark("after")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stub():
+    cuda_stub.require()
+
+
+def few_layers(name, layers=2):
+    """The shape of a released model, but narrow, with few layers and a small vocabulary."""
+    config = VARIANTS[name]
+    text = replace(config.text, width=256, mlp=512, vocab=3000, depth=layers, windows=config.text.windows[:layers])
+    vision = replace(config.vision, width=144, heads=2, mlp=256, image_size=56, depth=layers)
+    return replace(config, text=text, vision=vision, image_token=2999)
+
+
+def random_model(config):
+    random = np.random.default_rng(0)
+    arrays = {p.path: (random.standard_normal(p.shape) * 0.05).astype(np.float32) for p in parameters(config)}
+    return Checkpoint(Path("."), config, unflatten(arrays), np.dtype("f4"))
+
+
+MODELS = {
+    "shipped": checkpoint.load,
+    "paligemma": lambda: random_model(few_layers("paligemma-3b-224")),
+    "paligemma2": lambda: random_model(few_layers("paligemma2-3b-224")),
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """name, precision, operators -> the folder of a bundle, made once."""
+    root = tmp_path_factory.mktemp("bundles")
+
+    def folder(name, precision, operators, **options):
+        path = root / "-".join([name, precision, operators, *map(str, options.values())])
+        if not path.exists():
+            bundle.write(MODELS[name](), path, precision, operators=operators, **options)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module", params=[*((name, *kind) for name in ("shipped",) for kind in ON_CUDA),
+                                        *((name, *kind) for name in ("paligemma", "paligemma2")
+                                          for kind in ON_CUDA if kind[1] == "fused")], ids=" ".join)  # fmt: skip
+def run(request, bundles):
+    """A bundle that was run: its name, what was printed, and the log of both batches, greedy and drawn."""
+    folder = bundles(*request.param)
+    script = """
+from export import device
+device.SHARED_FROM = 1024  # the weights of a model this small too
+mark("open")
+engine = open_bundle(sys.argv[1])
+for batch in (1, 3):
+    answer(engine, batch, 4, f"{batch} first ")  # libraries and buffers are made when first wanted
+    answer(engine, batch, 4, f"{batch} ")
+    answer(engine, batch, 4, f"{batch} drawn ", temperature=1.0)
+graphs = engine.bundle.description["graphs"]
+placed = {name: placement.placed(engine.bundle.path / graphs[name]["file"], True) for name in session.ON_DEVICE}
+print(json.dumps(placed))
+"""
+    printed, log = cuda_stub.run(BEGIN + script, folder)
+    return request.param, folder, json.loads(printed), log
+
+
+def test_no_graph_leaves_the_device(run):
+    """No node but those for sizes is the host's, no value is copied between the two, and decode's own are all there."""
+    _, _, placed, _ = run
+    for name, graph in placed.items():
+        assert set(graph["on_cpu"]) <= SIZES, name
+        assert graph["memcpy"] == 0, name
+    assert {*placed["decode"]["inputs"].values(), *placed["decode"]["outputs"].values()} == {"Cuda"}
+    assert set(placed["prefill"]["outputs"].values()) == {"Cuda"}
+
+
+def test_a_step_waits_once_for_its_token(run):
+    _, _, _, log = run
+    for batch in BATCHES:
+        for name in (f"{batch} ", f"{batch} drawn "):
+            for step in range(1, STEPS):
+                decode, sample = log[f"{name}decode {step}"], log[f"{name}sample {step}"]
+                assert decode.waits == []
+                assert decode.copies("D2H") == []
+                assert [copy.bytes for copy in decode.copies("H2D")] == [8 * batch, 4 * batch]  # tokens, lengths
+                (token,) = sample.waits
+                assert (token.direction, token.bytes) == ("D2H", 8 * batch)
+                assert sample.copies("D2H") == [token]
+                sent = sample.copied("H2D")
+                assert sent == (4 * batch if "drawn" in name else 0)  # the uniform numbers, where they matter
+                assert decode.allocations == sample.allocations == []
+
+
+def test_prefill_does_not_wait_within(run):
+    """Its picture and prompt are copied before the first kernel, and nothing is read back."""
+    _, _, _, log = run
+    for batch in BATCHES:
+        prefill = log[f"{batch} prefill"]
+        assert prefill.copies("D2H") == []
+        events = [event for _, event in prefill.events]
+        kernels = [i for i, event in enumerate(events) if isinstance(event, Kernel)]
+        within = events[kernels[0] : kernels[-1]]
+        assert not any(event is wait for wait in prefill.waits for event in within)
+        assert not any(isinstance(event, Copy) and event.direction == "H2D" for event in within)
+
+
+def test_all_launches_are_on_one_stream(run):
+    _, _, _, log = run
+    phases = [f"{b} {graph} 1" for b in BATCHES for graph in ("decode", "sample")] + [f"{b} prefill" for b in BATCHES]
+    streams = {stream for phase in phases for stream in launched_on(log[phase])}
+    assert len(streams) == 1
+    assert streams != {(0, 0)}  # not the default one, which waits for all others
+
+
+def launched_on(log):
+    return {(event.device, event.stream) for kind in (Kernel, Product) for event in log.of(kind)}
+
+
+def test_weights_are_uploaded_once(run):
+    """What both graphs use once; of a model this small the tables of rotary positions weigh as much, in each graph."""
+    (_, _, operators), folder, _, log = run
+    config = bundle.load(folder).config
+    tables = 2 * 2 * 2 * config.max_length * config.text.head_dim // 2 if operators == "fused" else 0
+    size = (folder / FILE).stat().st_size
+    assert size < log["open"].copied("H2D") + 2**18 < 1.1 * size + tables + 2**19
+
+
+def test_nothing_forbidden_is_called(run):
+    _, _, _, log = run
+    assert log.violations == []
+
+
+def test_products_of_float32_are_of_float32(run):
+    (_, precision, _), _, _, log = run
+    assert precision != "float32" or all(product.math != TF32 for product in log.of(Product))
+
+
+# --- how much is launched ----------------------------------------------------------------------------------
+
+
+def launches(log) -> int:
+    return len(log.kernels) + len(log.products)
+
+
+def decode_step(folder):
+    _, log = cuda_stub.run(BEGIN + "answer(open_bundle(sys.argv[1]), 1, 3)", folder)
+    return log["decode 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "residual", "most"),
+    [
+        ("paligemma-3b-224", "bfloat16", None, 222), ("paligemma-3b-224", "float16", "float16", 222),
+        ("paligemma-3b-224", "float16", None, 296), ("paligemma2-3b-224", "bfloat16", None, 347),
+        ("paligemma-3b-224", "int4-bfloat16", None, 222),
+    ],
+)  # fmt: skip
+def test_launches_of_a_step_at_full_depth(tmp_path, name, precision, residual, most):
+    """Kernels and products of all layers of a 3B; portable graphs have 1004 and 72 copies."""
+    config = few_layers(name, VARIANTS[name].text.depth)
+    config = replace(config, vision=replace(config.vision, depth=1))
+    bundle.write(random_model(config), tmp_path / "out", precision, residual=residual)
+    step = decode_step(tmp_path / "out")
+    assert launches(step) <= most
+    assert step.copies("D2D") == []
+
+
+def test_attention_is_in_few_kernels(bundles):
+    """Flash kernels in prefill, in the vision tower too, with a soft cap and without; scores are never whole."""
+    for name in ("paligemma", "paligemma2"):
+        for precision in ("float16", "bfloat16"):
+            folder = bundles(name, precision, "fused")
+            _, log = cuda_stub.run(BEGIN + "answer(open_bundle(sys.argv[1]), 3, 1)", folder)
+            kernels = log["prefill"].kernels
+            layers = MODELS[name]().config
+            flash = sum(kernel.startswith("flash_fwd") and "combine" not in kernel for kernel in kernels)
+            assert flash == layers.text.depth + layers.vision.depth
+            assert not any("oftmax" in kernel for kernel in kernels)
+
+
+# --- captured ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ON_CUDA, ids=" ".join)
+def test_captured_steps_are_replayed(bundles, kind):
+    """Batches 1, 3, 1 again, and a short answer behind a long one: after the first of its kind a step is two launches."""
+    script = """
+engine = open_bundle(sys.argv[1], enable_cuda_graph="1")
+for name, batch, steps in (("a", 1, 4), ("b", 3, 4), ("c", 1, 4), ("d", 1, 2), ("e", 3, 3)):
+    answer(engine, batch, steps, f"{name} ")
+"""
+    _, log = cuda_stub.run(BEGIN + script, bundles("shipped", *kind))
+    assert log.violations == []
+    for name, batch, steps in (("c", 1, 4), ("d", 1, 2), ("e", 3, 3)):
+        for step in range(steps):
+            decode, sample = log[f"{name} decode {step}"], log[f"{name} sample {step}"]
+            assert decode.captures == sample.captures == []
+            assert len(decode.replays) == len(sample.replays) == 1
+            assert decode.kernels == sample.kernels == decode.products == decode.waits == []
+            assert decode.copied("H2D") == 12 * batch
+            (token,) = sample.waits
+            assert token.bytes == 8 * batch
+    assert len({decode.graph for name in "acd" for decode in log[f"{name} decode 1"].replays}) == 1
+    replay = log["c decode 1"].replays[0]
+    assert replay.product + replay.kernel > 40  # of four layers
+
+
+def test_an_answer_that_is_longer_takes_another_cache(bundles):
+    """Its capture is another too: the first one's buffers stay as they are."""
+    script = """
+engine = open_bundle(sys.argv[1], enable_cuda_graph="1")
+answer(engine, 1, 4, "short ")
+answer(engine, 1, 70, "long ")
+answer(engine, 1, 4, "again ")
+print([size for _, size in engine._caches], engine.max_length)
+"""
+    printed, log = cuda_stub.run(BEGIN + script, bundles("shipped", "float16", "fused"))
+    assert printed.strip() == "[128, 256] 256"
+    graphs = [log[f"{name} decode 3"].replays[0].graph for name in ("short", "long", "again")]
+    assert graphs[0] == graphs[2] != graphs[1]
+
+
+# --- devices, and what CUDA cannot have --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture", ["0", "1"])
+def test_the_second_of_two_devices_is_used_alone(bundles, capture):
+    script = """
+engine = open_bundle(sys.argv[1], device_id="1", enable_cuda_graph=sys.argv[2])
+answer(engine, 3, 4)
+"""
+    _, log = cuda_stub.run(BEGIN + script, bundles("shipped", "float16", "fused"), capture, devices=2)
+    assert log.devices == {1}
+    assert log.violations == []
+
+
+def command(*arguments, **options):
+    """run-onnx over the stub: its status, standard output and error."""
+    script = """
+import contextlib, io, sys
+from export.cli import run_main
+out, err = io.StringIO(), io.StringIO()
+sys.argv[0] = "run-onnx"
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+        run_main()
+    except SystemExit as end:
+        status = end.code
+print(__import__("json").dumps([status, out.getvalue(), err.getvalue()]))
+"""
+    printed, log = cuda_stub.run(script, *arguments, **options)
+    return *json.loads(printed.splitlines()[-1]), log
+
+
+EXAMPLE = checkpoint.SHIPPED / "example.png"
+
+
+@pytest.mark.parametrize("kind", NOT_ON_CUDA, ids=" ".join)
+def test_what_cannot_run_there_runs_on_the_cpu(bundles, kind):
+    """Under auto, told in one line, with the right answer; under cuda it is refused with what to do."""
+    folder = bundles("shipped", *kind)
+    status, out, err, log = command(folder, EXAMPLE, "answer en how many shapes are there?", "--provider", "auto")
+    assert (status, out.strip()) == (0, "5")
+    assert err.count("\n") == 1
+    assert err.startswith("running on the CPU: ")
+    assert "for CUDA export it with" in err
+    assert not log.kernels
+    status, out, err, _ = command(folder, EXAMPLE, "caption en", "--provider", "cuda")
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "run-onnx: error: --provider cuda: " in err
+    assert "for CUDA export it with --precision" in err
+
+
+def test_the_shipped_model_runs_on_the_device():
+    """Its cached bundle is made for the provider, and decode's values are all there."""
+    script = """
+engine, _ = session.load(provider="auto")
+infos = [*engine._decode.get_input_memory_infos(), *engine._decode.get_output_memory_infos()]
+print(engine.name, engine.device, engine.bundle.operators, {info.name for info in infos})
+cpu, _ = session.load(provider="cpu")
+print(cpu.device, cpu.bundle.operators)
+answer(engine, 1, 3)
+"""
+    printed, log = cuda_stub.run(BEGIN + script)
+    assert printed.splitlines()[-2:] == ["onnx cuda portable {'Cuda'}", "cpu fused"]
+    assert log["decode 1"].kernels
+
+
+def test_a_device_that_is_not_there(bundles):
+    folder = bundles("shipped", "float16", "fused")
+    for wanted in ("2", "first"):
+        status, _, err, _ = command(
+            folder, EXAMPLE, "caption en", "--provider-option", f"device_id={wanted}", devices=2
+        )
+        assert status == 1
+        assert f"device_id={wanted}: the devices of this machine are 0 to 1" in err
+
+
+def test_libraries_that_do_not_load(bundles):
+    """Auto says so in one line and takes the CPU; cuda is refused."""
+    script = """
+import onnxruntime
+def fails(*arguments):
+    raise RuntimeError("libcublasLt.so.13: cannot open shared object file")
+onnxruntime.OrtValue.ortvalue_from_shape_and_type = staticmethod(fails)
+print(session.choose_provider("auto"))
+try:
+    session.choose_provider("cuda")
+except Exception as error:
+    print(error)
+"""
+    printed, _ = cuda_stub.run(BEGIN + script)
+    first, second = printed.splitlines()
+    assert first == "CPUExecutionProvider"
+    assert "its libraries do not load (libcublasLt.so.13: cannot open" in second
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in second
+
+
+def test_an_upload_that_fails_is_told(bundles):
+    """With the memory of the device full the session does not go on without its weights."""
+    folder = bundles("shipped", "float16", "fused")
+    with pytest.raises(cuda_stub.ScriptFailed, match="Failed to allocate memory"):
+        cuda_stub.run(BEGIN + "open_bundle(sys.argv[1])", folder, memory=2**20)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_batch_workers_keep_the_same_rules(bundles, tmp_path, workers):
+    """A bundle that is for the CPU runs there, told once, whatever the number of workers."""
+    shutil.copy(EXAMPLE, tmp_path / "a.png")
+    shutil.copy(EXAMPLE, tmp_path / "b.png")
+    script = """
+import contextlib, io, sys
+from export.cli import batch_main
+if __name__ == "__main__":
+    sys.argv[0], err = "run-onnx-batch", io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            batch_main()
+        except SystemExit as end:
+            print(end.code)
+    print(err.getvalue().count("running on the CPU: "))
+"""
+    folder, out = bundles("shipped", "float32", "fused"), tmp_path / "out.jsonl"
+    arguments = ["--input", tmp_path, "--prompt", "answer en how many shapes are there?", "--output", out]
+    printed, _ = cuda_stub.run(script, folder, *arguments, "--workers", workers, "--batch-size", "1")
+    assert printed.split()[-2:] == ["0", "1"]
+    assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["5", "5"]
+
+
+# --- mutants -----------------------------------------------------------------------------------------------
+
+WRITE = """
+from export import fused_half, sampling, graphs, weights
+from numpy_ref import checkpoint
+"""
+PLACED = """
+made = Path(sys.argv[1])
+bundle.write(checkpoint.load(), made, sys.argv[2])
+graphs = bundle.load(made).description["graphs"]
+print(json.dumps({name: placement.placed(made / graphs[name]["file"], True) for name in session.ON_DEVICE}))
+"""
+TOTAL = """
+from onnx_ir import DataType
+mask = fused_half.decode_mask
+def on_the_device(op, lengths, capacity, window=None):
+    total = op.Cast(op.Add(op.ReduceMax(lengths, keepdims=0), 1), to=DataType.INT32)
+    return fused_half.replace(mask(op, lengths, capacity, window), total=total)
+fused_half.replace = __import__("dataclasses").replace
+from export import paligemma
+fused_half.INSTEAD[paligemma.decode_mask] = on_the_device
+"""
+ARGMAX = """
+from onnx_ir import DataType
+def with_argmax(op, weights, uniform):
+    cumulated = op.CumSum(weights, 1)
+    total = op.Slice(cumulated, [-1], [2**31 - 1], [1])
+    beyond = op.Greater(cumulated, op.Mul(op.Unsqueeze(uniform, [1]), total))
+    return op.ArgMax(op.Cast(beyond, to=DataType.INT32), axis=1, keepdims=0)
+sampling.invert_cdf = with_argmax
+"""
+
+
+def test_a_total_length_from_the_device_is_noticed(tmp_path):
+    printed, _ = cuda_stub.run(BEGIN + WRITE + TOTAL + PLACED, tmp_path / "out", "float16")
+    assert json.loads(printed.splitlines()[-1])["decode"]["memcpy"] > 0
+
+
+def test_an_argmax_of_whole_numbers_is_noticed(tmp_path):
+    printed, _ = cuda_stub.run(BEGIN + WRITE + ARGMAX + PLACED, tmp_path / "out", "float16")
+    placed = json.loads(printed.splitlines()[-1])["sample_device"]
+    assert placed["memcpy"] > 0
+    assert "ArgMax" in placed["on_cpu"]
+
+
+def test_attention_without_a_kernel_is_noticed(bundles):
+    """GroupQueryAttention of float32, where nothing says beforehand that it has none."""
+    script = """
+bundle.Bundle.only_for_cpu = ""
+try:
+    open_bundle(sys.argv[1])
+except Exception as error:
+    print(error)
+"""
+    printed, _ = cuda_stub.run(BEGIN + script, bundles("shipped", "float32", "fused"))
+    assert "decode.onnx: CUDA has no kernels for all of it" in printed
+
+
+# --- the check for a GPU -----------------------------------------------------------------------------------
+
+
+def test_gpu_check_runs_to_its_end(tmp_path):
+    """Every stage is answered; numbers differ, since kernels compute nothing."""
+    script = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from export.gpu_check import command
+from export.gpu_check.stage import Settings
+from tests.test_cuda import few_layers
+settings = Settings(Path(sys.argv[1]), "cuda", "narrow", few_layers("paligemma-3b-224"), steps=4, generations=6)
+print(__import__("json").dumps(command.plain(command.check(settings))))
+"""
+    printed, _ = cuda_stub.run(script, tmp_path / "work", timeout=600)
+    answers = json.loads(printed.splitlines()[-1])
+    assert list(answers) == [
+        "environment", "placement", "numbers", "capture", "speed", "peer", "kernels", "compiled"
+    ]  # fmt: skip
+    statuses = {name: answer["status"] for name, answer in answers.items()}
+    for name in ("environment", "placement", "capture", "speed"):
+        assert statuses[name] == "ok", answers[name]
+    assert statuses["numbers"] == "differs"
+    for answer in answers.values():
+        assert answer["parts"]
+        for part in answer["parts"].values():
+            assert part["status"] in ("ok", "differs", "not here"), part
+    assert answers["placement"]["parts"]["float16 fused"]["wholly"]
+    assert not answers["placement"]["parts"]["float32 fused"]["wholly"]
