@@ -272,7 +272,7 @@ def sha256(file) -> str:
 
 
 def _operators(config, precision, wanted) -> str:
-    """Fused, unless others are wanted, or the model's heads do not fit; PaliGemmaError if fused ones are wanted then."""
+    """Fused, unless others are wanted or the heads do not fit; PaliGemmaError if they do not and fused is wanted."""
     half, size = weights.stream_dtype(precision) in HALF, config.text.head_dim
     if not half or size % ROTATED == 0:
         return wanted or FUSED

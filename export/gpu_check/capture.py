@@ -21,7 +21,9 @@ HALVES = ("float16", "bfloat16")
 
 
 def parts(settings: Settings) -> list[str]:
-    captured = [f"captured {name}" for name in models.shipped_names() if name.split()[0] not in ("int8", "int4")]
+    captured = [
+        f"captured {name}" for name in models.shipped_names() if models.form(name.split()[0])[0] not in ("int8", "int4")
+    ]
     return [*captured, "memory plain", "memory captured", "threads"]
 
 

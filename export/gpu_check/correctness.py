@@ -31,7 +31,7 @@ def parts(settings: Settings) -> list[str]:
 
 def run(part, settings, found) -> None:
     bundle = models.shipped(settings, part)
-    engine, precision = models.opened(bundle, settings), part.split()[0]
+    engine, (precision, _) = models.opened(bundle, settings), models.form(part.split()[0])
     budget, errors = budget_of(precision), {}
     for sizes in BATCHES:
         errors |= compare(engine, rounded(precision), sizes)

@@ -27,19 +27,19 @@ CHOSEN = re.compile(r"Operator=(\S+).*?SdpaKernel=(\S+)")
 
 
 def parts(settings: Settings) -> list[str]:
-    precisions = [precision for precision in models.full_precisions(settings) if "-" not in precision]
-    return [f"{what} {precision}" for precision in precisions for what in ("profile", "attention")]
+    names = [name for name in models.full_names(settings) if name not in ("float16", "int4-float16")]
+    return [f"{what} {name}" for name in names for what in ("profile", "attention")]
 
 
 def run(part, settings, found) -> None:
-    what, precision = part.split()
+    what, name = part.split()
     if not settings.on_device:
         raise NotHere("runs on the CPU provider")
     if what == "attention":
-        attention(settings, precision, found)
+        attention(settings, name, found)
         return
     torch = profiler()
-    calls = calls_of(models.opened(models.full(settings, precision), settings))
+    calls = calls_of(models.opened(models.full(settings, name), settings))
     for graph, repeats in (("decode", STEPS), ("prefill", PREFILLS)):
         for _ in range(3):
             calls[graph]()
@@ -107,10 +107,10 @@ def dearest(events, repeats) -> dict:
     }  # fmt: skip
 
 
-def attention(settings, precision, found) -> None:
+def attention(settings, name, found) -> None:
     """Which attention each node takes, as the runtime itself prints it: {graph: {operator and kernel: nodes}}."""
     os.environ[DEBUG] = "1"
-    engine = models.opened(models.full(settings, precision), settings)
+    engine = models.opened(models.full(settings, name), settings)
     with printed() as read:
         calls = calls_of(engine)
         cuda.synchronize()

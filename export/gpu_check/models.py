@@ -27,6 +27,7 @@ from .stage import NotHere, Settings
 PICTURE = checkpoints.SHIPPED / "example.png"
 NORMALS = 4_194_301  # that random weights are tiled from: a prime, so that no two rows of a matrix are equal
 SLACK, STRIDE = 2**20, 7919  # tensors of one scale begin at different places of one array
+OPTIONS = ("float16/float16 fused", "bfloat16/float32 fused")
 MOST_WAIT = 200  # seconds that a stage waits for a large bundle
 
 
@@ -34,18 +35,27 @@ MOST_WAIT = 200  # seconds that a stage waits for a large bundle
 
 
 def shipped_names() -> list[str]:
-    """Every precision with every set of operators, as `precision operators`."""
-    return [" ".join(pair) for pair in itertools.product(weights.PRECISIONS, OPERATORS)]
+    """Every precision with every set of operators, as `precision operators`, and the residual streams that are options.
+
+    Such a one is told behind the precision: `float16/float16`.
+    """
+    return [*(" ".join(pair) for pair in itertools.product(weights.PRECISIONS, OPERATORS)), *OPTIONS]
+
+
+def form(name: str) -> tuple[str, str | None]:
+    """`precision`, or `precision/residual` -> both; None for the residual stream that the precision has by itself."""
+    precision, _, residual = name.partition("/")
+    return precision, residual or None
 
 
 def shipped(settings: Settings, name: str):
     """A bundle of the shipped model, made when it is first asked for. NotHere if there is none of that kind."""
-    folder = settings.folder / f"shipped-{sources()}" / name.replace(" ", "-")
+    folder = settings.folder / f"shipped-{sources()}" / name.replace(" ", "-").replace("/", "-")
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        precision, operators = name.split()
+        (precision, residual), operators = form(name.split()[0]), name.split()[1]
         try:
-            bundles.write(checkpoints.load(), folder, precision, operators=operators)
+            bundles.write(checkpoints.load(), folder, precision, operators=operators, residual=residual)
         except PaliGemmaError as error:
             raise NotHere(f"cannot be exported: {error}") from None
     return bundles.load(folder)
@@ -68,10 +78,9 @@ def few_layers(config, layers: int):
     return replace(config, vision=replace(config.vision, depth=layers), text=text)
 
 
-def full_precisions(settings: Settings) -> list[str]:
-    """What the large model is timed in."""
-    wanted = ("float16", "bfloat16", "int4-float16") if settings.on_device else ("float32",)
-    return [precision for precision in wanted if precision in weights.PRECISIONS]
+def full_names(settings: Settings) -> list[str]:
+    """What the large model is timed in, named as `form` reads it."""
+    return ["float16", "float16/float16", "bfloat16", "int4-float16"] if settings.on_device else ["float32"]
 
 
 def random_arrays(config, dtype) -> dict[str, np.ndarray]:
@@ -100,24 +109,24 @@ def tiled(values, size: int):
     return np.resize(bits, size + SLACK).view(values.dtype)
 
 
-def full_folder(settings: Settings, precision: str) -> Path:
+def full_folder(settings: Settings, name: str) -> Path:
     config = hashlib.sha256(repr(settings.config).encode()).hexdigest()[:8]
-    return settings.folder / f"random-{config}-{sources()}" / precision
+    return settings.folder / f"random-{config}-{sources()}" / name.replace("/", "-residual-")
 
 
 def make_full(settings: Settings) -> None:
     """Every large bundle that is not there yet, side by side; what cannot be made leaves its reason in a file."""
-    wanted = [p for p in full_precisions(settings) if not full_folder(settings, p).exists()]
+    wanted = [name for name in full_names(settings) if not full_folder(settings, name).exists()]
     if wanted:
         with ProcessPoolExecutor(len(wanted) if settings.on_device else 1) as pool:
-            made = [(precision, pool.submit(_make, settings, precision)) for precision in wanted]
-        for precision, process in made:
+            made = [(name, pool.submit(_make, settings, name)) for name in wanted]
+        for name, process in made:
             if error := process.exception():  # killed, as it is where memory runs out
-                reason_of(full_folder(settings, precision)).write_text(f"{type(error).__name__}: {error}")
+                reason_of(full_folder(settings, name)).write_text(f"{type(error).__name__}: {error}")
 
 
-def _make(settings, precision) -> None:
-    folder = full_folder(settings, precision)
+def _make(settings, name) -> None:
+    folder, (precision, residual) = full_folder(settings, name), form(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     reason, started = reason_of(folder), time.perf_counter()
     reason.unlink(missing_ok=True)
@@ -126,26 +135,31 @@ def _make(settings, precision) -> None:
         dtype = dtype or np.dtype(ml_dtypes.bfloat16)
         params = checkpoints.unflatten(random_arrays(settings.config, dtype))
         checkpoint = checkpoints.Checkpoint(folder.parent, settings.config, params, dtype)
-        bundles.write(checkpoint, folder, precision)
+        bundles.write(checkpoint, folder, precision, residual=residual)
         bundles.load(folder)  # hashed once more, so that loading is timed as it is from the second time on
-        folder.with_suffix(".seconds").write_text(f"{time.perf_counter() - started:.1f}")
+        seconds_of(folder).write_text(f"{time.perf_counter() - started:.1f}")
     except Exception as error:
         reason.write_text(f"{type(error).__name__}: {error}")
 
 
 def reason_of(folder: Path) -> Path:
     """Where it is told why a large bundle could not be made."""
-    return folder.with_suffix(".failed")
+    return folder.with_name(f"{folder.name}.failed")
 
 
-def full(settings: Settings, precision: str):
-    """The large bundle, once it is there. NotHere with the reason if it could not be made."""
-    folder, limit = full_folder(settings, precision), time.monotonic() + MOST_WAIT
-    while not (folder.exists() and folder.with_suffix(".seconds").exists()):
+def seconds_of(folder: Path) -> Path:
+    """Where it is told how long making it took."""
+    return folder.with_name(f"{folder.name}.seconds")
+
+
+def full(settings: Settings, name: str):
+    """The large bundle, once it is there. RuntimeError with the reason if it could not be made."""
+    folder, limit = full_folder(settings, name), time.monotonic() + MOST_WAIT
+    while not (folder.exists() and seconds_of(folder).exists()):
         if reason_of(folder).exists():
-            raise RuntimeError(f"the {precision} bundle could not be made: {reason_of(folder).read_text()}")
+            raise RuntimeError(f"the {name} bundle could not be made: {reason_of(folder).read_text()}")
         if time.monotonic() > limit:
-            raise RuntimeError(f"the {precision} bundle was not there within {MOST_WAIT} s")
+            raise RuntimeError(f"the {name} bundle was not there within {MOST_WAIT} s")
         time.sleep(0.2)
     return bundles.load_but_weights(folder)
 

@@ -22,7 +22,7 @@ def parts(settings: Settings) -> list[str]:
 
 def run(part, settings, found) -> None:
     bundle = models.shipped(settings, part)
-    if part.split()[0].endswith("bfloat16") and not settings.on_device:
+    if models.form(part.split()[0])[0].endswith("bfloat16") and not settings.on_device:
         raise NotHere("the CPU has no bfloat16 kernels")
     graphs = {}
     for name in GRAPHS:

@@ -18,16 +18,15 @@ BATCH, BATCH_STEPS = 8, 32
 
 
 def parts(settings: Settings) -> list[str]:
-    precisions = models.full_precisions(settings)
-    if not settings.on_device:
-        return [f"{precision} plain" for precision in precisions]
-    return [f"{precision} {way}" for way in ("captured", "plain") for precision in precisions]
+    ways = ("captured", "plain") if settings.on_device else ("plain",)
+    return [f"{name} {way}" for name in models.full_names(settings) for way in ways]
 
 
 def run(part, settings, found) -> None:
-    precision, way = part.split()
-    bundle = models.full(settings, precision)
-    found.add(made_s=float(bundle.path.with_suffix(".seconds").read_text()), operators=bundle.description["operators"])
+    name, way = part.split()
+    bundle = models.full(settings, name)
+    made = float(models.seconds_of(bundle.path).read_text())
+    found.add(made_s=made, **{key: bundle.description[key] for key in ("operators", "residual")})
     before = cuda.memory()[0] if settings.on_device else 0
     started = time.perf_counter()
     engine = models.opened(bundle, settings, captured=way == "captured")
@@ -110,7 +109,7 @@ def lines(part, found) -> list[str]:
         f"{found['ms_per_token']:.3f} ms a token, {found['tokens_per_s']:.1f} tokens/s; load {found['load_s']:.1f} s"
     ]
     if "weight_bytes" in found:
-        told.append(f"{'':<28}{reading(found)}; {found['operators']}")
+        told.append(f"{'':<28}{reading(found)}; residual stream {found['residual']}")
     if step := found.get("step"):
         parts = f"graph {step['graph_ms']:.3f} ms, launched in {step['launch_ms']:.3f}"
         told.append(f"{'':<28}a step: {parts}, sampling {step['sampling_ms']:.3f} ms")
