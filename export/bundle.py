@@ -58,12 +58,12 @@ class Bundle:
         precision = self.description["precision"]
         if weights.stream_dtype(precision) not in HALF:
             if precision in weights.QUANTIZED:
-                return f"{self.path}: {precision} is for the CPU; for CUDA export it with --precision int4-float16"
+                return f"an {precision} bundle is for the CPU; for CUDA export it with --precision int4-float16"
             if self.operators != PORTABLE:
                 advice = "--precision float16, or --operators portable"
-                return f"{self.path}: fused operators in float32 are for the CPU; for CUDA export it with {advice}"
+                return f"a float32 bundle with fused operators is for the CPU; for CUDA export it with {advice}"
         if "sample_device" not in self.description["graphs"]:
-            return f"{self.path}: this bundle has no graph that samples on the device; for CUDA export it again"
+            return "it has no graph that samples on the device, as newer bundles have; for CUDA export it again"
         return ""
 
     @property

@@ -106,10 +106,11 @@ def table(precision, results) -> str:
         f"top-1 agreement {results['top_1']:.2%}, KL mean {results['kl_mean']:.2g}, largest {results['kl_max']:.2g}"
     ]
     if "accuracy" in results:
-        lines.append(f"{'':<16}{'float32':>10}{precision:>10}{'points':>9}")
+        width = max(10, len(precision) + 3)
+        lines.append(f"{'':<16}{'float32':>10}{precision:>{width}}{'points':>9}")
     for task, scores in results.get("accuracy", {}).items():
         points = 100 * (scores["bundle"] - scores["float32"])
-        lines.append(f"{task:<16}{scores['float32']:>10.1%}{scores['bundle']:>10.1%}{points:>+9.1f}")
+        lines.append(f"{task:<16}{scores['float32']:>10.1%}{scores['bundle']:>{width}.1%}{points:>+9.1f}")
     return "\n".join(lines)
 
 

@@ -95,8 +95,8 @@ def place(bundle: Bundle, provider: str, provider_options=None) -> str:
     chosen = choose_provider(provider, provider_options)
     if chosen == CUDA and bundle.only_for_cpu:
         if provider == "cuda":
-            raise PaliGemmaError(f"--provider cuda: {bundle.only_for_cpu}")
-        print(f"running on the CPU: {bundle.only_for_cpu}", file=sys.stderr)
+            raise PaliGemmaError(f"{bundle.path}: --provider cuda: {bundle.only_for_cpu}")
+        print(f"running on the CPU: {bundle.path}: {bundle.only_for_cpu}", file=sys.stderr)
         return CPU
     return chosen
 

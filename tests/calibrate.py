@@ -38,7 +38,7 @@ def bundles(seeds):
     worst = {}
     for name, config in CONFIGS.items():
         for seed in tqdm(range(seeds), desc=name, leave=False, disable=None):
-            for precision in weights.PRECISIONS:
+            for precision in weights.PRECISIONS[:-1]:  # int4-bfloat16 has no kernels on the CPU
                 with tempfile.TemporaryDirectory() as folder:
                     loaded = Checkpoint(Path(folder), config, random_params(config, seed), np.dtype("f8"))
                     bundle.write(loaded, Path(folder) / "out", precision)
@@ -48,7 +48,7 @@ def bundles(seeds):
                             worst.get(precision, (0.0,)), (row.error, f"{name}, {row.stage}, {row.part}")
                         )
     for precision, (error, part) in worst.items():
-        print(f"bundle  {precision:<10}{error:8.1e}      ({part})")
+        print(f"bundle  {precision:<14}{error:8.1e}  ({part})")
 
 
 def main(seeds=20):

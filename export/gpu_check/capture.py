@@ -11,7 +11,7 @@ from numpy_ref.tokenizer import Tokenizer
 
 from . import models
 from .correctness import PROMPTS
-from .stage import NotHere, Settings
+from .stage import LABEL, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 60
 LONG, SHORT = 32, 5
@@ -120,8 +120,8 @@ def two_threads(settings, found) -> None:
 def lines(part, found) -> list[str]:
     if part.startswith("captured"):
         differ = len(found["cases_differ"])
-        return [f"{part:<28}{found['cases'] - differ} of {found['cases']} generations say what plain ones say"]
+        return [f"{part:<{LABEL}}{found['cases'] - differ} of {found['cases']} generations say what plain ones say"]
     if part.startswith("memory"):
         grown = found["growth"] / 2**20
-        return [f"{part:<28}{grown:+.1f} MiB over {found['generations']} generations"]
-    return [f"{part:<28}{found['rounds'] - found['rounds_differ']} of {found['rounds']} rounds as alone"]
+        return [f"{part:<{LABEL}}{grown:+.1f} MiB over {found['generations']} generations"]
+    return [f"{part:<{LABEL}}{found['rounds'] - found['rounds_differ']} of {found['rounds']} rounds as alone"]

@@ -23,7 +23,7 @@ from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
 from . import models
-from .stage import AGAIN, DIFFERS, FAILED, NOT_HERE, Report, Settings, status_of, work
+from .stage import AGAIN, DIFFERS, FAILED, LABEL, NOT_HERE, Report, Settings, status_of, work
 
 PROG = "python -m export.gpu_check"
 #: The most valuable first, in case time runs out.
@@ -39,7 +39,6 @@ STAGES = {
 }
 LARGE = ("speed", "kernels")  # which need the large bundles
 TIME = 480  # seconds for everything
-LABEL = 28
 
 
 def check(settings: Settings, stages=None, seconds: float = TIME) -> dict:

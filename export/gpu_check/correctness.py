@@ -13,7 +13,7 @@ from numpy_ref.sampling import sample
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
 from . import models
-from .stage import Settings
+from .stage import LABEL, Settings
 
 LIMIT, PART_LIMIT = 150, 40
 BATCHES = ((4,), (3, 9, 5))  # tokens of the prompts, behind the picture
@@ -162,11 +162,11 @@ def draws(engine) -> dict:
 
 def lines(part, found) -> list[str]:
     if "draws" not in found:
-        return [f"{part:<28}worst error {found['worst']:.1e} of {found['budget']:.0e}"]
+        return [f"{part:<{LABEL}}worst error {found['worst']:.1e} of {found['budget']:.0e}"]
     worst = max(found["errors"], key=found["errors"].get)
     tokens = f"{found['tokens_same']} of {len(PROMPTS)} answers the same"
     tokens += f", {found['tokens_tied']} part at a tie" if found["tokens_tied"] else ""
     tokens += f", {len(found['tokens_differ'])} DIFFER" if found["tokens_differ"] else ""
     drawn = "draws DIFFER" if found["draws_differ"] else f"{found['draws']} draws the same"
-    told = f"{part:<28}error {found['worst']:.1e} of {found['budget']:.0e} ({worst}); {tokens}; {drawn}"
+    told = f"{part:<{LABEL}}error {found['worst']:.1e} of {found['budget']:.0e} ({worst}); {tokens}; {drawn}"
     return [told]

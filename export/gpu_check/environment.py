@@ -14,7 +14,7 @@ from . import bandwidth
 from .stage import NotHere, Settings
 
 LIMIT = PART_LIMIT = 60
-PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnx", "numpy", "torch", "transformers")
+PACKAGES = ("onnxruntime", "onnx", "numpy", "torch", "transformers")
 ASKED = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.memory")
 
 
@@ -50,6 +50,7 @@ def host() -> dict:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
+    found["onnxruntime"] = onnxruntime.__version__  # of what is imported, however it was installed
     return {**found, "providers": onnxruntime.get_available_providers()}
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from export import cuda, peers
 from numpy_ref.generate import pad_prompts
 
 from . import models
-from .stage import NotHere, Settings
+from .stage import LABEL, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 60
 FRESH = True
@@ -75,7 +76,8 @@ def profiled(torch, call, repeats) -> dict:
     kinds = torch.profiler.ProfilerActivity
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+        with warnings.catch_warnings(), torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+            warnings.simplefilter("ignore")  # of events that a second cycle would lose
             for _ in range(repeats):
                 call()
             cuda.synchronize()
@@ -110,8 +112,9 @@ def dearest(events, repeats) -> dict:
 def attention(settings, name, found) -> None:
     """Which attention each node takes, as the runtime itself prints it: {graph: {operator and kernel: nodes}}."""
     os.environ[DEBUG] = "1"
-    engine = models.opened(models.full(settings, name), settings)
+    bundle = models.full(settings, name)
     with printed() as read:
+        engine = models.opened(bundle, settings)
         calls = calls_of(engine)
         cuda.synchronize()
         found.add(prefill=chosen(read()))
@@ -153,7 +156,7 @@ def lines(part, found) -> list[str]:
         told = []
         for graph, kernels in ((name, found[name]) for name in ("prefill", "decode") if name in found):
             names = ", ".join(f"{count} {name}" for name, count in kernels.items())
-            told.append(f"{part:<28}{graph:<8} {names or 'the runtime printed nothing'}")
+            told.append(f"{part:<{LABEL}}{graph:<8} {names or 'the runtime printed nothing'}")
         return told
     return [line for graph in ("decode", "prefill") if graph in found for line in shown(part, graph, found[graph])]
 
@@ -161,5 +164,7 @@ def lines(part, found) -> list[str]:
 def shown(part, graph, found) -> list[str]:
     """The kernels of one graph as text."""
     busy, span = found["busy_us"], found["span_us"]
-    head = f"{part:<28}{graph}: {found['launches']:.0f} launches, {busy:.0f} of {span:.0f} us on the device, profiled"
+    head = (
+        f"{part:<{LABEL}}{graph}: {found['launches']:.0f} launches, {busy:.0f} of {span:.0f} us on the device, profiled"
+    )
     return [head, *(f"{k['us']:>12.1f} us {k['launches']:>6.0f}x  {k['name'][:84]}" for k in found["kernels"])]

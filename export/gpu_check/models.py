@@ -1,9 +1,11 @@
 """What the stages run: the shipped model in every form, and a random one of full size that is made quickly."""
 
 import hashlib
+import io
 import itertools
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -135,7 +137,8 @@ def _make(settings, name) -> None:
         dtype = dtype or np.dtype(ml_dtypes.bfloat16)
         params = checkpoints.unflatten(random_arrays(settings.config, dtype))
         checkpoint = checkpoints.Checkpoint(folder.parent, settings.config, params, dtype)
-        bundles.write(checkpoint, folder, precision, residual=residual)
+        with redirect_stderr(io.StringIO()):  # a warning: there is no tokenizer
+            bundles.write(checkpoint, folder, precision, residual=residual)
         bundles.load(folder)  # hashed once more, so that loading is timed as it is from the second time on
         seconds_of(folder).write_text(f"{time.perf_counter() - started:.1f}")
     except Exception as error:

@@ -16,7 +16,7 @@ from numpy_ref.layouts import canonical
 from numpy_ref.storage import bfloat16
 
 from . import models
-from .stage import NotHere, Settings
+from .stage import LABEL, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 60
 FIRST_TOKENS = 5
@@ -102,7 +102,7 @@ def inputs(model, settings) -> dict:
     ids = torch.tensor([peers.prompt(settings.config)], device=settings.provider)
     pixels = preprocess(open_image(models.PICTURE), settings.config.vision.image_size)
     return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids),
+        "input_ids": ids, "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.from_numpy(pixels).to(settings.provider, model.dtype),
     }  # fmt: skip
 
@@ -156,5 +156,5 @@ def looped(model, settings):
 
 
 def lines(part, found) -> list[str]:
-    told = f"{part:<28}first token {found['first_token_ms']:.2f} ms, {found['ms_per_token']:.3f} ms a token, "
+    told = f"{part:<{LABEL}}first token {found['first_token_ms']:.2f} ms, {found['ms_per_token']:.3f} ms a token, "
     return [told + f"{found['tokens_per_s']:.1f} tokens/s; {found['attention']}, built in {found['build_s']} s"]

@@ -10,7 +10,7 @@ import onnxruntime
 from export.session import CPU, CUDA
 
 from . import models
-from .stage import NotHere, Settings
+from .stage import LABEL, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 30
 GRAPHS = ("prefill", "decode", "sample_device")
@@ -84,11 +84,11 @@ def lines(part, found) -> list[str]:
         values = ", ".join(f"{count} {place}" for place, count in places.items())
         on_cpu = ", ".join(f"{operator} {count}" for operator, count in graph["on_cpu"].items())
         label = part if name == GRAPHS[0] else ""
-        told.append(f"{label:<28}{name:<8} nodes {nodes}; Memcpy {graph['memcpy']}; values {values}")
+        told.append(f"{label:<{LABEL}}{name:<8} nodes {nodes}; Memcpy {graph['memcpy']}; values {values}")
         if on_cpu:
-            told.append(f"{'':<28} on the CPU: {on_cpu}")
+            told.append(f"{'':<{LABEL}} on the CPU: {on_cpu}")
     if not found["wholly"]:
-        told.append(f"{'':<28}not wholly on one device")
+        told.append(f"{'':<{LABEL}}not wholly on one device")
     if not found["opens"]:
-        told.append(f"{'':<28}refused: {found['refused']}")
+        told.append(f"{'':<{LABEL}}refused: {found['refused']}")
     return told

@@ -9,7 +9,7 @@ from export.benchmark import weight_bytes
 from numpy_ref.generate import generate, pad_prompts
 
 from . import bandwidth, models
-from .stage import Settings
+from .stage import LABEL, Settings
 
 LIMIT, PART_LIMIT = 200, 100
 FRESH = True  # loading and the peak of memory are those of a process of its own
@@ -105,17 +105,17 @@ def split(engine, settings) -> dict:
 
 def lines(part, found) -> list[str]:
     told = [
-        f"{part:<28}first token {found['first_token_ms']:.2f} ms (picture {found['picture_ms']:.2f}), "
+        f"{part:<{LABEL}}first token {found['first_token_ms']:.2f} ms (picture {found['picture_ms']:.2f}), "
         f"{found['ms_per_token']:.3f} ms a token, {found['tokens_per_s']:.1f} tokens/s; load {found['load_s']:.1f} s"
     ]
     if "weight_bytes" in found:
-        told.append(f"{'':<28}{reading(found)}; residual stream {found['residual']}")
+        told.append(f"{'':<{LABEL}}{reading(found)}; residual stream {found['residual']}")
     if step := found.get("step"):
         parts = f"graph {step['graph_ms']:.3f} ms, launched in {step['launch_ms']:.3f}"
-        told.append(f"{'':<28}a step: {parts}, sampling {step['sampling_ms']:.3f} ms")
+        told.append(f"{'':<{LABEL}}a step: {parts}, sampling {step['sampling_ms']:.3f} ms")
     if batch := found.get("batch_8"):
         rate = f"{batch['ms_per_token']:.3f} ms a step, {batch['tokens_per_s']:.1f} tokens/s"
-        told.append(f"{'':<28}batch {BATCH}: first tokens {batch['first_token_ms']:.2f} ms, {rate}")
+        told.append(f"{'':<{LABEL}}batch {BATCH}: first tokens {batch['first_token_ms']:.2f} ms, {rate}")
     return told
 
 

@@ -22,6 +22,7 @@ from export.cuda import MissingError
 from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
 
 OK, DIFFERS, FAILED, NOT_HERE = "ok", "differs", "failed", "not here"
+LABEL = 32  # how wide the names of parts are printed
 AGAIN = 75  # the exit code of a process that has parts left, which want a new one
 
 
