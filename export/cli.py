@@ -7,10 +7,10 @@ from pathlib import Path
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref import cli, storage
-from numpy_ref.sampling import Sampling
+from numpy_ref.model.sampling import Sampling
 
 from . import bundle as bundles
-from .layers import OPERATORS
+from .model.layers import OPERATORS
 
 
 def export_onnx(argv=None):
@@ -160,12 +160,13 @@ def run_onnx_batch(argv=None):
     storage.absent(arguments.output, "file")
     prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
 
-    from . import batch, dataset
+    from . import batch
+    from .batch import dataset
     from .session import shipped
 
     rows = dataset.open_dataset(arguments.input, prompt)
     if arguments.engine == "ray":
-        from .batch_ray import workers
+        from .batch.ray_workers import workers
     else:
         from .batch import workers
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)

@@ -6,7 +6,6 @@ shipped model knows, the accuracy of each task is measured too.
 """
 
 import argparse
-import importlib
 import json
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from numpy_ref import cli
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import choose_capacity, pad_prompts
 from numpy_ref.image import preprocess
+from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
@@ -78,12 +78,6 @@ def follow(reference, engine, pixel_values, prompts, known, drift: Drift, new_to
 
 def on_scenes(reference, engine, tokenizer, scenes: int, seed: int) -> dict:
     """Drift over the answers to held-out scenes of every task, and both accuracies."""
-    try:  # named, not imported: the scenes are of the package that trains, which needs PyTorch
-        evaluate = importlib.import_module("torch_impl.evaluate")
-    except ImportError as error:
-        raise PaliGemmaError(
-            f"the scenes are drawn by torch_impl, and {error.name} is missing; install [torch]"
-        ) from None
     drift, known, size = Drift(), tokenizer.known(), reference.config.vision.image_size
     accuracy = {}
     for task, name in evaluate.SCORES.items():

@@ -72,7 +72,7 @@ def measure(folder: Path, variant: str, layers, precisions, runs: int) -> dict:
     """Everything, into one dict."""
     checkpoint, picture = folder / "checkpoint", SHIPPED / "example.png"
     options = ["--layers", layers] if layers else []
-    watch(module("numpy_ref.synthetic", variant, checkpoint, *options))
+    watch(module("numpy_ref.checkpoint.synthetic", variant, checkpoint, *options))
     # Random weights come without a tokenizer; the small one stands in, since only ids matter here.
     shutil.copyfile(SHIPPED / "tokenizer.model", checkpoint / "tokenizer.model")
     results = {}

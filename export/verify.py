@@ -18,12 +18,14 @@ import onnxruntime
 from tqdm import tqdm
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref import layers, paligemma, segmentation
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import NumpyEngine, pad_prompts
+from numpy_ref.model import layers, paligemma, segmentation
 from numpy_ref.tokenizer import known_ids
 
-from . import drift, graphs, weights
+from . import drift
+from .bundle import weights
+from .model import graphs
 from .session import CPU, CUDA, Session, choose_provider
 
 #: Largest |a - b| / max|reference| of any tap, by precision of the weights. Worst of 20 random models
@@ -70,7 +72,7 @@ class Part:
 
     def call(self, package: str, *first, p=None, **arguments):
         """Call the function of `numpy_ref` or `export`."""
-        function = getattr(importlib.import_module(f"{package}.{self.module}"), self.function)
+        function = getattr(importlib.import_module(f"{package}.model.{self.module}"), self.function)
         return function(*first, **(p if self.leaf else {"p": p}), **arguments)
 
 

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from . import checkpoint, cli, heatmap
+from . import checkpoint, cli
+from .cli import heatmap
 from .generate import NumpyEngine
 from .tokenizer import Tokenizer
 

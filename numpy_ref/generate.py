@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import paligemma, segmentation
 from .checkpoint import flatten
 from .errors import PaliGemmaError
-from .sampling import Sampling, sample
+from .model import paligemma, segmentation
+from .model.sampling import Sampling, sample
 from .storage import all_finite, check_finite
 
 #: What overflows in the reference is found in its logits, not told by NumPy in warnings of its own.

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from export import bundle, verify, weights
+from export import bundle, verify
+from export.bundle import weights
 from numpy_ref.checkpoint import Checkpoint
 
 from .cases import CASES, with_dtype

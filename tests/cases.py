@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from numpy_ref import layers
 from numpy_ref.checkpoint import unflatten
-from numpy_ref.contrastive import ContrastiveConfig, TextConfig
-from torch_impl.contrastive import Contrastive
-from torch_impl.segmentation import Codec, CodecConfig
+from numpy_ref.model import layers
+from numpy_ref.model.contrastive import ContrastiveConfig, TextConfig
+from torch_impl.model.contrastive import Contrastive
+from torch_impl.model.segmentation import Codec, CodecConfig
 
 from .models import CONFIGS, random_params
 

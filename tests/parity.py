@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from export import graphs
+from export.model import graphs
 from numpy_ref import checkpoint
 from torch_impl.load import to_tensor
 
@@ -83,7 +83,7 @@ def cast(arguments, dtype):
 
 
 def run_numpy(case, arguments) -> dict:
-    function = getattr(importlib.import_module(f"numpy_ref.{case.module}"), case.function)
+    function = getattr(importlib.import_module(f"numpy_ref.model.{case.module}"), case.function)
     recorder = Recorder()
     taps = {"tap": recorder} if case.taps else {}
     outputs = function(**arguments, **taps)
@@ -94,7 +94,7 @@ def run_torch(case, arguments) -> dict:
     arguments, recorder = dict(arguments), Recorder()
     taps = {"tap": recorder} if case.taps else {}
     if case.torch is None:
-        function = getattr(importlib.import_module(f"torch_impl.{case.module}"), case.function)
+        function = getattr(importlib.import_module(f"torch_impl.model.{case.module}"), case.function)
     else:
         function = torch_module(case, arguments)
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def torch_module(case, arguments):
     """The case's module with the case's weights, strictly loaded; its arguments lose p and config."""
     weights, config = arguments.pop("p"), arguments.pop("config", None)
     owner, _, method = case.torch.partition(".")
-    module = getattr(importlib.import_module(f"torch_impl.{case.module}"), owner)(config or case.config)
+    module = getattr(importlib.import_module(f"torch_impl.model.{case.module}"), owner)(config or case.config)
     state = {name: to_tensor(array) for name, array in checkpoint.flatten(weights).items()}
     module.load_state_dict(state, strict=not case.partial, assign=True)
     return getattr(module, method) if method else module
@@ -126,7 +126,7 @@ def to_torch(arguments):
 
 def run_onnx(case, arguments, evaluate) -> dict:
     """Build the case's function as a model (arrays are inputs, weights are initializers) and evaluate it."""
-    function = getattr(importlib.import_module(f"export.{case.module}"), case.function)
+    function = getattr(importlib.import_module(f"export.model.{case.module}"), case.function)
     weights = {path: ir.tensor(array, name=path) for path, array in checkpoint.flatten(arguments.pop("p", {})).items()}
     model, feeds = graphs.trace(function, arguments, weights, case.taps)
     values = evaluate(graphs.serialize(model), feeds)

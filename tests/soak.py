@@ -17,7 +17,7 @@ from export.session import load
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.generate import generate
 from numpy_ref.image import open_image
-from numpy_ref.sampling import Sampling
+from numpy_ref.model.sampling import Sampling
 
 PROMPTS = ("caption en", "detect star", "segment star", "answer en how many shapes are there ?")
 

@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from export import batch, bundle, cli, dataset, measure_batch
+from export import batch, bundle, cli
+from export.batch import dataset
+from export.benchmark import batch as measure_batch
+from numpy_ref import scenes
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli import run
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.sampling import Sampling
-from torch_impl import scenes
+from numpy_ref.model.sampling import Sampling
 
 COMMAND = [sys.executable, "-c", "from export.cli import batch_main; batch_main()"]
 PROMPTS = ["caption en", "detect star", "answer en how many shapes are there?", "segment {}", None]
@@ -362,7 +364,7 @@ def test_nothing_is_left_where_nothing_was_answered(rows, tmp_path, capsys, monk
     def fail(*arguments):
         raise PaliGemmaError("the session does not open")
 
-    monkeypatch.setattr(batch, "engine", fail)
+    monkeypatch.setattr(batch, "make", fail)
     assert "does not open" in refused(capsys, rows, tmp_path / "out.jsonl")
     assert not list(tmp_path.iterdir())
 

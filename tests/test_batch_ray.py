@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from export import batch_ray, cli
+from export import cli
+from export.batch import ray_workers
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli import run
 from numpy_ref.errors import PaliGemmaError
@@ -73,12 +74,12 @@ def test_an_actor_is_killed_and_every_row_is_there_once(tmp_path):
      ([8], 2, 1, 1), ([8], 1, 6, 6), ([4, 4], 1, 8, 4)],
 )  # fmt: skip
 def test_cores_are_shared_out(cores, count, threads, share):
-    assert batch_ray.share_out(cores, count, threads) == share
+    assert ray_workers.share_out(cores, count, threads) == share
 
 
 def test_more_workers_than_cores():
     with pytest.raises(PaliGemmaError, match="--workers 3: Ray has 2 cores"):
-        batch_ray.share_out([1, 1], 3)
+        ray_workers.share_out([1, 1], 3)
 
 
 @pytest.mark.parametrize("error", [ConnectionError, RuntimeError, ValueError])
@@ -92,7 +93,7 @@ def test_a_cluster_that_does_not_answer(monkeypatch, error):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     ray = SimpleNamespace(init=init, exceptions=SimpleNamespace(RayError=PaliGemmaError))
     with pytest.raises(PaliGemmaError, match=r"RAY_ADDRESS is not a cluster \(no such cluster\)$"):
-        batch_ray._start(ray)
+        ray_workers._start(ray)
     assert asked[0]["address"] == "10.0.0.1:6379"
     assert "object_store_memory" not in asked[0]  # a running cluster refuses to be told
 
@@ -101,8 +102,8 @@ def test_an_actor_tells_what_is_wrong(monkeypatch):
     def fail(*arguments):
         raise PaliGemmaError("the session does not open")
 
-    monkeypatch.setattr(batch_ray, "Worker", fail)
-    told = batch_ray.Actor(None, 1)({"begin": [0], "end": [4], "size": [2]})
+    monkeypatch.setattr(ray_workers, "Worker", fail)
+    told = ray_workers.Actor(None, 1)({"begin": [0], "end": [4], "size": [2]})
     assert told == {"begin": [0], "answers": ["[]"], "error": ["the session does not open"]}
 
 
@@ -114,7 +115,7 @@ def test_an_actor_answers_a_task_batch_by_batch(monkeypatch):
         def answers(self, begins, size):
             yield from ([{"row": row} for row in range(begin, begin + size)] for begin in begins)
 
-    monkeypatch.setattr(batch_ray, "Worker", Worker)
-    told = batch_ray.Actor("job", 3)({"begin": [4], "end": [8], "size": [2]})
+    monkeypatch.setattr(ray_workers, "Worker", Worker)
+    told = ray_workers.Actor("job", 3)({"begin": [4], "end": [8], "size": [2]})
     assert json.loads(told["answers"][0]) == [[{"row": 4}, {"row": 5}], [{"row": 6}, {"row": 7}]]
     assert told["error"] == [""]

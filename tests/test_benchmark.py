@@ -6,11 +6,13 @@ import os
 import numpy as np
 import pytest
 
-from export import benchmark, bundle, decoder_only, verify
+from export import benchmark, bundle, verify
+from export.benchmark import decoder_only
 from export.session import Session
-from numpy_ref import checkpoint, paligemma
+from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.model import paligemma
 
 
 def test_both_sides_answer_on_the_shipped_model():

@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from numpy_ref import checkpoint, layouts, paligemma, storage
-from numpy_ref.checkpoint import flatten, load, save_npz, unflatten
+from numpy_ref import checkpoint, storage
+from numpy_ref.checkpoint import flatten, layouts, load, save_npz, unflatten
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.model import paligemma
 
 from .models import CONFIGS, random_batch, random_params
 from .test_checkpoint import refusal

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from export import bundle, checked
+from export import bundle
+from export.bundle import digests
+from export.bundle.weights import FILE
 from export.session import open_session
-from export.weights import FILE
 from numpy_ref.errors import PaliGemmaError
 
 
@@ -16,7 +17,7 @@ from numpy_ref.errors import PaliGemmaError
 def opened(copy, tmp_path, monkeypatch):
     """A bundle of its own whose weights were read once, and the list of the files that are read from now on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checked, "_SETTLED", 0)
+    monkeypatch.setattr(digests, "_SETTLED", 0)
     found = bundle.load(copy)
     read, sha256 = [], bundle.sha256
     monkeypatch.setattr(bundle, "sha256", lambda file: read.append(Path(file).name) or sha256(file))
@@ -58,14 +59,14 @@ def test_another_file_in_its_place_is_found(opened):
 
 def test_another_checksum_is_not_known(opened):
     found, _ = opened
-    assert checked.is_known(found.path / FILE, found.description["files"][FILE]["sha256"])
-    assert not checked.is_known(found.path / FILE, "0" * 64)
+    assert digests.is_known(found.path / FILE, found.description["files"][FILE]["sha256"])
+    assert not digests.is_known(found.path / FILE, "0" * 64)
 
 
 def test_a_file_just_written_is_not_remembered(opened, monkeypatch):
     """Within one tick of the clock it could change again and keep its times."""
     found, read = opened
-    monkeypatch.setattr(checked, "_SETTLED", 10**12)
+    monkeypatch.setattr(digests, "_SETTLED", 10**12)
     (found.path / FILE).touch()
     bundle.check_weights(found)
     open_session(found, "cpu")
@@ -75,10 +76,10 @@ def test_a_file_just_written_is_not_remembered(opened, monkeypatch):
 def test_a_file_written_while_it_is_read_is_not_remembered(opened):
     found, _ = opened
     file, digest = found.path / FILE, found.description["files"][FILE]["sha256"]
-    before = checked.state(file)
+    before = digests.state(file)
     file.touch()
-    checked.remember(file, digest, before)
-    assert not checked.is_known(file, digest)
+    digests.remember(file, digest, before)
+    assert not digests.is_known(file, digest)
 
 
 def test_without_a_cache_it_is_read_every_time(opened, tmp_path):

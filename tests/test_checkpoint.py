@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from numpy_ref import checkpoint, storage
 from numpy_ref.checkpoint import flatten, load, load_config, parameters, save, saved_name, unflatten
+from numpy_ref.checkpoint.layouts import pooling_head
 from numpy_ref.config import VARIANTS, from_hf, to_hf
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.layouts import pooling_head
 
 from . import make_goldens
 from .make_goldens import GOLDEN

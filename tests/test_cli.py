@@ -274,7 +274,7 @@ def test_not_a_bundle(tmp_path):
 
 def test_cuda_is_never_assumed():
     """Where no device answers, auto is quiet and takes the CPU, and cuda says what is missing."""
-    from export import cuda
+    from export.session import cuda
 
     quiet = call("run-onnx", EXAMPLE, "caption en", "--provider", "auto")
     assert (quiet.returncode, quiet.stderr) == (0, "")

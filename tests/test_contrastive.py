@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from numpy_ref import contrastive
 from numpy_ref.config import SiglipConfig
-from torch_impl import contrastive as twin
+from numpy_ref.model import contrastive
 from torch_impl.load import to_tensor
+from torch_impl.model import contrastive as twin
 
 LOSSES = {
     "siglip_loss": {"log_temperature": np.array(1.7), "bias": np.array(-3.0)},

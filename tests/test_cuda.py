@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from export import bundle
-from export.weights import FILE
+from export.bundle.weights import FILE
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import Checkpoint, parameters, unflatten
 from numpy_ref.config import VARIANTS
@@ -37,6 +37,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from export import bundle, session
+from export.session.engine import ON_DEVICE
 from export.gpu_check import placement
 from numpy_ref.generate import pad_prompts
 from tests.cuda_stub.inside import *
@@ -108,7 +109,7 @@ def run(request, bundles):
     """A bundle that was run: its name, what was printed, and the log of both batches, greedy and drawn."""
     folder = bundles(*request.param)
     script = """
-from export import device
+from export.session import device
 device.SHARED_FROM = 1024  # the weights of a model this small too
 mark("open")
 engine = open_bundle(sys.argv[1])
@@ -117,7 +118,7 @@ for batch in (1, 3):
     answer(engine, batch, 4, f"{batch} ")
     answer(engine, batch, 4, f"{batch} drawn ", temperature=1.0)
 graphs = engine.bundle.description["graphs"]
-placed = {name: placement.placed(engine.bundle.path / graphs[name]["file"], True) for name in session.ON_DEVICE}
+placed = {name: placement.placed(engine.bundle.path / graphs[name]["file"], True) for name in ON_DEVICE}
 print(json.dumps(placed))
 """
     printed, log = cuda_stub.run(BEGIN + script, folder)
@@ -411,14 +412,14 @@ if __name__ == "__main__":
 # --- mutants -----------------------------------------------------------------------------------------------
 
 WRITE = """
-from export import fused_half, sampling, graphs, weights
+from export.model import fused_half, sampling
 from numpy_ref import checkpoint
 """
 PLACED = """
 made = Path(sys.argv[1])
 bundle.write(checkpoint.load(), made, sys.argv[2])
 graphs = bundle.load(made).description["graphs"]
-print(json.dumps({name: placement.placed(made / graphs[name]["file"], True) for name in session.ON_DEVICE}))
+print(json.dumps({name: placement.placed(made / graphs[name]["file"], True) for name in ON_DEVICE}))
 """
 TOTAL = """
 from onnx_ir import DataType
@@ -427,7 +428,7 @@ def on_the_device(op, lengths, capacity, window=None):
     total = op.Cast(op.Add(op.ReduceMax(lengths, keepdims=0), 1), to=DataType.INT32)
     return fused_half.replace(mask(op, lengths, capacity, window), total=total)
 fused_half.replace = __import__("dataclasses").replace
-from export import paligemma
+from export.model import paligemma
 fused_half.INSTEAD[paligemma.decode_mask] = on_the_device
 """
 ARGMAX = """

@@ -398,7 +398,7 @@ def test_the_shipped_model_decodes(tmp_path):
         """
 import sys
 from export import bundle, session
-from export.device import DeviceSession
+from export.session.device import DeviceSession
 opened = DeviceSession(bundle.load(sys.argv[1]), "cuda")
 assert opened.provider == session.CUDA
 config = opened.config

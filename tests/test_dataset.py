@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from export.dataset import Row, open_dataset
+from export.batch.dataset import Row, open_dataset
 from numpy_ref.errors import PaliGemmaError
 
 

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from numpy_ref import detection, heatmap, paligemma
+from numpy_ref import detection
+from numpy_ref.cli import heatmap
 from numpy_ref.detection import Box
+from numpy_ref.model import paligemma
 
 from .models import CONFIGS, random_batch, random_params
 

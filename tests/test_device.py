@@ -8,15 +8,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from export import bundle, cuda, device
+from export import bundle
 from export.cli import run_onnx
-from export.device import DeviceSession
-from export.session import Session
+from export.session import Session, cuda, device
+from export.session.device import DeviceSession
 from numpy_ref import checkpoint
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import generate
 from numpy_ref.image import open_image, preprocess
-from numpy_ref.sampling import Sampling
+from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
 PROMPTS = ("caption en", "answer en how many shapes are there?")

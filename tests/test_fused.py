@@ -8,8 +8,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from export import bundle, graphs, verify, weights
-from export.layers import FUSED, PORTABLE
+from export import bundle, verify
+from export.bundle import weights
+from export.model import graphs
+from export.model.layers import FUSED, PORTABLE
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import Checkpoint
@@ -175,7 +177,7 @@ def test_a_cache_that_is_copied_gives_the_same(tmp_path):
 
 
 def test_a_wrong_fused_operator_is_noticed(tmp_path, monkeypatch):
-    from export import fused
+    from export.model import fused
 
     monkeypatch.setattr(fused, "_MASKED", -1.0)  # padding that is hardly masked
     with pytest.raises(PaliGemmaError, match="prefill logits"):

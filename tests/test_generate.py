@@ -10,7 +10,7 @@ from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import NumpyEngine, Timings, answers, choose_capacity, generate, pad_prompts
-from numpy_ref.sampling import Sampling
+from numpy_ref.model.sampling import Sampling
 from torch_impl.load import TorchEngine
 
 from .models import CONFIGS, random_batch, random_params

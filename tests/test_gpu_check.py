@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from export import cuda
 from export.gpu_check import bandwidth, command, correctness, kernels, models, placement, speed
 from export.gpu_check.stage import DIFFERS, FAILED, NOT_HERE, OK, Report, Settings, status_of, work
+from export.session import cuda
 from numpy_ref import checkpoint
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
-from tests.models import CONFIGS
+
+from .models import CONFIGS
 
 BROKEN = """
 import os, time

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from export import bundle, graphs
+from export import bundle
+from export.model import graphs
 from numpy_ref import checkpoint
 from numpy_ref.config import PaliGemmaConfig, SiglipConfig
 from numpy_ref.image import RESIZES, preprocess
-from numpy_ref.sampling import sample
+from numpy_ref.model.sampling import sample
 from numpy_ref.tokenizer import Json, Tokenizer
 
 from .test_sampling import frequencies

@@ -19,12 +19,13 @@ from PIL import Image
 
 from export import bundle, serve
 from export.session import HostSession, Session
-from numpy_ref import checkpoint, cli, detection, segmentation
+from numpy_ref import checkpoint, cli, detection
 from numpy_ref.generate import answers, generate
 from numpy_ref.image import open_image, preprocess
-from numpy_ref.sampling import Sampling
+from numpy_ref.model import segmentation
+from numpy_ref.model.sampling import Sampling
+from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer
-from torch_impl import evaluate
 
 TESTS, HOSTS = Path(__file__).parent, Path(serve.__file__).parent / "hosts"
 RUN = HOSTS / "node" / "run.mjs"

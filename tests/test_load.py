@@ -12,11 +12,11 @@ import onnxruntime
 import pytest
 
 from export import bundle, session
-from export.session import HostSession, Session
+from export.session import HostSession, Session, engine
 from numpy_ref import checkpoint
 from numpy_ref.generate import generate
 from numpy_ref.image import open_image
-from numpy_ref.sampling import Sampling
+from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer
 
 from . import soak
@@ -120,13 +120,13 @@ def test_stdout_comes_back_from_every_thread(tiny, monkeypatch):
 def test_a_generation_leaves_nothing_behind(tiny, monkeypatch):
     """Its buffers go when it ends, by counting of references alone: on a GPU a collector would come too late."""
     caches = weakref.WeakSet()
-    made = session.Cache.__init__
+    made = engine.Cache.__init__
 
     def counted(self, *arguments):
         made(self, *arguments)
         caches.add(self)
 
-    monkeypatch.setattr(session.Cache, "__init__", counted)
+    monkeypatch.setattr(engine.Cache, "__init__", counted)
     gc.collect()
     before = live_values()
     gc.disable()

@@ -9,28 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import export.gemma
-import export.layers
-import export.paligemma
-import export.sampling
-import export.segmentation
-import export.siglip
-import numpy_ref.contrastive
-import numpy_ref.gemma
-import numpy_ref.layers
-import numpy_ref.paligemma
-import numpy_ref.sampling
-import numpy_ref.segmentation
-import numpy_ref.siglip
-import torch_impl.contrastive
-import torch_impl.gemma
-import torch_impl.layers
-import torch_impl.paligemma
-import torch_impl.segmentation
-import torch_impl.siglip
-from export import graphs
+import export.model.gemma
+import export.model.layers
+import export.model.paligemma
+import export.model.sampling
+import export.model.segmentation
+import export.model.siglip
+import numpy_ref.model.contrastive
+import numpy_ref.model.gemma
+import numpy_ref.model.layers
+import numpy_ref.model.paligemma
+import numpy_ref.model.sampling
+import numpy_ref.model.segmentation
+import numpy_ref.model.siglip
+import torch_impl.model.contrastive
+import torch_impl.model.gemma
+import torch_impl.model.layers
+import torch_impl.model.paligemma
+import torch_impl.model.segmentation
+import torch_impl.model.siglip
+from export.model import graphs
 from numpy_ref.checkpoint import flatten, parameters
-from torch_impl.paligemma import PaliGemma
+from torch_impl.model.paligemma import PaliGemma
 
 from .models import CONFIGS, random_params
 
@@ -70,7 +70,7 @@ def arguments(function, *dropped):
 CASES = [
     (file, name)
     for file in FILES
-    for name in public_functions(getattr(numpy_ref, file))
+    for name in public_functions(getattr(numpy_ref.model, file))
     if name not in SHARED | REFERENCE_ONLY
 ]  # fmt: skip
 
@@ -85,8 +85,8 @@ EXPORTED += [("sampling", name) for name in ("sample", "keep_top_p", "invert_cdf
 
 @pytest.mark.parametrize(("file", "name"), CASES)
 def test_torch_has_the_same_function(file, name):
-    reference = getattr(getattr(numpy_ref, file), name)
-    module = getattr(torch_impl, file)
+    reference = getattr(getattr(numpy_ref.model, file), name)
+    module = getattr(torch_impl.model, file)
     owner = METHODS.get((file, name))
     if owner is None and not hasattr(module, name):
         owner = "".join(part.title() for part in name.split("_")) + ".forward"
@@ -100,8 +100,8 @@ def test_torch_has_the_same_function(file, name):
 
 @pytest.mark.parametrize(("file", "name"), EXPORTED)
 def test_export_has_the_same_function(file, name):
-    twin = getattr(getattr(export, file), name)
-    reference = getattr(getattr(numpy_ref, file), name)
+    twin = getattr(getattr(export.model, file), name)
+    reference = getattr(getattr(numpy_ref.model, file), name)
     assert arguments(twin)[0] == "op"
     assert arguments(twin, "op") == arguments(reference)
 
@@ -149,6 +149,12 @@ def test_imports_flow_one_way(package, forbidden):
         assert not imported(file) & forbidden, file
 
 
+def modules(package: str) -> list[str]:
+    """The modules of a package, by name, but those that are commands, and those that need an extra."""
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in sorted((ROOT / package).rglob("*.py"))]
+    return [name.removesuffix(".__init__") for name in names if not name.endswith(("__main__", "ray_workers"))]
+
+
 def modules_after(statement: str) -> set[str]:
     code = f"{statement}; import sys; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -156,13 +162,11 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_the_reference_needs_only_numpy():
-    names = " ".join(
-        f"import numpy_ref.{file.stem};" for file in (ROOT / "numpy_ref").glob("*.py") if file.stem != "__main__"
-    )
+    names = " ".join(f"import {module};" for module in modules("numpy_ref"))
     loaded = modules_after(f"import numpy_ref; {names.rstrip(';')}")
     assert not loaded & {"torch", "onnx", "onnxruntime", "PIL", "sentencepiece", "safetensors", "ml_dtypes", "tqdm"}
 
 
 def test_exporting_needs_no_torch():
-    names = "; ".join(f"import export.{file.stem}" for file in (ROOT / "export").glob("*.py"))
+    names = "; ".join(f"import {module}" for module in modules("export"))
     assert not modules_after(names) & {"torch", "transformers", "torch_impl"}

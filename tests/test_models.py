@@ -7,8 +7,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from export import graphs
-from numpy_ref import checkpoint, paligemma
+from export.model import graphs
+from numpy_ref import checkpoint
+from numpy_ref.model import paligemma
 from torch_impl.load import from_params
 
 from .cases import BUDGETS, MODEL

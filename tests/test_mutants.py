@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from numpy_ref import checkpoint, gemma, layers, paligemma, siglip
+from numpy_ref import checkpoint
 from numpy_ref.generate import pad_prompts
+from numpy_ref.model import gemma, layers, paligemma, siglip
 
 from .make_goldens import GOLDEN
 from .test_golden import BUDGET, prompts

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from export import bundle, verify, weights
+from export import bundle, verify
+from export.bundle import weights
 from export.session import Session
 from numpy_ref import checkpoint, cli, storage
 from numpy_ref.checkpoint import Checkpoint, flatten, unflatten

@@ -10,7 +10,8 @@ import pytest
 from export import bundle, verify
 from export.cli import export_onnx
 from export.session import Session
-from numpy_ref import checkpoint, synthetic
+from numpy_ref import checkpoint
+from numpy_ref.checkpoint import synthetic
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
@@ -58,7 +59,7 @@ def test_half_precision_keeps_the_stream_in_float32(name, tmp_path):
 
 
 def test_a_bfloat16_bundle_says_what_it_needs(tmp_path):
-    from export import cuda
+    from export.session import cuda
 
     if cuda.device_count():
         pytest.skip("there is a GPU")
@@ -121,7 +122,7 @@ def test_verification_fails_and_leaves_nothing(tmp_path, monkeypatch, damage):
 
         monkeypatch.setattr(bundle.weights, "write", spoiled)
     else:
-        from export import gemma
+        from export.model import gemma
 
         softcap = gemma.softcap
         monkeypatch.setattr(gemma, "softcap", lambda op, x, cap: softcap(op, x, 1.01 * cap))

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export import bundle, memory, prepack, verify, weights
-from export.session import Session, open_session
+from export import bundle, verify
+from export.bundle import prepack, weights
+from export.session import Session, allocator, open_session
 from numpy_ref import checkpoint
 from numpy_ref.errors import PaliGemmaError
 
@@ -127,9 +128,9 @@ def test_the_allocator_is_as_before_after_a_bundle_was_opened(monkeypatch):
         def malloc_trim(self, padding):
             said.append("trim")
 
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library())
-    with pytest.raises(ZeroDivisionError), memory.freed_memory_kept():
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: Library())
+    with pytest.raises(ZeroDivisionError), allocator.freed_memory_kept():
         raise ZeroDivisionError
     assert {parameter for parameter, _ in said[:3]} == {-1, -4, -8}
     assert said[-1] == "trim"
@@ -137,7 +138,7 @@ def test_the_allocator_is_as_before_after_a_bundle_was_opened(monkeypatch):
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("asked for"))
-    with memory.freed_memory_kept():
+    monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("asked for"))
+    with allocator.freed_memory_kept():
         pass

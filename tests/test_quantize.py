@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import bundle, drift, graphs, layers, quantize, verify, weights
+from export import bundle, drift, verify
+from export.bundle import weights
 from export.cli import export_onnx
+from export.model import graphs, layers, quantized
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED, parameters
@@ -44,7 +46,7 @@ def run(function, arguments, weight):
 @given(st.integers(1, 70), st.integers(1, 40), st.floats(1e-6, 1e6))
 def test_channels_are_half_a_step_off_at_most(size, out, scale):
     kernel = (scale * np.random.default_rng(size).standard_normal((size, out))).astype(np.float32)
-    values, scales = quantize.quantize_channels(kernel)
+    values, scales = quantized.quantize_channels(kernel)
     assert values.dtype == np.int8
     assert (np.abs(values * scales - kernel) <= 0.5001 * scales).all()
 
@@ -53,10 +55,10 @@ def test_channels_are_half_a_step_off_at_most(size, out, scale):
 @pytest.mark.parametrize("size", [16, 48, 64, 384])
 def test_blocks_are_a_step_off_at_most(bits, size):
     rows = RNG.standard_normal((11, size)).astype(np.float32)
-    values, scales = quantize.quantize_blocks(rows, bits)
-    block = quantize.block_size(size)
+    values, scales = quantized.quantize_blocks(rows, bits)
+    block = quantized.block_size(size)
     assert values.shape == (11, size // block, block * bits // 8)
-    again = quantize.dequantize_blocks(values, scales, bits)
+    again = quantized.dequantize_blocks(values, scales, bits)
     # Half a step, but for what is cut at the ends.
     blocks = rows.reshape(11, -1, block)
     off = np.abs(again.reshape(blocks.shape) - blocks) / np.abs(scales)[..., None]
@@ -75,16 +77,16 @@ def test_blocks_are_a_step_off_at_most(bits, size):
 def test_what_is_not_finite_shows_in_the_scale(wrong):
     rows = np.ones((2, 64), np.float32)
     rows[1, 3] = wrong
-    _, scales = quantize.quantize_blocks(rows, 4)
+    _, scales = quantized.quantize_blocks(rows, 4)
     assert np.isfinite(scales[0]).all()
     assert not np.isfinite(scales[1]).any()
 
 
 def test_zeros_stay_zeros():
     for bits in (4, 8):
-        values, scales = quantize.quantize_blocks(np.zeros((2, 32), np.float32), bits)
-        assert not quantize.dequantize_blocks(values, scales, bits).any()
-    values, scales = quantize.quantize_channels(np.zeros((3, 2), np.float32))
+        values, scales = quantized.quantize_blocks(np.zeros((2, 32), np.float32), bits)
+        assert not quantized.dequantize_blocks(values, scales, bits).any()
+    values, scales = quantized.quantize_channels(np.zeros((3, 2), np.float32))
     assert not (values * scales).any()
     assert np.isfinite(scales).all()
 
@@ -93,12 +95,12 @@ def test_zeros_stay_zeros():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_encoding_in_steps_changes_nothing(monkeypatch, bits, by_columns):
     weight = RNG.standard_normal((64, 48)).astype(np.float32)
-    whole = pieces(quantize.encode_blocks(weight, bits, by_columns)), pieces(quantize.encode_channels(weight))
-    monkeypatch.setattr(quantize, "STEP", 200)
-    apart = pieces(quantize.encode_blocks(weight, bits, by_columns)), pieces(quantize.encode_channels(weight))
+    whole = pieces(quantized.encode_blocks(weight, bits, by_columns)), pieces(quantized.encode_channels(weight))
+    monkeypatch.setattr(quantized, "STEP", 200)
+    apart = pieces(quantized.encode_blocks(weight, bits, by_columns)), pieces(quantized.encode_channels(weight))
     for a, b in zip([*whole[0], *whole[1]], [*apart[0], *apart[1]], strict=True):
         assert np.array_equal(a, b)
-    parts = quantize.block_parts(weight.shape, bits, by_columns) + quantize.channel_parts(weight.shape)
+    parts = quantized.block_parts(weight.shape, bits, by_columns) + quantized.channel_parts(weight.shape)
     assert [part.shape for part in parts] == [array.shape for array in [*whole[0], *whole[1]]]
 
 
@@ -108,8 +110,8 @@ def test_a_kernel_by_channel_multiplies(rows):
     kernel, x = RNG.standard_normal((96, 40)).astype(np.float32), RNG.standard_normal((*rows, 96)).astype(np.float32)
     x.reshape(-1, 96)[0] *= 1000  # an outlier row costs the others nothing
     x.reshape(-1, 96)[1] = 0
-    values, scales = pieces(quantize.encode_channels(kernel))
-    weight = quantize.Channels(*tensors(quantize.channel_parts(kernel.shape), [values, scales]))
+    values, scales = pieces(quantized.encode_channels(kernel))
+    weight = quantized.Channels(*tensors(quantized.channel_parts(kernel.shape), [values, scales]))
     y = run(lambda op, p, x: layers.linear(op, x, p["weight"]), {"x": x}, weight)
     expected = x @ (values * scales)
     off = np.abs(y - expected).max(-1) / np.maximum(np.abs(x).max(-1), 1e-9)
@@ -121,22 +123,22 @@ def test_a_kernel_by_channel_multiplies(rows):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_kernel_in_blocks_multiplies(bits):
     kernel, x = RNG.standard_normal((256, 40)).astype(np.float32), RNG.standard_normal((2, 1, 256)).astype(np.float32)
-    values, scales = pieces(quantize.encode_blocks(kernel, bits, by_columns=True))
-    stored = tensors(quantize.block_parts(kernel.shape, bits, True), [values, scales])
-    weight = quantize.Blocks(stored[0], None, stored[1], bits)
+    values, scales = pieces(quantized.encode_blocks(kernel, bits, by_columns=True))
+    stored = tensors(quantized.block_parts(kernel.shape, bits, True), [values, scales])
+    weight = quantized.Blocks(stored[0], None, stored[1], bits)
     y = run(lambda op, p, x: layers.linear(op, x, p["weight"]), {"x": x}, weight)
-    expected = x @ quantize.dequantize_blocks(values, scales, bits).T
+    expected = x @ quantized.dequantize_blocks(values, scales, bits).T
     assert np.abs(y - expected).max() < 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_table_gives_rows_and_multiplies(bits):
     table, ids = RNG.standard_normal((50, 64)).astype(np.float32), RNG.integers(0, 50, (2, 3))
-    values, scales = pieces(quantize.encode_blocks(table, bits, by_columns=False))
-    stored = tensors(quantize.block_parts(table.shape, bits, False), [values, scales])
+    values, scales = pieces(quantized.encode_blocks(table, bits, by_columns=False))
+    stored = tensors(quantized.block_parts(table.shape, bits, False), [values, scales])
     flat = ir.tensor(values.reshape(50, -1), name="flat")
-    weight = quantize.Blocks(stored[0], flat, stored[1], bits)
-    rounded = quantize.dequantize_blocks(values, scales, bits)
+    weight = quantized.Blocks(stored[0], flat, stored[1], bits)
+    rounded = quantized.dequantize_blocks(values, scales, bits)
     rows = run(lambda op, p, ids: layers.embedding(op, ids, p["weight"], ir.DataType.FLOAT), {"ids": ids}, weight)
     assert np.allclose(rows, rounded[ids], atol=1e-6)
     x = RNG.standard_normal((3, 64)).astype(np.float32)
@@ -167,18 +169,18 @@ def test_what_is_stored_in_few_bits(precision):
 
 # int4-bfloat16 has no kernels on the CPU: tests/test_cuda.py
 @pytest.fixture(scope="module", params=["int8", "int4", "int4-float16"])
-def quantized(request, tmp_path_factory):
+def small(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("quantized") / request.param
     bundle.write(checkpoint.load(), path, request.param, verify=verify.verify)
     return bundle.load(path)
 
 
-def test_the_shipped_model_hardly_drifts(quantized):
+def test_the_shipped_model_hardly_drifts(small):
     """The limits that were set: top-1 agreement 99.5 % in eight bits, 98 % in four; fewer scenes than the command takes."""
-    precision = quantized.description["precision"]
+    precision = small.description["precision"]
     loaded = checkpoint.load()
     tokenizer = Tokenizer.load(SHIPPED, loaded.config)
-    engine = Session(quantized, "cpu")
+    engine = Session(small, "cpu")
     found = drift.on_scenes(Session(bundle.shipped(), "cpu"), engine, tokenizer, scenes=12, seed=3)
     assert found["tokens"] > 500
     assert found["top_1"] >= {"int8": 0.995}.get(precision, 0.98)
@@ -189,12 +191,12 @@ def test_the_shipped_model_hardly_drifts(quantized):
     assert "caption" in text
 
 
-def test_a_picture_is_rounded_without_regard_to_its_neighbors(quantized):
+def test_a_picture_is_rounded_without_regard_to_its_neighbors(small):
     """What lies beside it in a batch, however bright, changes nothing."""
-    example = verify.example(quantized.config)
-    budget = 1e-3 if quantized.description["precision"] == "int4-float16" else 1e-4  # whose products are in float16
+    example = verify.example(small.config)
+    budget = 1e-3 if small.description["precision"] == "int4-float16" else 1e-4  # whose products are in float16
     pixels, ids, lengths, capacity = example.prefill(np.float32)
-    engine, alone = Session(quantized, "cpu"), []
+    engine, alone = Session(small, "cpu"), []
     for i in range(len(lengths)):
         alone.append(engine.prefill(pixels[i : i + 1], ids[i : i + 1], lengths[i : i + 1], capacity)[0])
     together, _ = engine.prefill(pixels, ids, lengths, capacity)
@@ -203,18 +205,18 @@ def test_a_picture_is_rounded_without_regard_to_its_neighbors(quantized):
     assert np.abs(brighter[0] - together[0]).max() < budget * np.abs(together).max()
 
 
-def test_verification_is_kept(quantized):
-    precision = quantized.description["precision"]
-    rows = json.loads((quantized.path / "bundle.json").read_text())["parity"]
+def test_verification_is_kept(small):
+    precision = small.description["precision"]
+    rows = json.loads((small.path / "bundle.json").read_text())["parity"]
     assert rows[-1]["stage"] == "drift"
     assert rows[-1]["kl_mean"] <= verify.DIVERGENCES[precision]
     assert {row["part"] for row in rows} >= {"prefill logits", "decode 1 logits"}
 
 
-def test_it_is_small(quantized):
-    whole = sum(4 * np.prod(parameter.shape) for parameter in parameters(quantized.config))
+def test_it_is_small(small):
+    whole = sum(4 * np.prod(parameter.shape) for parameter in parameters(small.config))
     shares = {"int8": 0.36, "int4": 0.42, "int4-float16": 0.35}  # of float32; the small vision tower weighs most here
-    assert quantized.weight_bytes < shares[quantized.description["precision"]] * whole
+    assert small.weight_bytes < shares[small.description["precision"]] * whole
 
 
 def test_drift_sees_a_difference():
@@ -230,22 +232,22 @@ def test_drift_sees_a_difference():
 
 def test_a_wrong_graph_is_noticed(tmp_path, monkeypatch):
     """Nibbles the wrong way round."""
-    pack = quantize.quantize_blocks
+    pack = quantized.quantize_blocks
 
     def swapped(rows, bits):
         values, scales = pack(rows, bits)
         return values << 4 | values >> 4, scales
 
-    monkeypatch.setattr(quantize, "quantize_blocks", swapped)
+    monkeypatch.setattr(quantized, "quantize_blocks", swapped)
     with pytest.raises(PaliGemmaError, match="differs from the reference by more than"):
         bundle.write(checkpoint.load(), tmp_path / "out", "int4", verify=verify.verify)
     assert not list(tmp_path.iterdir())
 
 
-def test_another_models_bundle_is_refused(tmp_path, quantized):
-    config = replace(quantized.config, max_length=99)
-    opened = replace(quantized, config=config)
-    assert opened.config != quantized.config
+def test_another_models_bundle_is_refused(tmp_path, small):
+    config = replace(small.config, max_length=99)
+    opened = replace(small, config=config)
+    assert opened.config != small.config
     small = tmp_path / "small"
     loaded = checkpoint.load()
     bundle.write(replace(loaded, config=config), small)

@@ -16,7 +16,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_every_file_it_names_exists():
     names = set(re.findall(r"`([\w./]+\.(?:py|png))`", README)) | set(re.findall(r"\]\(([\w./]+)\)", README))
     assert len(names) > 20
-    known = {file.name for folder in ("numpy_ref", "torch_impl", "export") for file in (ROOT / folder).glob("*.py")}
+    known = {file.name for folder in ("numpy_ref", "torch_impl", "export") for file in (ROOT / folder).rglob("*.py")}
     for name in names:
         assert name in known or (ROOT / name).exists(), name
 

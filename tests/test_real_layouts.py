@@ -69,7 +69,7 @@ def test_rows_past_the_tokenizer_are_never_drawn(rows):
     """Google's table ends with the last segmentation token; transformers pads it with an image token and noise."""
     from dataclasses import replace
 
-    from numpy_ref.sampling import sample
+    from numpy_ref.model.sampling import sample
     from numpy_ref.tokenizer import known_ids
 
     config = VARIANTS["paligemma-3b-224"]

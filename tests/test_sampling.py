@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numpy_ref.sampling import invert_cdf, keep_top_p, sample
+from numpy_ref.model.sampling import invert_cdf, keep_top_p, sample
 
 KNOWN = np.array([True] * 6 + [False])
 

@@ -7,9 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from numpy_ref import detection
-from torch_impl import evaluate, questions, scenes
-from torch_impl.scenes import Scene, Thing
+from numpy_ref import detection, scenes
+from numpy_ref.scenes import Scene, Thing, evaluate, questions
 
 
 def no_mask(mask, box):
@@ -160,9 +159,9 @@ def test_misnaming():
 def test_misnaming_begins_where_it_should():
     """Before that, and where a suffix repeats the prefix, every name is right."""
     from numpy_ref.checkpoint import SHIPPED, load_config
-    from numpy_ref.segmentation import find, load
+    from numpy_ref.model.segmentation import find, load
     from numpy_ref.tokenizer import Tokenizer
-    from torch_impl.data import Scenes
+    from torch_impl.train.data import Scenes
 
     tokenizer, codec = Tokenizer.load(SHIPPED, load_config(SHIPPED)), load(find(SHIPPED))
     clean, later = (
@@ -191,9 +190,9 @@ def test_f1_by_hand():
 
 
 def test_mask_iou_of_right_and_wrong_answers():
-    from numpy_ref import segmentation
     from numpy_ref.checkpoint import SHIPPED
-    from torch_impl.segmentation import Speller
+    from numpy_ref.model import segmentation
+    from torch_impl.model.segmentation import Speller
 
     codec = segmentation.load(segmentation.find(SHIPPED))
     masks = partial(segmentation.decode, codec)

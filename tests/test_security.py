@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from export import bundle, serve, session
-from numpy_ref import checkpoint, segmentation, storage
+from numpy_ref import checkpoint, storage
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import FORMATS, open_image
+from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer
 
 from .fuzz import corpus

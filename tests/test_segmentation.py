@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from numpy_ref import segmentation
+from numpy_ref import scenes
 from numpy_ref.checkpoint import SHIPPED, flatten
 from numpy_ref.errors import PaliGemmaError
-from torch_impl import scenes
+from numpy_ref.model import segmentation
 from torch_impl.load import to_tensor
-from torch_impl.segmentation import Codec, CodecConfig, Speller, random_masks, save
+from torch_impl.model.segmentation import Codec, CodecConfig, Speller, random_masks, save
 
 from .cases import random_like
 

@@ -8,13 +8,15 @@ import torch
 
 from export import bundle
 from export.session import Session
-from numpy_ref import checkpoint, segmentation
+from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.generate import NumpyEngine, answers, generate
 from numpy_ref.image import preprocess
+from numpy_ref.model import segmentation
+from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer
-from torch_impl import evaluate, recipe
 from torch_impl.load import TorchEngine
+from torch_impl.train import recipe
 
 COUNT = 50
 

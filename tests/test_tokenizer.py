@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.tokenizer import LOCATIONS, SEGMENTS, Json, SentencePiece, Stream, Tokenizer, known_ids
-from numpy_ref.tokenizer_json import convert
+from numpy_ref.tokenizer.convert import convert
 
 from .models import CONFIGS
 

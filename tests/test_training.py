@@ -21,20 +21,21 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from export import bundle
-from numpy_ref import checkpoint, paligemma, segmentation
+from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.model import paligemma, segmentation
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
-from torch_impl import data, pretrain, recipe, tokenizer_training, training
 from torch_impl.load import from_params, load, to_params
-from torch_impl.paligemma import PaliGemma
-from torch_impl.train import prefix_lm_loss
+from torch_impl.model.paligemma import PaliGemma
+from torch_impl.train import data, loop, prefix_lm_loss, pretrain, recipe
+from torch_impl.train import tokenizer as tokenizer_training
 
 from . import faults
 from .models import CONFIGS, random_batch, random_params
 from .test_checkpoint import same
 
-SETTINGS = training.Settings(12, 4, peak=1e-3, warmup=3, bfloat16=False)
+SETTINGS = loop.Settings(12, 4, peak=1e-3, warmup=3, bfloat16=False)
 
 
 def test_the_loss_is_the_mean_over_suffix_tokens_then_rows():
@@ -83,7 +84,7 @@ def test_no_gradient_from_padding():
 
 def test_the_learning_rate():
     settings = replace(SETTINGS, steps=1000, peak=1.0, warmup=100, decay=0.5)
-    rates = [training.learning_rate(step, settings) for step in range(1000)]
+    rates = [loop.learning_rate(step, settings) for step in range(1000)]
     assert rates[0] == 0.01
     assert max(rates) == rates[99] == rates[500] == 1.0
     assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
@@ -119,7 +120,7 @@ def run(folder, tokenizer, settings, model=None, **options):
     """Train a fresh model on scenes."""
     model = model or fresh()
     examples = data.Scenes(tokenizer, segmentation.load(segmentation.find(SHIPPED)), 96, seed=3)
-    training.fit(model, prefix_lm_loss, examples, partial(data.collate, pad=0), settings, folder, **options)
+    loop.fit(model, prefix_lm_loss, examples, partial(data.collate, pad=0), settings, folder, **options)
     return to_params(model)
 
 
@@ -131,7 +132,7 @@ def test_a_few_steps_lower_the_loss(tmp_path, tokenizer, optimizer):
     batch = data.collate([examples[i] for i in range(32)], 0)
     with torch.inference_mode():
         assert prefix_lm_loss(model, batch) < 0.7 * prefix_lm_loss(fresh(), batch)
-    with (tmp_path / training.LOG).open() as stream:
+    with (tmp_path / loop.LOG).open() as stream:
         rows = list(csv.DictReader(stream))
     assert rows[-1]["step"] == "40"
     assert set(rows[0]) == {"step", "seconds", "loss", "rate"}
@@ -147,10 +148,10 @@ class StopError(Exception):
     ids=["adamw", "muon in bfloat16", "accumulated"],
 )
 def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, changes, monkeypatch):
-    monkeypatch.setattr(training, "LOG_EVERY", 5)
+    monkeypatch.setattr(loop, "LOG_EVERY", 5)
     settings = replace(SETTINGS, **changes)
     whole = run(tmp_path / "whole", tokenizer, settings)
-    step, steps = training._step, []
+    step, steps = loop._step, []
 
     def interrupted(*arguments):
         steps.append(1)
@@ -158,14 +159,14 @@ def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, change
             raise StopError
         return step(*arguments)
 
-    monkeypatch.setattr(training, "_step", interrupted)
+    monkeypatch.setattr(loop, "_step", interrupted)
     with pytest.raises(StopError):
         run(tmp_path / "parts", tokenizer, settings, save_every=0)
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(loop, "_step", step)
     assert same(run(tmp_path / "parts", tokenizer, settings), whole)
     logs = []
     for name in ("whole", "parts"):
-        with (tmp_path / name / training.LOG).open() as stream:
+        with (tmp_path / name / loop.LOG).open() as stream:
             logs.append(list(csv.DictReader(stream)))
     assert [[row[key] for key in ("step", "loss", "rate")] for row in logs[0]] == [
         [row[key] for key in ("step", "loss", "rate")] for row in logs[1]
@@ -174,7 +175,7 @@ def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, change
 
 def test_a_kill_costs_no_more_than_the_last_interval(tmp_path, tokenizer, monkeypatch):
     """By a clock on which a step takes a second and all else nothing."""
-    clock, step = itertools.count(), training._step
+    clock, step = itertools.count(), loop._step
     now = [next(clock)]
 
     def timed(*arguments):
@@ -183,11 +184,11 @@ def test_a_kill_costs_no_more_than_the_last_interval(tmp_path, tokenizer, monkey
             raise StopError
         return step(*arguments)
 
-    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(training, "_step", timed)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop, "_step", timed)
     with pytest.raises(StopError):
         run(tmp_path, tokenizer, SETTINGS, save_every=2.5)
-    assert faults.steps_of(tmp_path / training.STATE) == 9  # kept after steps 3, 6 and 9
+    assert faults.steps_of(tmp_path / loop.STATE) == 9  # kept after steps 3, 6 and 9
 
 
 def test_left_overs_of_a_killed_run_are_removed(tmp_path, tokenizer):
@@ -195,18 +196,18 @@ def test_left_overs_of_a_killed_run_are_removed(tmp_path, tokenizer):
     for name in ("state.123.part", ".tmpAbC123"):
         (tmp_path / name).write_bytes(b"half")
     run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
-    assert {file.name for file in tmp_path.iterdir()} == {training.STATE, training.LOG}
+    assert {file.name for file in tmp_path.iterdir()} == {loop.STATE, loop.LOG}
 
 
 def test_a_state_that_cannot_be_kept(tmp_path, tokenizer, monkeypatch):
     """The folder vanishes in the middle: one line that names it."""
-    step = training._step
+    step = loop._step
 
     def vanish(*arguments):
         shutil.rmtree(tmp_path / "state", ignore_errors=True)
         return step(*arguments)
 
-    monkeypatch.setattr(training, "_step", vanish)
+    monkeypatch.setattr(loop, "_step", vanish)
     with pytest.raises(PaliGemmaError, match=r"state/(log\.csv: cannot be written|state\.safetensors: cannot keep)"):
         run(tmp_path / "state", tokenizer, replace(SETTINGS, steps=2), save_every=0)
 
@@ -215,20 +216,20 @@ def test_a_full_disk_keeps_the_state_that_was_kept(tmp_path, tokenizer):
     """No file may grow: training says so in one line, what was kept before is whole, and the next run goes on."""
     once, twice = (replace(SETTINGS, steps=steps) for steps in (1, 2))
     run(tmp_path, tokenizer, once)
-    kept = (tmp_path / training.STATE).read_bytes()
+    kept = (tmp_path / loop.STATE).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
         with pytest.raises(PaliGemmaError, match=r"state\.safetensors: cannot keep the state of training .*too large"):
             run(tmp_path / "new", tokenizer, twice)
         with pytest.raises(PaliGemmaError, match="cannot keep"):
-            training._save(tmp_path / training.STATE, fresh(), [], {})
+            loop._save(tmp_path / loop.STATE, fresh(), [], {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / training.STATE).read_bytes() == kept
+    assert (tmp_path / loop.STATE).read_bytes() == kept
     run(tmp_path / "new", tokenizer, twice)
-    assert faults.steps_of(tmp_path / "new" / training.STATE) == 2
-    assert {file.name for file in (tmp_path / "new").iterdir()} == {training.STATE, training.LOG}
+    assert faults.steps_of(tmp_path / "new" / loop.STATE) == 2
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {loop.STATE, loop.LOG}
 
 
 def test_accumulated_batches_are_one_larger_batch(tmp_path, tokenizer):
@@ -253,7 +254,7 @@ def test_another_run_is_not_gone_on_with(tmp_path, tokenizer):
     run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
     with pytest.raises(PaliGemmaError, match=r"was begun with steps 1, batch_size 4"):
         run(tmp_path, tokenizer, replace(SETTINGS, steps=2, batch_size=5))
-    (tmp_path / training.STATE).write_bytes(b"nonsense")
+    (tmp_path / loop.STATE).write_bytes(b"nonsense")
     with pytest.raises(PaliGemmaError, match="not a state of training"):
         run(tmp_path, tokenizer, SETTINGS)
 
@@ -299,7 +300,7 @@ def test_fine_tuning_end_to_end(own_data, tmp_path):
     assert foreign.config.text_config.vocab_size == loaded.config.text.vocab
     record = json.loads((output / "training.json").read_text())
     assert record["arguments"]["steps"] == 60
-    assert (output / training.LOG).read_text().startswith("step,seconds,loss,rate")
+    assert (output / loop.LOG).read_text().startswith("step,seconds,loss,rate")
 
 
 def test_bfloat16_results(own_data, tmp_path):
@@ -313,7 +314,7 @@ def test_killed_at_random_moments(own_data, tmp_path):
     options = ["--data", own_data, "--steps", 40, "--batch-size", 2, "--learning-rate", 1e-3, "--float32"]
     assert call(*options, "--output", tmp_path / "whole").returncode == 0
     moments, kills = random.Random(0), 0
-    state, result = tmp_path / "parts.training" / training.STATE, tmp_path / "parts"
+    state, result = tmp_path / "parts.training" / loop.STATE, tmp_path / "parts"
     while not result.exists():
         before = modified(state)
         process = subprocess.Popen(
@@ -351,7 +352,7 @@ def test_changed_data_are_not_gone_on_with(own_data, tmp_path, tokenizer):
     assert fingerprint(own_data) != first
     with pytest.raises(PaliGemmaError, match="was begun with from"):
         run(tmp_path / "state", tokenizer, once, about={"from": fingerprint(own_data)})
-    assert (tmp_path / "state" / training.STATE).exists()
+    assert (tmp_path / "state" / loop.STATE).exists()
     assert fingerprint(SHIPPED) == fingerprint(SHIPPED) != fingerprint(None)
 
 
@@ -405,7 +406,7 @@ def test_the_whole_recipe_in_small(tmp_path, monkeypatch):
 
 def test_evaluating_and_drawing_from_the_command_line(tmp_path):
     """Through the bundle; only what is printed and drawn is looked at here."""
-    modules = {name: [sys.executable, "-m", f"torch_impl.{name}"] for name in ("evaluate", "gallery")}
+    modules = {name: [sys.executable, "-m", f"export.{name}"] for name in ("evaluate", "gallery")}
     result = subprocess.run([*modules["evaluate"], "--scenes", "3", "--json"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)

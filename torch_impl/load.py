@@ -6,11 +6,11 @@ import torch
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import FirstNotFinite, check_room
-from numpy_ref.segmentation import decoder_of
+from numpy_ref.model.segmentation import decoder_of
 from numpy_ref.storage import bfloat16, check_finite
 
-from .layers import upcast
-from .paligemma import PaliGemma
+from .model.layers import upcast
+from .model.paligemma import PaliGemma
 
 
 def load(path=checkpoints.SHIPPED, dtype=torch.float32):

@@ -3,7 +3,7 @@
 import ctypes
 import re
 
-from export.cuda import ON_DEVICE, call
+from ..session.cuda import ON_DEVICE, call
 
 GIB = 2**30
 PRODUCTS = ("libcublas.so.13", "libcublas.so.12", "cublas64_13.dll", "cublas64_12.dll")

@@ -4,11 +4,11 @@ import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from export import cuda
 from numpy_ref.generate import generate
-from numpy_ref.sampling import Sampling
+from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer
 
+from ..session import cuda
 from . import models
 from .correctness import PROMPTS
 from .stage import LABEL, NotHere, Settings

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from export.session import CUDA, choose_provider
 from numpy_ref import cli, storage
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
+from ..session import CUDA, choose_provider
 from . import models
 from .stage import AGAIN, DIFFERS, FAILED, LABEL, NOT_HERE, Report, Settings, status_of, work
 

@@ -4,14 +4,15 @@ from functools import cache
 
 import numpy as np
 
-from export import cuda, weights
-from export.verify import BUDGETS, STEPS, relative_error
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref import paligemma
 from numpy_ref.generate import NumpyEngine, answers, generate, pad_prompts
-from numpy_ref.sampling import sample
+from numpy_ref.model import paligemma
+from numpy_ref.model.sampling import sample
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
+from ..bundle import weights
+from ..session import cuda
+from ..verify import BUDGETS, STEPS, relative_error
 from . import models
 from .stage import LABEL, Settings
 

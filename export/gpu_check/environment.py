@@ -8,8 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import onnxruntime
 
-from export import cuda
-
+from ..session import cuda
 from . import bandwidth
 from .stage import NotHere, Settings
 

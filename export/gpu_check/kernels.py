@@ -13,9 +13,10 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from export import cuda, peers
 from numpy_ref.generate import pad_prompts
 
+from ..benchmark import peers
+from ..session import cuda
 from . import models
 from .stage import LABEL, NotHere, Settings
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from export import bundle as bundles
-from export import weights
-from export.device import GRAPH, DeviceSession
-from export.layers import OPERATORS
-from export.session import open_session
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint.synthetic import scale_of
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import open_image, preprocess
-from numpy_ref.synthetic import scale_of
 from numpy_ref.tokenizer import known_ids
 
+from .. import bundle as bundles
+from ..bundle import weights
+from ..model.layers import OPERATORS
+from ..session import open_session
+from ..session.device import GRAPH, DeviceSession
 from .stage import NotHere, Settings
 
 PICTURE = checkpoints.SHIPPED / "example.png"
@@ -66,8 +66,8 @@ def shipped(settings: Settings, name: str):
 @cache
 def sources() -> str:
     """A digest of this project's code: a folder that is kept has bundles of several versions."""
-    root = Path(__file__).parent.parent
-    files = [*sorted(root.glob("*.py")), *sorted(root.parent.glob("numpy_ref/*.py")), Path(__file__)]
+    root = Path(__file__).parents[2]
+    files = sorted(file for package in ("numpy_ref", "export") for file in (root / package).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

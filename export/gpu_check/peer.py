@@ -8,13 +8,13 @@ from functools import cache
 
 import numpy as np
 
-from export import peers
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint.layouts import canonical
 from numpy_ref.config import to_hf
 from numpy_ref.image import open_image, preprocess
-from numpy_ref.layouts import canonical
 from numpy_ref.storage import bfloat16
 
+from ..benchmark import peers
 from . import models
 from .stage import LABEL, NotHere, Settings
 

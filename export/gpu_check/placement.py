@@ -7,8 +7,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from export.session import CPU, CUDA
-
+from ..session import CPU, CUDA
 from . import models
 from .stage import LABEL, NotHere, Settings
 

@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 
-from export import cuda, peers
-from export.benchmark import weight_bytes
 from numpy_ref.generate import generate, pad_prompts
 
+from ..benchmark import peers, weight_bytes
+from ..session import cuda
 from . import bandwidth, models
 from .stage import LABEL, Settings
 

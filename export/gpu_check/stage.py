@@ -18,8 +18,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.cuda import MissingError
 from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
+
+from ..session.cuda import MissingError
 
 OK, DIFFERS, FAILED, NOT_HERE = "ok", "differs", "failed", "not here"
 LABEL = 32  # how wide the names of parts are printed

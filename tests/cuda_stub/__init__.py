@@ -78,7 +78,7 @@ def build() -> Path:
     Test processes that come here together each build, and one's folder stays. Raises CalledProcessError, with what the
     compiler says on stderr, if the sources do not compile.
     """
-    from export.checked import cache_folder
+    from export.bundle.digests import cache_folder
 
     folder = cache_folder() / "cuda_stub" / _digest()
     if folder.exists():

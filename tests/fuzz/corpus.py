@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.numpy import save
 
 from export import bundle
-from numpy_ref import checkpoint, segmentation, storage
+from numpy_ref import checkpoint, storage
 from numpy_ref.checkpoint import SHIPPED, flatten, unflatten
 from numpy_ref.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig, to_hf
+from numpy_ref.model import segmentation
 
 from ..models import random_params
 
@@ -146,7 +147,7 @@ def tokenizer() -> list[bytes]:
 
 
 def tokenizer_json() -> list[bytes]:
-    from numpy_ref.tokenizer_json import tokenizer_json
+    from numpy_ref.tokenizer.convert import tokenizer_json
 
     content = {"<loc0000>": 400, "<seg000>": 401}
     return [json.dumps(tokenizer_json(tokenizer_model(), content, 402)).encode()]

@@ -14,10 +14,11 @@ import onnx
 from sentencepiece import sentencepiece_model_pb2
 
 from export import bundle, serve, session
-from numpy_ref import checkpoint, cli, detection, image, segmentation, tokenizer
+from numpy_ref import checkpoint, cli, detection, image, tokenizer
 from numpy_ref.checkpoint import SHIPPED, flatten
 from numpy_ref.generate import generate
-from numpy_ref.sampling import Sampling
+from numpy_ref.model import segmentation
+from numpy_ref.model.sampling import Sampling
 
 from . import corpus, mutate
 
@@ -122,7 +123,7 @@ def _speak(folder):
 
 def tokenizer_model(folder):
     """tokenizer.model, and its translation to tokenizer.json."""
-    from numpy_ref.tokenizer_json import convert
+    from numpy_ref.tokenizer.convert import convert
 
     def read(data):
         (folder / "tokenizer.model").write_bytes(data)
@@ -256,7 +257,7 @@ def prompt_file(folder):
 
 def json_lines(folder):
     """Examples to train on."""
-    from torch_impl.data import JsonLines
+    from torch_impl.train.data import JsonLines
 
     speaker = tokenizer.Tokenizer(tokenizer.SentencePiece(corpus.tokenizer_model()), corpus.tokenizer_config())
     shutil.copy(PICTURE, folder / "picture.png")

@@ -20,7 +20,7 @@ except ImportError:
     atheris = None
 
 #: Where new ways through the code are looked for, if atheris is there to see them.
-INSTRUMENTED = ["numpy_ref", "export.bundle", "export.session", "export.serve", "torch_impl.data"]
+INSTRUMENTED = ["numpy_ref", "export.bundle", "export.session", "export.serve", "torch_impl.train.data"]
 BAD = 77
 BEGUN = time.monotonic()
 

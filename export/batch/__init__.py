@@ -1,0 +1,365 @@
+"""run-onnx-batch: a prompt over a data set, an answer a line in the order of its rows.
+
+A batch is consecutive rows from a multiple of its size on; one worker answers it, and its lines are written at once,
+after those of the batch before. So the work file always holds the first rows, and to go on is to cut off an unfinished
+end and begin behind it. A row draws from a generator of its own, seeded with [seed, row]; so its answer is the same in
+any batch, by any worker, whenever (but for rounding, where two tokens are equally likely to the last bit or so).
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from numpy_ref import cli, detection, generate, storage
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.image import preprocess
+from numpy_ref.model.sampling import Sampling
+from numpy_ref.tokenizer import Tokenizer
+
+from .. import bundle as bundles
+from ..bundle import Bundle
+from ..session import CPU, make, place
+from .dataset import Folder, JsonLines, Parquet, Row
+
+PROG = "run-onnx-batch"
+_BAR = {
+    "unit": " pictures", "bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+    "disable": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, as every worker is told it."""
+
+    rows: Folder | JsonLines | Parquet
+    bundle: Bundle
+    prompt: str | None = None  # of rows without one
+    max_new_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    boxes: str = "big_vision"
+    provider: str = "auto"
+
+    def settings(self) -> dict:
+        """All that an answer depends on, as plain values: it must be the same to go on."""
+        described = bundles.sha256(self.bundle.path / bundles.DESCRIPTION)  # it holds the checksums of the rest
+        options = {"prompt": self.prompt, "max_new_tokens": self.max_new_tokens, **asdict(self.sampling)}
+        options |= {"boxes": self.boxes, "provider": self.provider}
+        return {"input": self.rows.digest, "bundle": described, **options}
+
+
+def run(job: Job, output: Path, batch_size: int, start_workers) -> tuple[int, int]:
+    """Answer every row into the new file `output`; how many rows, and how many of them errors.
+
+    `start_workers(job)` is a context in which there is a function from the first rows of batches, and their size, to
+    the answers of each batch in order: `workers` below, or `batch_ray.workers`. Raises PaliGemmaError; what was written
+    by then stays in the work file.
+    """
+    count = len(job.rows)
+    with work_file(output, job.settings()) as work:
+        begun = work.keep(count, batch_size)
+        if begun:
+            print(f"{PROG}: going on from row {begun} of {count}", file=sys.stderr)
+        with start_workers(job) as answer, tqdm(total=count, initial=begun, **_BAR) as bar:
+            for answers in answer(range(begun, count, batch_size), batch_size):
+                work.write(answers)
+                bar.update(len(answers))
+        work.finish(count)
+    return work.rows, work.errors
+
+
+# --- a worker ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row that can be asked: its prompt as text and ids, its picture as pixel values [1, 3, S, S]."""
+
+    row: Row
+    prompt: str
+    ids: list[int]
+    new_tokens: int
+    pixel_values: np.ndarray
+    width: int
+    height: int
+
+
+class Worker:
+    """A session that answers batches."""
+
+    def __init__(self, job: Job, threads: int):
+        self.job, self.engine = job, make(job.bundle, job.provider, threads)
+        self.tokenizer = Tokenizer.load(job.bundle.path, job.bundle.config)
+        self.known = self.tokenizer.known()
+
+    def answers(self, begins, size):
+        """Yield the answers of each batch, a list of dict. The next one's pictures are read meanwhile."""
+        for prepared in one_ahead(lambda begin: self.prepare(begin, size), begins):
+            yield self.answer(prepared)
+
+    def prepare(self, begin: int, size: int) -> list[Question | dict]:
+        """The questions of a batch; in place of one that cannot be asked, the answer that says why."""
+        return [self._prepare(row) for row in self.job.rows.read(begin, begin + size)]
+
+    def answer(self, prepared) -> list[dict]:
+        """The answers of a batch that was prepared."""
+        asked = [each for each in prepared if isinstance(each, Question)]
+        answered = iter(self._generate(asked) if asked else [])
+        return [self._told(each, next(answered)) if isinstance(each, Question) else each for each in prepared]
+
+    def _prepare(self, row: Row) -> Question | dict:
+        try:
+            prompt = row.question(self.job.prompt)
+            ids = self.tokenizer.prompt(prompt)
+            new_tokens, _ = cli.budget(self.engine, ids, self.job.max_new_tokens)
+            image = row.picture()
+        except PaliGemmaError as error:
+            prompt = self.job.prompt if row.prompt is None else row.prompt
+            return _head(row, prompt if isinstance(prompt, str) else None) | {"error": " ".join(str(error).split())}
+        pixel_values = preprocess(image, self.engine.config.vision.image_size, resize=self.engine.resize)
+        return Question(row, prompt, ids, new_tokens, pixel_values, image.width, image.height)
+
+    def _generate(self, asked) -> list[list[int]]:
+        """The ids of each answer."""
+        sampling, first, last = self.job.sampling, asked[0].row.number, asked[-1].row.number
+        pixel_values = np.concatenate([question.pixel_values for question in asked])
+        prompts = [question.ids for question in asked]
+        new_tokens = np.array([question.new_tokens for question in asked])
+        seeds = [[sampling.seed, question.row.number] for question in asked]
+        tokens = generate.generate(self.engine, pixel_values, prompts, self.known, new_tokens, sampling, seeds=seeds)
+        try:
+            rows = generate.answers(list(tokens), self.engine.config.eos)
+        except Exception as error:  # the runtime's exceptions have no common class
+            reason = f"rows {first} to {last}: the model failed ({error})"
+            raise PaliGemmaError(f"{reason}; if memory is short, a smaller --batch-size takes less") from error
+        return [row[:most] for row, most in zip(rows, new_tokens, strict=True)]
+
+    def _told(self, question: Question, ids) -> dict:
+        text = self.tokenizer.decode(ids)
+        boxes = detection.parse(text, question.width, question.height, self.job.boxes)
+        found = {"text": text, "tokens": ids, "boxes": [box.as_json() for box in boxes]}
+        return _head(question.row, question.prompt) | found
+
+
+def _head(row: Row, prompt) -> dict:
+    return {"row": row.number, "image": row.image_name, "prompt": prompt}
+
+
+def one_ahead(function, items):
+    """Yield function(item) for each item, in order, while a thread is at work on the next."""
+    with ThreadPoolExecutor(1) as thread:
+        before = None
+        for item in items:
+            coming = thread.submit(function, item)
+            if before:
+                yield before.result()
+            before = coming
+        if before:
+            yield before.result()
+
+
+# --- workers on this machine -------------------------------------------------------------------------------
+
+
+@contextmanager
+def workers(job: Job, count: int = 1, threads: int = 0):
+    """One worker in this process, or `count` in a process each that share `threads` (0: all cores) evenly."""
+    # Said once, not by every worker.
+    job = replace(job, provider="cpu" if place(job.bundle, job.provider) == CPU else "cuda")
+    if count == 1:
+        yield Worker(job, threads).answers
+        return
+    share = max(1, (threads or os.cpu_count()) // count)
+    with ExitStack() as stack:
+        crew = [stack.enter_context(Process(job, share)) for _ in range(count)]
+        for process in crew:
+            process.hear()
+        yield partial(in_turn, crew)
+
+
+def in_turn(crew, begins, size):
+    """Yield the answers of each batch; of n workers the first has batches 0, n, 2n, …
+
+    A worker that is ahead of its turn is stopped by its pipe when that is full, so nothing piles up.
+    """
+    for i, process in enumerate(crew):
+        process.tell(begins[i :: len(crew)], size)
+    for i in range(len(begins)):
+        yield crew[i % len(crew)].hear()
+
+
+class Process:
+    """A worker in a process of its own."""
+
+    def __init__(self, job: Job, threads: int):
+        context = multiprocessing.get_context("spawn")  # a fork would copy the runtime's locks
+        self.line, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, job, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def tell(self, begins, size) -> None:
+        """Which batches to answer."""
+        with self._alive():
+            self.line.send((begins, size))
+
+    def hear(self):
+        """What it says next: None once it is ready, then the answers of its batches."""
+        with self._alive():
+            told = self.line.recv()
+        if isinstance(told, PaliGemmaError):
+            raise told
+        return told
+
+    @contextmanager
+    def _alive(self):
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            self.process.join()
+            code = self.process.exitcode
+            raise PaliGemmaError(f"a worker stopped (exit code {code}); the same command again goes on") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.line.close()
+        self.process.terminate()
+        self.process.join()
+        self.process.close()
+
+
+def _work(line, job, threads):
+    """What the process of a worker does until the line is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one answers it
+    with suppress(EOFError, ConnectionError):  # the first process is gone
+        try:
+            worker = Worker(job, threads)
+            line.send(None)
+            while True:
+                for answers in worker.answers(*line.recv()):
+                    line.send(answers)
+        except PaliGemmaError as error:
+            line.send(error)
+
+
+# --- the work file -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def work_file(output: Path, settings: dict):
+    """A Work to write `output` with. What another run with these settings left behind is taken over.
+
+    Raises PaliGemmaError, and touches nothing, if there is an output, other settings or another process at work.
+    """
+    storage.absent(output, "file")
+    part = output.with_name(f"{output.name}.part")
+    notes = output.with_name(f"{output.name}.part.json")
+    with ExitStack() as stack:
+        with _written(output):
+            file = stack.enter_context(part.open("a+b"))
+            _lock(file, part)
+            if part.stat().st_size:
+                _check_settings(part, notes, settings)
+            else:
+                notes.write_text(json.dumps(settings) + "\n")
+        work = Work(output, part, notes, file)
+        try:
+            yield work
+        finally:
+            if not work.rows:
+                file.close()
+                part.unlink()
+                notes.unlink()
+
+
+class Work:
+    """The answers so far, in OUT.part; the settings they were given with are in OUT.part.json."""
+
+    def __init__(self, output: Path, part: Path, notes: Path, file):
+        self.output, self.part, self.notes, self.file = output, part, notes, file
+        self.rows = self.errors = 0
+
+    def keep(self, count: int, batch_size: int) -> int:
+        """Keep the answers of whole batches from row 0 on, cut off what follows; how many rows are kept."""
+        self.file.seek(0)
+        rows = errors = place = end = 0
+        for line in self.file:
+            answer = _answer(line)
+            if answer is None or answer.get("row") != rows or rows == count:
+                break
+            rows, errors, place = rows + 1, errors + ("error" in answer), place + len(line)
+            if rows % batch_size == 0 or rows == count:
+                self.rows, self.errors, end = rows, errors, place
+        self.file.truncate(end)
+        return self.rows
+
+    def write(self, answers) -> None:
+        """Add the answers of a batch."""
+        with _written(self.part):
+            self.file.write("".join(f"{json.dumps(answer)}\n" for answer in answers).encode())
+            self.file.flush()
+        self.rows += len(answers)
+        self.errors += sum("error" in answer for answer in answers)
+
+    def finish(self, count: int) -> None:
+        """Give the file its name, once it holds an answer to each of `count` rows."""
+        if self.rows != count:
+            raise PaliGemmaError(f"{self.part}: {self.rows} answers to {count} rows; a worker lost some")
+        storage.absent(self.output, "file")
+        with _written(self.output):
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.part.rename(self.output)
+            self.notes.unlink()
+
+
+def _answer(line: bytes) -> dict | None:
+    """The answer of a whole line; None where the line was cut off, or is something else."""
+    try:
+        answer = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def _check_settings(part, notes, settings) -> None:
+    try:
+        before = storage.read_json(notes)
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{part}: {error}, so it cannot go on; remove it to begin anew") from None
+    changed = [name for name, value in settings.items() if not isinstance(before, dict) or before.get(name) != value]
+    if changed:
+        names = ", ".join(name.replace("_", "-") for name in changed)
+        raise PaliGemmaError(f"{part} was begun with another {names}; go on with the same, or remove it to begin anew")
+
+
+def _lock(file, part) -> None:
+    """Keep a second process away from a work file; the lock goes with this process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nobody is kept away
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PaliGemmaError(f"{part}: another process is at work on it") from None
+
+
+@contextmanager
+def _written(output):
+    try:
+        yield
+    except OSError as error:
+        raise PaliGemmaError(f"{output}: cannot be written ({error.strerror or error})") from None

@@ -1,0 +1,391 @@
+"""The bundle: a directory with everything that a host needs to run the model, and its description."""
+
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from numpy_ref import __version__, storage
+from numpy_ref import checkpoint as checkpoints
+from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
+from numpy_ref.errors import PaliGemmaError, quote
+from numpy_ref.image import RESIZES
+from numpy_ref.model import segmentation
+from numpy_ref.tokenizer import Tokenizer, known_ids
+from numpy_ref.tokenizer.convert import convert
+
+from ..model import graphs
+from ..model.layers import FUSED, HALF, PORTABLE
+from . import digests, prepack, weights
+
+FORMAT = "paligemma-onnx"
+VERSION = 1
+DESCRIPTION = "bundle.json"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+GRAPHS = ("prefill", "decode", "preprocess", "sample")  # that every bundle has
+ROTATED = 16  # what divides the head sizes that GroupQueryAttention rotates
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose files were checked."""
+
+    path: Path
+    config: PaliGemmaConfig
+    description: dict
+
+    @property
+    def max_length(self) -> int:
+        return self.description["max_length"]
+
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether the weights are there in the order of this machine's kernels too."""
+        return self.description.get("prepacked") == prepack.processor()
+
+    @property
+    def operators(self) -> str:
+        """Which set of operators its graphs have."""
+        return self.description.get("operators", PORTABLE)
+
+    @property
+    def only_for_cpu(self) -> str:
+        """Why it cannot run wholly on a CUDA device, and what to do about it; empty if it can."""
+        precision = self.description["precision"]
+        if weights.stream_dtype(precision) not in HALF:
+            if precision in weights.QUANTIZED:
+                return f"an {precision} bundle is for the CPU; for CUDA export it with --precision int4-float16"
+            if self.operators != PORTABLE:
+                advice = "--precision float16, or --operators portable"
+                return f"a float32 bundle with fused operators is for the CPU; for CUDA export it with {advice}"
+        if "sample_device" not in self.description["graphs"]:
+            return "it has no graph that samples on the device, as newer bundles have; for CUDA export it again"
+        return ""
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.description["files"][weights.FILE]["bytes"]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle will hold, known before a byte of it is written."""
+
+    placed: dict[str, weights.Stored]
+    made: dict[str, bytes]  # file name -> its bytes
+    copies: dict[str, Path]  # file name -> where it lies now
+    description: dict
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file; of the description as it is before `--verify` adds its table."""
+        sizes = {name: entry["bytes"] for name, entry in self.description["files"].items()}
+        return {**sizes, DESCRIPTION: len(_as_json(self.description))}
+
+
+def plan(checkpoint, precision="float32", max_length=None, operators=None, residual=None) -> dict:
+    """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint."""
+    contents = prepare(checkpoint, precision, max_length, operators, residual)
+    return {"files": contents.sizes, "memory": weights.memory(contents.placed)}
+
+
+def prepare(checkpoint, precision="float32", max_length=None, operators=None, residual=None) -> Contents:
+    """Everything about the bundle of a checkpoint but the bytes of its weights."""
+    config, operators = checkpoint.config, _operators(checkpoint.config, precision, operators)
+    residual, max_length = _residual(precision, operators, residual), _check_length(config, max_length)
+    files = {name: storage.within(checkpoint.folder, name) for name in TOKENIZER_FILES}
+    copies = {name: file for name, file in files.items() if file.is_file()}
+    tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
+    placed = weights.plan(config, precision, operators)
+    models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators, residual)
+    made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
+    if "tokenizer.model" in copies and "tokenizer.json" not in copies:
+        converted = convert(copies["tokenizer.model"].read_bytes(), config)
+        made |= {"tokenizer.json": converted} if converted else {}
+    sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in made.items()}}
+    sizes |= {name: source.stat().st_size for name, source in copies.items()}
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "producer": f"paligemma-onnx {__version__}",
+        "precision": precision,
+        "operators": operators,
+        "residual": residual,
+        "max_length": max_length,
+        "config": to_hf(config),
+        "tokens": _tokens(config, tokenizer),
+        "prompt": "<image> * image_tokens, bos, tokens of the prefix, newline",
+        "image": {"size": config.vision.image_size, "resize": checkpoint.resize, "mean": 0.5, "std": 0.5},
+        "opset": graphs.OPSET,
+        "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, model in models.items()},
+        "files": {name: {"bytes": sizes[name], "sha256": "0" * 64} for name in sorted(sizes)},
+        "parity": None,
+    }
+    return Contents(placed, made, copies, description)
+
+
+def write(
+    checkpoint,
+    output,
+    precision="float32",
+    max_length=None,
+    verify=None,
+    operators=None,
+    prepacked=False,
+    residual=None,
+) -> None:
+    """Export a loaded checkpoint into the new directory `output`.
+
+    With `prepacked` the weights are there once more, in the order of this machine's kernels (prepack.py).
+    `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
+    bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
+    """
+    output = storage.absent(output, "folder")
+    contents = prepare(checkpoint, precision, max_length, operators, residual)
+    with storage.new_directory(output) as folder:
+        needed = sum(contents.sizes.values()) * (4 if prepacked else 1)
+        _check_space(output, folder, needed)  # what a killed export left is gone by now
+        arrays = checkpoints.flatten(checkpoint.params)
+        with _progress("weights", weights.size(contents.placed)) as bar:
+            sums = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
+        for name, written in contents.made.items():
+            (folder / name).write_bytes(written)
+        for name, source in contents.copies.items():
+            shutil.copyfile(source, folder / name)
+        description = contents.description
+        if prepacked:
+            prepack.prepack(
+                folder, {name: folder / description["graphs"][name]["file"] for name in ("prefill", "decode")}
+            )
+            description["prepacked"], sums = prepack.processor(), {}
+        before = digests.state(folder / weights.FILE)
+        for name, entry in description["files"].items():
+            entry["bytes"] = (folder / name).stat().st_size
+            entry["sha256"] = sums.get(name) or sha256(folder / name)
+        if verify:
+            description["parity"] = verify(Bundle(folder, checkpoint.config, description), checkpoint)
+        (folder / DESCRIPTION).write_bytes(_as_json(description))
+    if not sums:  # then it was read again after it was written
+        digests.remember(output / weights.FILE, description["files"][weights.FILE]["sha256"], before)
+    if not contents.copies:
+        _warn(f"{checkpoint.path} has no tokenizer; the bundle knows only ids")
+    elif "tokenizer.json" not in description["files"]:
+        _warn("this tokenizer.model has no counterpart as tokenizer.json; hosts without SentencePiece cannot use it")
+
+
+def load(path) -> Bundle:
+    """Open a bundle: its version is known, its files are all there, and each has the SHA-256 that it had.
+
+    Raises PaliGemmaError that names the first difference.
+    """
+    bundle = load_but_weights(path)
+    check_weights(bundle)
+    return bundle
+
+
+def load_but_weights(path) -> Bundle:
+    """Open a bundle with all of its files checked, but of the weights only the size: their SHA-256 takes long."""
+    path = Path(path)
+    if not path.is_dir():
+        raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
+    file = storage.within(path, DESCRIPTION)
+    try:
+        description = storage.read_json(file)
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{path}: {error}; is this a bundle written by export-onnx?") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} does not describe a {FORMAT} bundle")
+    if description.get("version") != VERSION:
+        found = quote(description.get("version"))
+        raise PaliGemmaError(f"{path}: bundle version {found}, but this program reads {VERSION}; export it again")
+    try:
+        config = from_hf(description["config"])
+        description["max_length"] = int(description["max_length"])
+        if not 0 < description["max_length"] <= config.max_length:
+            raise ValueError(f"max_length is {description['max_length']}")
+        known_settings = description["image"]["resize"] in RESIZES and description["precision"] in weights.PRECISIONS
+        files = {
+            name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in description["files"].items()
+        }
+        description["files"] = files
+        listed = description["graphs"]
+        graphs_listed = {str(listed[name]["file"]) for name in {*GRAPHS, *listed}}
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} is damaged ({error!r}); export the bundle again") from None
+    if not known_settings:
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} names a precision or preprocessing that this program lacks")
+    if missing := {weights.FILE, *graphs_listed} - files.keys():
+        raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
+    for name, entry in files.items():
+        file = storage.within(path, name)
+        _check_size(file, entry["bytes"])
+        if name != weights.FILE:
+            _check_digest(file, entry["sha256"])
+    return Bundle(path, config, description)
+
+
+def check_weights(bundle: Bundle) -> None:
+    """Raises PaliGemmaError unless the weights file has the SHA-256 that it had."""
+    file, digest = bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"]
+    before = digests.state(file)
+    _check_digest(file, digest)
+    digests.remember(file, digest, before)
+
+
+def check_weights_once(bundle: Bundle) -> None:
+    """The same, but of a file that was checked and has not been written since nothing is read (digests.py)."""
+    if not digests.is_known(bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"]):
+        check_weights(bundle)
+
+
+def shipped(for_cuda: bool = False) -> Bundle:
+    """The shipped model's bundle, exported into the user's cache on first use, and again if it is damaged.
+
+    For CUDA it has operators of its own: in float32 the fused ones have kernels on the CPU alone.
+    """
+    parts = [*sorted(checkpoints.SHIPPED.iterdir()), *sources()]
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+    path = digests.cache_folder() / f"shipped-{'cuda-' if for_cuda else ''}{digest}"
+    if path.exists():
+        try:
+            return load(path)
+        except PaliGemmaError:
+            shutil.rmtree(path, ignore_errors=True)
+    print(f"exporting the shipped model to {path}", file=sys.stderr)
+    try:
+        write(checkpoints.load(checkpoints.SHIPPED), path, operators=PORTABLE if for_cuda else FUSED)
+    except PaliGemmaError:
+        if not path.exists():  # another process may have been faster
+            raise
+    return load(path)
+
+
+def sources() -> list[Path]:
+    """The files of the code that a bundle is made by."""
+    packages = Path(__file__).parents[1], checkpoints.SHIPPED.parent
+    return [file for package in packages for file in sorted(package.rglob("*.py"))]
+
+
+def sha256(file) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _operators(config, precision, wanted) -> str:
+    """Fused, unless others are wanted or the heads do not fit; PaliGemmaError if they do not and fused is wanted."""
+    half, size = weights.stream_dtype(precision) in HALF, config.text.head_dim
+    if not half or size % ROTATED == 0:
+        return wanted or FUSED
+    if wanted == FUSED:
+        raise PaliGemmaError(
+            f"--operators fused: in half precision they take heads whose size is a multiple of {ROTATED}, and those of "
+            f"this model have {size}; export it with --operators portable"
+        )
+    return PORTABLE
+
+
+def _residual(precision, operators, wanted) -> str:
+    """The dtype of the residual stream.
+
+    Float32 in float16, which Gemma's stream may outgrow; bfloat16 in bfloat16, as transformers and big_vision have it.
+    Portable graphs have it in float32. PaliGemmaError if another is wanted.
+    """
+    stream = weights.stream_dtype(precision)
+    own = next(name for name, dtype in weights.FLOATS.items() if dtype == stream)
+    allowed = {"float32", own} if operators == FUSED else {"float32"}
+    if wanted and wanted not in allowed:
+        raise PaliGemmaError(
+            f"--residual {wanted}: with {operators} operators in {precision} it is {' or '.join(sorted(allowed))}"
+        )
+    return wanted or (own if own in allowed and own != "float16" else "float32")
+
+
+def _models(checkpoint, tokenizer, placed, dtype, operators, residual) -> dict:
+    """The graphs of a bundle by name."""
+    config, codec = checkpoint.config, segmentation.find(checkpoint.folder)
+    known = known_ids(config, tokenizer.size if tokenizer else None)
+    chosen = {"operators": operators, "residual": weights.FLOATS[residual]}
+    models = {
+        "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype, **chosen),
+        "decode": graphs.decode_model(config, weights.initializer(placed, graph="decode"), dtype, **chosen),
+        "preprocess": graphs.preprocess_model(config, checkpoint.resize),
+        "sample": graphs.sample_model(known),
+        "sample_device": graphs.sample_model(known, on_device=True),
+    }
+    if codec:
+        models["masks"] = graphs.masks_model(segmentation.load(codec))
+    return models
+
+
+def _warn(message) -> None:
+    print(f"export-onnx: warning: {message}", file=sys.stderr)
+
+
+def _as_json(description) -> bytes:
+    return (json.dumps(description, indent=1) + "\n").encode()
+
+
+def _progress(label, total):
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None, delay=1)
+
+
+def _check_space(output, folder, needed) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the bundle needs {_amount(needed)}")
+
+
+def _amount(size) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _check_size(file, size) -> None:
+    if not file.is_file():
+        raise PaliGemmaError(f"{file}: this file of the bundle is missing; copy or export the bundle again")
+    if file.stat().st_size != size:
+        raise PaliGemmaError(f"{file}: {file.stat().st_size} bytes where {DESCRIPTION} says {size}; copy it again")
+
+
+def _check_digest(file, digest) -> None:
+    if sha256(file) != digest:
+        raise PaliGemmaError(f"{file}: contents differ from their SHA-256 in {DESCRIPTION}; copy it again")
+
+
+def _check_length(config, max_length) -> int:
+    least = config.vision.patches + 3  # the picture, bos, one token of a prompt, the newline
+    if max_length is None:
+        return config.max_length
+    if not least <= max_length <= config.max_length:
+        raise PaliGemmaError(
+            f"--max-length {max_length}: this model takes from {least} ({config.vision.patches} of them the picture) "
+            f"to {config.max_length} positions"
+        )
+    return max_length
+
+
+def _tokens(config, tokenizer) -> dict:
+    known = known_ids(config, tokenizer.size if tokenizer else None)
+    return {
+        "image": config.image_token,
+        "image_tokens": config.vision.patches,
+        "bos": config.bos,
+        "eos": config.eos,
+        "pad": config.pad,
+        "newline": tokenizer.newline if tokenizer else None,
+        "known": _ranges(known),
+    }
+
+
+def _ranges(known) -> list[list[int]]:
+    """A boolean row as [first, past the last] pairs."""
+    edges = [i for i in range(1, len(known)) if known[i] != known[i - 1]]
+    edges = [0, *edges, len(known)]
+    return [[a, b] for a, b in itertools.pairwise(edges) if known[a]]

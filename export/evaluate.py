@@ -1,0 +1,63 @@
+"""python -m export.evaluate [BUNDLE]: how often a model is right about fresh scenes, greedy.
+
+A checkpoint is exported into a temporary bundle first.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from numpy_ref import checkpoint, cli
+from numpy_ref.scenes import evaluate
+
+from . import bundle as bundles
+from . import session
+
+PROG = "python -m export.evaluate"
+
+
+@contextmanager
+def opened(path: Path | None):
+    """Engine and tokenizer of a bundle or a checkpoint; None is the shipped model's bundle."""
+    if path is None or (path / bundles.DESCRIPTION).is_file():
+        yield session.load(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        bundles.write(checkpoint.load(path), bundle)
+        yield session.load(bundle)
+
+
+def table(results) -> str:
+    """The accuracies as text."""
+    lines = [f"{'':<16}{'seen pairs':>12}{'new pairs':>12}"]
+    lines += [
+        f"{name:<16}{results[name]:>12.1%}{results['compositional'][name]:>12.1%}" for name in evaluate.SCORES.values()
+    ]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    options = argparse.ArgumentParser(prog=PROG, description="Measure a model's accuracy on held-out scenes.")
+    options.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        metavar="BUNDLE",
+        help="a bundle or checkpoint; left out: the model that ships",
+    )
+    options.add_argument("--seed", type=cli.whole(0), default=0, help="of the held-out scenes (0)")
+    options.add_argument("--scenes", type=cli.whole(1), default=500, help="scenes a task and split (500)")
+    options.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = options.parse_args(argv)
+    with opened(arguments.model) as (engine, tokenizer):
+        results = evaluate.measure(engine, tokenizer, arguments.seed, arguments.scenes)
+    print(json.dumps(results) if arguments.json else table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(PROG, main))

@@ -1,0 +1,60 @@
+"""python -m export.gallery OUT.png: what the model answers to held-out scenes, drawn side by side."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from numpy_ref import cli, detection, scenes
+from numpy_ref.scenes import evaluate, questions
+
+from .evaluate import opened
+
+PROG = "python -m export.gallery"
+TILE, GAP = 448, 16
+
+
+def gallery(engine, tokenizer, seed: int, columns: int, compositional=False) -> Image.Image:
+    """A row a task; the scenes are the first of the seed, not chosen."""
+    rows = []
+    for task in questions.TASKS:
+        asked = evaluate.held_out(seed, columns, task, compositional)
+        texts = evaluate.answer_all(engine, tokenizer, asked)
+        rows.append([_tile(engine, question, text) for question, text in zip(asked, texts, strict=True)])
+    heights = [max(tile.height for tile in row) for row in rows]
+    width = columns * TILE + (columns - 1) * GAP
+    canvas = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) - 1)), "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for i, tile in enumerate(row):
+            canvas.paste(tile, (i * (TILE + GAP), top))
+        top += height + GAP
+    return canvas
+
+
+def _tile(engine, question, text):
+    picture = scenes.draw(question.scene, TILE)
+    boxes = detection.parse(text, picture.width, picture.height)
+    masks = cli.paint(engine.masks, boxes, picture.width, picture.height)
+    return detection.draw(picture, boxes, cli.caption(question.prefix, text, boxes), masks)
+
+
+def main(argv=None):
+    options = argparse.ArgumentParser(prog=PROG, description="Draw what the model answers to held-out scenes.")
+    options.add_argument("output", type=Path, metavar="OUT.png")
+    options.add_argument("--model", type=Path, help="a bundle or checkpoint; left out: the model that ships")
+    options.add_argument("--seed", type=cli.whole(0), default=1)
+    options.add_argument("--columns", type=cli.whole(1), default=4)
+    options.add_argument("--new-pairs", action="store_true", help="of the compositional split")
+    arguments = options.parse_args(argv)
+    with opened(arguments.model) as (engine, tokenizer):
+        drawing = gallery(engine, tokenizer, arguments.seed, arguments.columns, arguments.new_pairs)
+    small = drawing.resize((drawing.width * 3 // 5, drawing.height * 3 // 5), Image.Resampling.LANCZOS)
+    # Noise does not compress; 256 colors are a quarter of the bytes.
+    cli.write_drawing(arguments.output, small.quantize(256, dither=Image.Dither.NONE))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(PROG, main))

@@ -1,0 +1,329 @@
+"""Operators of ONNX Runtime's own, and large standard ones, for several small ones: same numbers, fewer nodes.
+
+For graphs whose stream is float32, where they are quick on the CPU: `INSTEAD`, at the end, says what takes whose place.
+(`fused_half.py` is for half precision on CUDA.)
+
+attention in prefill   MultiHeadAttention without a mask goes through the keys in tiles: scores are never held whole.
+                       Padding is told by one more column: 1 in every query, 0 or -1e9 in the keys.
+attention in decode    GroupQueryAttention writes into the cache where it lies, and reads only what is filled.
+kernels in few bits    those that read the same input, side by side in the weights file, are taken as one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import DataType
+
+from numpy_ref.model.layers import identity
+
+from . import gemma, layers, paligemma, siglip
+from .quantized import CONTRIB, Blocks, Channels
+
+_MASKED = -1e9  # a score that leaves a weight of zero
+
+
+def rms_norm(op, x, scale, eps):
+    """RMSNorm with the scale as an offset from one: x [..., D], scale [D] -> [..., D]."""
+    x32 = layers.upcast(op, x)
+    gain = op.Add(layers.cast_like(op, scale, x32), 1.0)  # made once, when the graph is loaded
+    normed = op.SimplifiedLayerNormalization(x32, gain, axis=-1, epsilon=eps, _version=1)
+    return layers.cast_like(op, like(normed, x32), x)
+
+
+def layer_norm(op, x, scale, bias, eps):
+    """LayerNorm: x [..., D], scale [D], bias [D] -> [..., D]."""
+    x32 = layers.upcast(op, x)
+    scale, bias = layers.cast_like(op, scale, x32), layers.cast_like(op, bias, x32)
+    return layers.cast_like(op, op.LayerNormalization(x32, scale, bias, axis=-1, epsilon=eps), x)
+
+
+def gelu(op, x):
+    """GELU in its tanh form."""
+    return op.Gelu(x, approximate="tanh")
+
+
+def rope(op, x, cos, sin):
+    """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
+    x32 = layers.upcast(op, x)
+    cos, sin = (op.Squeeze(angles, [1]) for angles in (cos, sin))
+    return layers.cast_like(op, like(op.RotaryEmbedding(x32, cos, sin), x32), x)
+
+
+def in_line(op, x, rows):
+    """x [B, T, D] -> [1, B * T, D]: all rows along one axis, as kernels that scale each row want them.
+
+    `rows` is what to call that axis.
+    """
+    return _with_rows(op.Reshape(x, [1, -1, x.shape[-1]]), x, rows)
+
+
+def patch_block(op, p, config, x, tap=identity):
+    """A block of the vision tower: [B, P, D] -> [B, P, D]."""
+    line = siglip.block.portable(op, p, config, in_line(op, x, "patches of all"), tap)
+    return like(op.Reshape(line, [-1, config.patches, config.width]), x)
+
+
+def patch_attention(op, p, config, x, tap=identity):
+    """Multi-head attention of every patch to every patch of its picture: [1, B * P, D] -> [1, B * P, D]."""
+    query, key, value = (
+        op.Reshape(layers.linear(op, x, **p[name]), [-1, config.patches, config.width])
+        for name in ("query", "key", "value")
+    )
+    context = op.MultiHeadAttention(
+        query, key, value, num_heads=config.heads, scale=1 / math.sqrt(config.head_dim), _domain=CONTRIB, _version=1
+    )
+    context = _with_rows(op.Reshape(like(context, query), [1, -1, config.width]), query, x.shape[1])
+    return layers.linear(op, context, **p["output"])
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What stands for the mask of prefill, where every token sees all of the prefix: which keys are padding.
+
+    A column more in every key, 0 or -1e9, which the 1 in that column of every query adds to the score.
+    """
+
+    mask: object  # [B, 1, T], True = a token
+    batch: object  # [1], how many sequences lie in the line of rows
+    column: object  # [B, T, K, 1]
+    ones: object  # [B, queries of a key head, K, 1]
+
+    def part(self, op, x, heads, size):
+        """x [1, B * T, N * H] -> [B, T, N, H]."""
+        parted = op.Reshape(x, op.Concat(self.batch, [-1, heads, size], axis=0))
+        parted.dtype, parted.shape = x.dtype, ir.Shape(["B", None, heads, size])
+        return parted
+
+
+def _padding(op, config, mask, dtype):
+    """The padding that a mask [B, 1, T] tells, for queries at all positions."""
+    one, none, score = (layers.cast_to(op, op.Constant(value_float=x), dtype) for x in (1.0, 0.0, _MASKED))
+    group = config.heads // config.kv_heads
+    column = op.Unsqueeze(op.Transpose(op.Where(mask, none, score), perm=[0, 2, 1]), [3])
+    ones = op.Reshape(op.Expand(op.Where(mask, one, one), [1, group, 1]), [0, -1, 1, 1])
+    column, ones = (op.Expand(each, [1, 1, config.kv_heads, 1]) for each in (column, ones))
+    return Padding(mask, op.Shape(mask, end=1), column, ones)
+
+
+def prefix_attention(op, p, config, asking, x, there, rotary, padding):
+    """What the tokens `asking` [1, B * A, D], at the angles `there`, take from all of x [1, B * T, D].
+
+    -> [1, B * A, D], and keys and values [B, K, T, H].
+    """
+    query, key, value = (
+        layers.linear(op, each, **p[name]) for each, name in ((asking, "query"), (x, "key"), (x, "value"))
+    )
+    query, key = (
+        layers.cast_like(op, _rotate(op, each, *(op.Squeeze(part, [1]) for part in angles), heads), value)
+        for each, angles, heads in ((query, there, config.heads), (key, rotary, config.kv_heads))
+    )
+    key, value = (padding.part(op, each, config.kv_heads, config.head_dim) for each in (key, value))
+    cache = tuple(op.Transpose(each, perm=[0, 2, 1, 3]) for each in (key, value))
+    if config.attn_softcap is None:
+        context = _in_tiles(op, config, query, key, value, padding)
+    else:  # the operator has none
+        query = op.Transpose(padding.part(op, query, config.heads, config.head_dim), perm=[0, 2, 1, 3])
+        query = op.Mul(query, config.query_scale)
+        context = layers.merge_heads(op, layers.attend(op, query, *cache, padding.mask, config.attn_softcap))
+    context = op.Reshape(context, [1, -1, config.heads * config.head_dim])
+    context.dtype, context.shape = value.dtype, ir.Shape([1, asking.shape[1], config.heads * config.head_dim])
+    return layers.linear(op, context, **p["output"]), cache
+
+
+def _in_tiles(op, config, query, key, value, padding):
+    """query [1, B * A, N * H], key and value [B, T, K, H] -> what lies in memory as [1, B * A, N * H].
+
+    Queries that share a key head are stacked.
+    """
+    heads, group, size = config.kv_heads, config.heads // config.kv_heads, config.head_dim
+    if heads > 1:
+        query = op.Transpose(op.Reshape(query, [0, 0, heads, group, size]), perm=[0, 1, 3, 2, 4])
+    stacked = op.Concat(padding.part(op, query, heads, size), padding.ones, axis=3)
+    keys = op.Concat(key, padding.column, axis=3)
+    context = op.MultiHeadAttention(
+        *(op.Reshape(each, [0, 0, -1]) for each in (stacked, keys, value)), num_heads=heads,
+        scale=config.query_scale, _domain=CONTRIB, _version=1,
+    )  # fmt: skip
+    context.dtype = value.dtype
+    if heads > 1:
+        context = op.Transpose(op.Reshape(context, [-1, group, heads, size]), perm=[0, 2, 1, 3])
+    return context
+
+
+def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
+    """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value).
+
+    `mask` is a Padding in prefill, a Window in decode.
+    """
+    if cache is None:
+        return prefix_attention(op, p, config, x, x, rotary, rotary, mask)
+    if config.head_dim % 8:  # GroupQueryAttention takes no others
+        return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
+    query, key, value = (layers.cast_like(op, each, cache[0]) for each in project(op, x, p, ("query", "key", "value")))
+    cos, sin = (op.Squeeze(angles, [1]) for angles in rotary)
+    query, key = (
+        layers.cast_like(op, _rotate(op, each, cos, sin, heads), cache[0])
+        for each, heads in ((query, config.heads), (key, config.kv_heads))
+    )
+    filled = op.Cast(start, to=DataType.INT32)
+    total = op.Add(op.ReduceMax(filled, keepdims=0), op.Constant(value=ir.tensor(np.array(1, np.int32))))
+    context, key, value = op.GroupQueryAttention(
+        query, key, value, *cache, filled, total, num_heads=config.heads, kv_num_heads=config.kv_heads,
+        scale=config.query_scale, softcap=config.attn_softcap or 0.0, local_window_size=mask.size or -1,
+        _domain=CONTRIB, _version=1, _outputs=3,
+    )  # fmt: skip
+    context.dtype, context.shape = cache[0].dtype, ir.Shape([*list(x.shape)[:2], config.heads * config.head_dim])
+    updated = tuple(like(each, past) for each, past in zip((key, value), cache, strict=True))
+    return layers.linear(op, context, **p["output"]), updated
+
+
+def _rotate(op, x, cos, sin, heads):
+    """Rotate x [B, T, N*H] in float32 by the angles [B, T, H/2]."""
+    x32 = layers.upcast(op, x)
+    return like(op.RotaryEmbedding(x32, cos, sin, num_heads=heads), x32)
+
+
+def mlp(op, p, x):
+    """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
+    up = p["up"]["kernel"]
+    if isinstance(up, Channels):  # the factors of its rows go through the last product: that is narrower
+        hidden, factors = up.multiply_apart(op, x)
+        hidden = op.Mul(gelu(op, layers.linear(op, x, **p["gate"])), hidden)
+        return op.Mul(layers.linear(op, hidden, **p["down"]), factors)
+    gate, up = project(op, x, p, ("gate", "up"))
+    return layers.linear(op, op.Mul(gelu(op, gate), up), **p["down"])
+
+
+def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
+    """All layers and the final norm; of prefill only each row's last position, [1, B, D]: the rest is not asked for."""
+    if cache is not None:
+        return gemma.decoder.portable(op, p, config, x, positions, masks, cache, start, tap)
+    dtype, caches = layers.upcast(op, x).dtype, []
+    each = op.Reshape(op.Expand(positions, op.Shape(x, end=2)), [1, -1])
+    rotary = layers.rope_angles(op, each, config.head_dim, config.rope_base, dtype)
+    mask = masks[config.window(0)]  # all the same
+    padding = _padding(op, config, mask, p["blocks"][0]["attention"]["key"]["kernel"].dtype)
+    x = in_line(op, x, "tokens of all")
+    for weights in p["blocks"][:-1]:
+        x, layer_cache = gemma.block(op, weights, config, x, rotary, padding)
+        caches.append(layer_cache)
+    last = op.Sub(op.ReduceSum(op.Cast(mask, to=DataType.INT64), [1, 2], keepdims=0), 1)  # [B]
+    there = layers.rope_angles(op, op.Unsqueeze(last, [0]), config.head_dim, config.rope_base, dtype)
+    x, layer_cache = _last_block(op, p["blocks"][-1], config, x, rotary, there, padding, last)
+    return layers.rms_norm(op, x, **p["norm"], eps=config.eps), [*caches, layer_cache]
+
+
+def _last_block(op, p, config, x, rotary, there, padding, last):
+    """A layer whose output is wanted at one position a row, last [B]: x [1, B * T, D] -> [1, B, D], keys and values."""
+    normed = layers.rms_norm(op, x, **p["attention_norm"], eps=config.eps)
+    batch, length = (op.Squeeze(op.Shape(padding.mask, start=axis, end=axis + 1), [0]) for axis in (0, 2))
+    places = op.Add(last, op.Mul(op.Range(0, batch, 1), length))
+    x, asking = (_with_rows(op.Gather(each, places, axis=1), each, "B") for each in (x, normed))
+    padding = replace(padding, ones=op.Slice(padding.ones, [0], [config.heads // config.kv_heads], [1]))
+    update, cache = prefix_attention(op, p["attention"], config, asking, normed, there, rotary, padding)
+    if config.post_norms:
+        update = layers.rms_norm(op, update, **p["post_attention_norm"], eps=config.eps)
+    x, normed = layers.add_rms_norm(op, x, update, **p["mlp_norm"], eps=config.eps)
+    update = gemma.mlp(op, p["mlp"], normed)
+    if config.post_norms:
+        update = layers.rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps)
+    return layers.residual(op, x, update), cache
+
+
+def last_position(op, x, lengths):
+    """What stands at each row's last token: x [1, B, D], which has nothing else, -> [B, D]."""
+    return op.Squeeze(x, [0])
+
+
+def project(op, x, p, names, split=True):
+    """x through several kernels; through one where they lie side by side in the file, and then split again or not."""
+    kernels = [p[name]["kernel"] for name in names]
+    packed = pack(op, kernels)
+    if packed is None:
+        return [layers.linear(op, x, kernel) for kernel in kernels]
+    product = layers.linear(op, x, packed)
+    if not split:
+        return [product]
+    sizes = [kernel.values.shape[0] for kernel in kernels]
+    parts = op.Split(product, sizes, axis=-1, _outputs=len(sizes))
+    for part, size in zip(parts, sizes, strict=True):
+        part.dtype, part.shape = product.dtype, ir.Shape([*list(x.shape)[:-1], size])
+    return parts
+
+
+def pack(op, kernels) -> Blocks | None:
+    """Kernels in blocks as one, if they follow one another in the weights file; None if they do not."""
+    if not all(isinstance(kernel, Blocks) for kernel in kernels):
+        return None
+    joined = [_joined([getattr(kernel, name) for kernel in kernels]) for name in ("values", "scales")]
+    if None in joined:
+        return None
+    values, scales = (op.initializer(tensor, tensor.name) for tensor in joined)
+    return Blocks(values, None, scales, kernels[0].bits)
+
+
+def _joined(values):
+    """Initializers whose bytes follow one another, as one tensor."""
+    tensors = [value.const_value for value in values]
+    first = tensors[0]
+    if not all(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):
+        return None
+    if any(before.offset + before.length != after.offset for before, after in pairwise(tensors)):
+        return None
+    rows, length = sum(tensor.shape[0] for tensor in tensors), sum(tensor.length for tensor in tensors)
+    return ir.ExternalTensor(
+        first.location, first.offset, length, first.dtype, shape=ir.Shape([rows, *list(first.shape)[1:]]),
+        name=f"{first.name}.packed", base_dir=first.base_dir,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Window:
+    """What stands for the mask of decode: how many positions back a token sees, None for all; and how to build it."""
+
+    size: int | None
+    built: Callable
+
+
+def prefix_mask(op, prefix_lengths, lengths, size, window=None):
+    """Who may be attended to: [B, 1, size], True = may. In prefill all is prefix, and every token sees all of it."""
+    return op.Less(op.Unsqueeze(op.Range(0, size, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2]))
+
+
+def decode_mask(op, lengths, capacity, window=None):
+    """No mask yet: GroupQueryAttention knows what is filled."""
+    return Window(window, partial(paligemma.decode_mask.portable, op, lengths, capacity, window))
+
+
+def like(value, other, dtype=None):
+    """A value whose type and shape the graph library does not know, said to be another's."""
+    value.dtype, value.shape = dtype or other.dtype, other.shape
+    return value
+
+
+def _with_rows(value, other, rows):
+    """The same for a line of other rows."""
+    value.dtype, value.shape = other.dtype, ir.Shape([1, rows, other.shape[-1]])
+    return value
+
+
+#: What takes the place of which function.
+INSTEAD = {
+    layers.gelu: gelu,
+    layers.layer_norm: layer_norm,
+    layers.rms_norm: rms_norm,
+    layers.rope: rope,
+    siglip.attention: patch_attention,
+    siglip.block: patch_block,
+    gemma.attention: attention,
+    gemma.mlp: mlp,
+    gemma.decoder: decoder,
+    paligemma.prefix_mask: prefix_mask,
+    paligemma.decode_mask: decode_mask,
+    paligemma.last_position: last_position,
+}

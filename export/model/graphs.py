@@ -1,0 +1,227 @@
+"""The models with their inputs, outputs and weights; the one file that knows the graph library.
+
+Weights come through `initializer(path) -> tensor`: a reference into the bundle's weights file when exporting,
+arrays in memory when testing. With `taps`, every named intermediate value becomes a further output.
+"""
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import DataType
+from onnxscript import GraphBuilder
+
+from numpy_ref.checkpoint import flatten, parameters, unflatten
+from numpy_ref.model.layers import identity
+from numpy_ref.model.segmentation import CELLS, SIDE
+
+from . import fused, fused_half, image, paligemma, sampling, segmentation
+from .layers import HALF, PORTABLE
+
+OPSET = 24  # TensorScatter, the in-place cache write
+IR_VERSION = 11  # what onnxruntime 1.30 and later read
+
+
+def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE, residual=None) -> ir.Model:
+    """prefill.onnx: pixel_values, input_ids, lengths, capacity -> logits, present.{i}.key/value.
+
+    `dtype` is the weights' and the cache's, `residual` the residual stream's (None: float32, or float64 if it is that).
+    """
+    builder, p = _start("prefill", config, initializer, lambda path: True, operators, dtype, residual)
+    size = config.vision.image_size
+    inputs = [
+        builder.input(
+            "pixel_values", DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT, ["B", 3, size, size]
+        ),
+        builder.input("input_ids", DataType.INT64, ["B", "T"]),
+        builder.input("lengths", DataType.INT32, ["B"]),
+        builder.input("capacity", DataType.INT64, []),
+    ]
+    logits, cache = paligemma.prefill(builder.op, p, config, *inputs, tap=_tap(builder, taps))
+    return _finish(builder, config, logits, cache)
+
+
+def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE, residual=None) -> ir.Model:
+    """decode.onnx: input_ids, lengths, past_key_values.{i}.key/value -> logits, present.{i}.key/value."""
+    builder, p = _start(
+        "decode", config, initializer, lambda path: path.startswith("text."), operators, dtype, residual
+    )
+    input_ids = builder.input("input_ids", DataType.INT64, ["B", 1])
+    lengths = builder.input("lengths", DataType.INT32, ["B"])
+    cache = [
+        tuple(builder.input(f"past_key_values.{i}.{kind}", dtype, _cache_shape(config)) for kind in ("key", "value"))
+        for i in range(config.text.depth)
+    ]
+    logits, cache = paligemma.decode(builder.op, p, config, input_ids, lengths, cache, _tap(builder, taps))
+    return _finish(builder, config, logits, cache)
+
+
+def masks_model(params) -> ir.Model:
+    """masks.onnx: codes int64 [B, 16] -> masks float32 [B, 64, 64]. Its small weights are inside."""
+    builder = _builder("masks")
+    flat = flatten({"codebook": params["codebook"], "decoder": params["decoder"]})
+    tensors = {path: ir.tensor(np.asarray(array, np.float32), name=path) for path, array in flat.items()}
+    p = unflatten({path: builder.initializer(tensor, path) for path, tensor in tensors.items()})
+    codes = builder.input("codes", DataType.INT64, ["B", CELLS * CELLS])
+    masks = segmentation.decode(builder.op, p, codes)
+    masks.dtype, masks.shape = DataType.FLOAT, ir.Shape(["B", SIDE, SIDE])
+    builder.add_output(masks, "masks")
+    return _model(builder)
+
+
+def preprocess_model(config, resize) -> ir.Model:
+    """preprocess.onnx: image uint8 [H, W, 3] -> pixel_values float32 [1, 3, S, S]."""
+    builder = _builder("preprocess")
+    picture, size = builder.input("image", DataType.UINT8, ["H", "W", 3]), config.vision.image_size
+    pixel_values = image.preprocess(builder.op, picture, size, resize)
+    pixel_values.dtype, pixel_values.shape = DataType.FLOAT, ir.Shape([1, 3, size, size])
+    builder.add_output(pixel_values, "pixel_values")
+    return _model(builder)
+
+
+def sample_model(known, on_device=False) -> ir.Model:
+    """sample.onnx: logits, temperature, top_k, top_p, uniform -> token. `known` [V] says what may be drawn.
+
+    `on_device` makes it sample_device.onnx, which has `count` int64 [1] in place of top_k (`sampling.sample_among`).
+    """
+    builder = _builder("sample_device" if on_device else "sample")
+    logits = builder.input("logits", DataType.FLOAT, ["B", len(known)])
+    temperature, top_p = (builder.input(name, DataType.FLOAT, []) for name in ("temperature", "top_p"))
+    top_k = builder.input("count", DataType.INT64, [1]) if on_device else builder.input("top_k", DataType.INT64, [])
+    uniform = builder.input("uniform", DataType.FLOAT, ["B"])
+    drawable = builder.initializer(ir.tensor(known, name="known"), "known")
+    sample = sampling.sample_among if on_device else sampling.sample
+    token = sample(builder.op, logits, drawable, temperature, top_k, top_p, uniform)
+    token.dtype, token.shape = DataType.INT64, ir.Shape(["B"])
+    builder.add_output(token, "token")
+    return _model(builder)
+
+
+def describe(model: ir.Model) -> dict:
+    """The inputs and outputs of a model as plain data, for bundle.json."""
+
+    def entry(value):
+        return {"name": value.name, "dtype": value.dtype.name.lower(), "shape": _dims(value.shape)}
+
+    return {"inputs": [entry(v) for v in model.graph.inputs], "outputs": [entry(v) for v in model.graph.outputs]}
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The .onnx file's bytes; external weights stay references."""
+    return ir.to_proto(model).SerializeToString()
+
+
+def trace(function, arguments, weights=None, taps=False):
+    """A model of one function, and what to feed it.
+
+    `function(op, **arguments)` is a function of the export files. Arrays anywhere in `arguments` become inputs,
+    other values are passed on (a NumPy dtype as its ONNX namesake). `weights` {path: tensor} become the argument p.
+    Outputs are named `output[.i…]`, taps by their names, all behind the prefix `out.`, since a tap and a weight
+    may share a name. Returns the model and {input name: array}.
+    """
+    feeds, values = {}, {}
+    _walk(arguments, "in", lambda name, array: feeds.setdefault(name, array))
+    double = any(array.dtype == np.float64 for array in feeds.values())
+    residual = DataType.DOUBLE if double else DataType.FLOAT
+    builder = _builder(getattr(function, "__name__", "function"), residual=residual)
+    for name, array in feeds.items():
+        values[name] = builder.input(name, DataType.from_numpy(array.dtype), list(array.shape))
+    keywords = _walk(arguments, "in", lambda name, array: values[name])
+    if weights:
+        keywords["p"] = unflatten({path: _declare(builder, tensor) for path, tensor in weights.items()})
+    recorded = {}
+
+    def record(name, value):
+        recorded[name] = value
+        return value
+
+    result = function(builder.op, **keywords, **({"tap": record} if taps else {}))
+    _walk(result, "output", recorded.setdefault, leaf=ir.Value)
+    for name, value in recorded.items():
+        builder.add_output(builder.op.Identity(value), f"out.{name}")
+    return _model(builder), feeds
+
+
+def _walk(tree, name, visit, leaf=np.ndarray):
+    """Rebuild a nested structure with `visit(name, leaf)` in place of its leaves."""
+    if isinstance(tree, leaf):
+        return visit(name, tree)
+    if isinstance(tree, dict):
+        return {key: _walk(value, f"{name}.{key}", visit, leaf) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_walk(value, f"{name}.{i}", visit, leaf) for i, value in enumerate(tree))
+    if isinstance(tree, type) and issubclass(tree, np.generic):
+        return DataType.from_numpy(np.dtype(tree))
+    return tree
+
+
+def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None) -> GraphBuilder:
+    """A graph to add nodes to. Its `op` carries what the functions that do so have to know of the graph.
+
+    instead     {function: what takes its place} (`layers.replaceable`)
+    residual    the dtype of the residual stream
+    max_length  how many positions there are
+    rounded     {value: the same in eight bits} (`quantize`)
+    """
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
+    op = builder.op
+    op.instead, op.residual, op.max_length, op.rounded = instead or {}, residual, max_length, {}
+    return builder
+
+
+def _start(name, config, initializer, used, operators, dtype, residual):
+    """A builder, and the parameters as initializers of its graph, each under its tensor's name."""
+    instead = {} if operators == PORTABLE else fused_half.INSTEAD if dtype in HALF else fused.INSTEAD
+    residual = residual or (DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT)
+    builder, found = _builder(name, instead, residual, config.max_length), {}
+    for path in (parameter.path for parameter in parameters(config) if used(parameter.path)):
+        weight = initializer(path)
+        found[weight.name if isinstance(weight, ir.TensorProtocol) else path] = weight
+    return builder, unflatten({path: _declare(builder, weight) for path, weight in found.items()})
+
+
+def _declare(builder, weight):
+    """A tensor as an initializer; a quantized weight declares its own."""
+    return (
+        builder.initializer(weight, weight.name) if isinstance(weight, ir.TensorProtocol) else weight.declare(builder)
+    )
+
+
+def _tap(builder, taps):
+    if not taps:
+        return identity
+
+    def record(name, value):
+        # An Identity, since one value may carry several names, and an output needs its own.
+        builder.add_output(builder.op.Identity(value), f"tap.{name}")
+        return value
+
+    return record
+
+
+def _finish(builder, config, logits, cache) -> ir.Model:
+    outputs = {"logits": (logits, ["B", config.text.vocab])}
+    for i, layer in enumerate(cache):
+        for kind, value in zip(("key", "value"), layer, strict=True):
+            outputs[f"present.{i}.{kind}"] = (value, _cache_shape(config))
+    taps = list(builder.graph.outputs)
+    builder.graph.outputs.clear()
+    for name, (value, shape) in outputs.items():
+        value.shape = ir.Shape(shape)
+        builder.add_output(value, name)
+    builder.graph.outputs.extend(taps)
+    return _model(builder)
+
+
+def _model(builder) -> ir.Model:
+    for node in builder.graph:
+        node.metadata_props.clear()  # the builder's notes to itself
+    for name in [name for name, value in builder.graph.initializers.items() if not value.uses()]:
+        del builder.graph.initializers[name]  # packed into another
+    return ir.Model(builder.graph, ir_version=IR_VERSION, producer_name="paligemma-onnx")
+
+
+def _cache_shape(config):
+    return ["B", config.text.kv_heads, "C", config.text.head_dim]
+
+
+def _dims(shape):
+    return [dim if isinstance(dim, int) else str(dim.value) for dim in shape]

@@ -1,0 +1,103 @@
+"""PaliGemma's two graphs, prefill and decode: twin of `numpy_ref/paligemma.py`.
+
+`op.residual` is the dtype of the residual stream.
+"""
+
+from onnx_ir import DataType
+
+from numpy_ref.model.layers import identity, scoped
+
+from . import gemma, siglip
+from .layers import cast_like, cast_to, linear, replaceable
+
+FEATURES = "image_features"  # in the prefill graph, where the picture ends and the decoder begins
+
+
+def encode_image(op, p, config, pixel_values, tap=identity):
+    """pixel_values [B, 3, S, S] -> [B, P, D] in the decoder's width."""
+    features = siglip.encoder(op, p["vision"], config.vision, pixel_values, scoped(tap, "vision"))
+    return tap("projector", cast_like(op, linear(op, features, **p["projector"]), pixel_values))
+
+
+def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
+    """The decoder's input [B, T, D]: the picture's features, then the ids after the P image tokens.
+
+    Concatenated, not scattered by a comparison with the image token: the shapes depend on no data.
+    """
+    image = encode_image(op, p, config, pixel_values, tap)
+    image.name = FEATURES
+    text_ids = op.Slice(input_ids, [config.vision.patches], [2**31 - 1], [1])
+    text = gemma.embed(op, p["text"], config.text, text_ids, image.dtype)
+    return tap("embed_prefix", op.Concat(image, tap("embed", text), axis=1))
+
+
+@replaceable
+def prefix_mask(op, prefix_lengths, lengths, size, window=None):
+    """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may."""
+    steps = op.Range(0, size, 1)
+    query, key = op.Unsqueeze(steps, [0, 2]), op.Unsqueeze(steps, [0, 1])
+    prefix, length = op.Unsqueeze(prefix_lengths, [1, 2]), op.Unsqueeze(lengths, [1, 2])
+    causal = op.LessOrEqual(key, query)
+    if window is not None:
+        oldest = op.Sub(op.Min(query, op.Sub(length, 1)), window)
+        causal = op.And(causal, op.Greater(key, oldest))
+    both_in_prefix = op.And(op.Less(key, prefix), op.Less(query, prefix))
+    return op.And(op.Or(both_in_prefix, causal), op.Less(key, length))
+
+
+@replaceable
+def decode_mask(op, lengths, capacity, window=None):
+    """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]."""
+    key, position = op.Unsqueeze(op.Range(0, capacity, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2])
+    mask = op.LessOrEqual(key, position)
+    return mask if window is None else op.And(mask, op.Greater(key, op.Sub(position, window)))
+
+
+def hidden_states(op, p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+    """The decoder's output at every position [B, T, D], and each layer's (key, value) [B, K, T, H]."""
+    x = embed_prefix(op, p, config, pixel_values, input_ids, tap)
+    size = _length(op, input_ids, 1)
+    positions = op.Unsqueeze(op.Range(0, size, 1), [0])
+    windows = dict.fromkeys([*config.text.windows] or [None])
+    masks = {window: prefix_mask(op, prefix_lengths, lengths, size, window) for window in windows}
+    return gemma.decoder(op, p["text"], config.text, x, positions, masks, tap=scoped(tap, "text"))
+
+
+def prefill(op, p, config, pixel_values, input_ids, lengths, capacity, tap=identity):
+    """Read picture and prompt: the logits after each row's last token [B, V], and the filled cache."""
+    lengths, pixel_values = op.Cast(lengths, to=DataType.INT64), cast_to(op, pixel_values, op.residual)
+    x, cache = hidden_states(op, p, config, pixel_values, input_ids, lengths, lengths, tap)
+    last = last_position(op, x, lengths)
+    cache = [tuple(pad_cache(op, value, capacity) for value in layer) for layer in cache]
+    return tap("logits", gemma.logits(op, p["text"], config.text, last)), cache
+
+
+@replaceable
+def last_position(op, x, lengths):
+    """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
+    return op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
+
+
+def pad_cache(op, array, capacity):
+    """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
+    behind = op.Unsqueeze(op.Sub(capacity, _length(op, array, 2)), [0])
+    shape = op.Concat(op.Shape(array, end=2), behind, op.Shape(array, start=3), axis=0)
+    # Concatenated, since Pad has no bfloat16 kernel.
+    return op.Concat(array, op.Expand(cast_like(op, op.Constant(value_float=0.0), array), shape), axis=2)
+
+
+def decode(op, p, config, input_ids, lengths, cache, tap=identity):
+    """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
+    lengths = op.Cast(lengths, to=DataType.INT64)
+    capacity = _length(op, cache[0][0], 2)
+    x = tap("embed", gemma.embed(op, p["text"], config.text, input_ids, op.residual))
+    windows = dict.fromkeys([*config.text.windows] or [None])
+    masks = {window: decode_mask(op, lengths, capacity, window) for window in windows}
+    positions = op.Unsqueeze(lengths, [1])
+    x, cache = gemma.decoder(op, p["text"], config.text, x, positions, masks, cache, lengths, scoped(tap, "text"))
+    return tap("logits", gemma.logits(op, p["text"], config.text, op.Squeeze(x, [1]))), cache
+
+
+def _length(op, array, axis):
+    """The size of one axis as a scalar int64 value."""
+    return op.Squeeze(op.Shape(array, start=axis, end=axis + 1), [0])

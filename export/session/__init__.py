@@ -1,0 +1,48 @@
+"""A bundle opened with ONNX Runtime, as an engine of `numpy_ref.generate`."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from numpy_ref.tokenizer import Tokenizer
+
+from .. import bundle as bundles
+from ..bundle import Bundle
+from .device import DeviceSession
+from .engine import HostSession, Session
+from .provider import CPU, CUDA, choose_provider, place
+
+__all__ = [
+    "CPU", "CUDA", "DeviceSession", "HostSession", "Session", "choose_provider", "load", "make", "open_session",
+    "place", "shipped",
+]  # fmt: skip
+
+
+def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False, provider_options=None):
+    """A bundle, or the shipped model's, as engine and tokenizer.
+
+    On CUDA it is a DeviceSession; `host_graphs` makes it a HostSession.
+    """
+    bundle = bundles.load_but_weights(path) if path else shipped(provider, provider_options)
+    tokenizer = Tokenizer.load(bundle.path, bundle.config)
+    return open_session(bundle, provider, threads, HostSession if host_graphs else None, provider_options), tokenizer
+
+
+def shipped(provider: str = "auto", provider_options=None) -> Bundle:
+    """The shipped model's bundle, as the provider runs it."""
+    return bundles.shipped(for_cuda=choose_provider(provider, provider_options, quietly=True) == CUDA)
+
+
+def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
+    """A session, with the weights checked while the runtime opens the graphs: either takes seconds."""
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(bundles.check_weights_once, bundle)
+        try:
+            return make(bundle, provider, threads, kind, provider_options)
+        finally:
+            checked.result()  # raises what is wrong with the file, which says more than the runtime did
+
+
+def make(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
+    """A session of the kind that suits the provider, if none is asked for, of a bundle whose weights were checked."""
+    if place(bundle, provider, provider_options) == CPU:
+        return (kind or Session)(bundle, "cpu", threads, provider_options)
+    return (kind or DeviceSession)(bundle, "cuda", threads, provider_options)

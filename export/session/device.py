@@ -1,0 +1,166 @@
+"""Running a bundle where nothing large leaves the device: weights uploaded once, logits and sampling there.
+
+Of a step only the token of each row comes back, and that is the one wait for the device. What is special to CUDA (a
+stream that the graphs share, decode as a captured graph) comes in by the provider's options; all else is the same on
+the CPU provider, where it is tested.
+"""
+
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx.external_data_helper import ExternalDataInfo
+
+from numpy_ref.generate import check_room
+
+from ..bundle.weights import FILE
+from . import cuda
+from .engine import Cache, Session
+from .provider import CUDA
+
+SHARED_FROM = 2**20  # bytes; smaller weights are not worth a place of their own
+GRAPH, CAPTURED = "enable_cuda_graph", ("decode", "sample_device")
+
+
+class DeviceSession(Session):
+    """A session whose logits stay on the device as OrtValues, which its `sample` takes.
+
+    With the provider option `enable_cuda_graph` decode and sampling are captured and then replayed: decode once for
+    each size of a batch and its cache, sampling for each number of candidates too. Caches come in powers of two then
+    and are used again, so one generation at a time may run.
+    """
+
+    def __init__(self, bundle, provider="auto", threads=0, provider_options=None):
+        self._shared, self._stream, self._caches, self._options = None, None, {}, {}
+        self._draws = WeakKeyDictionary()  # logits -> how they are drawn from, as long as the logits are there
+        super().__init__(bundle, provider, threads, provider_options)
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode is to be captured as a CUDA graph."""
+        return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")
+
+    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+        """Draw a token a row from logits on the device -> token [B]; which ids are `known` is in the graph.
+
+        The token's copy to the host is the one wait.
+        """
+        if logits not in self._draws:
+            self._draws[logits] = Draw(self, logits)
+        draw, vocab = self._draws[logits], self.config.text.vocab
+        if temperature == 0:  # greedy: the likeliest alone
+            temperature, top_k, top_p, uniform = 1.0, 1, 1.0, np.zeros(draw.token.shape(), np.float32)
+        candidates = min(top_k or vocab, vocab)
+        draw.set_count(candidates)
+        for name, number in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
+            if draw.is_new(name, number):
+                self._put(np.asarray(number, np.float32), draw.inputs[name])
+        with self._told("sample_device"):
+            self._sample.run_with_iobinding(draw.binding, self._options_for(draw, candidates))
+        return draw.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+
+    def _put(self, array, value):
+        """Copy an array into a value on the device; not waiting, but in the order of the launches."""
+        if self._stream:
+            cuda.copy_to(value.data_ptr(), array, self._stream)
+        else:
+            value.update_inplace(array)
+
+    def _logits(self, cache):
+        return cache.logits
+
+    def _cache(self, batch, capacity):
+        if not self.captures:
+            return super()._cache(batch, capacity)
+        check_room(capacity, self.max_length)
+        size = min(self.max_length, 2 ** (capacity - 1).bit_length())
+        if (batch, size) not in self._caches:
+            self._caches[batch, size] = Cache(self, batch, size)
+        return self._caches[batch, size]
+
+    def _run_options(self, cache):
+        return self._options_for(cache.batch, cache.capacity)
+
+    def _options_for(self, *graph):
+        """How to run a graph; a captured one by a number of its own, the same for what is equal."""
+        graph = graph if self.captures else ()
+        if graph not in self._options:
+            options = onnxruntime.RunOptions()
+            if self._stream:  # what comes next is on the same stream, and waits there
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            if self.captures:
+                options.add_run_config_entry("gpu_graph_id", str(len(self._options)))
+            self._options[graph] = options
+        return self._options[graph]
+
+    def _prepare(self):
+        """Before the graphs are opened: the weights' one copy, and the stream."""
+        self._shared = upload(self.bundle, self.device, self.device_id)
+        self._stream = cuda.stream(self.device_id) if self.provider == CUDA else None
+
+    def _options_of(self, name):
+        options = super()._options_of(name)
+        for tensor, value in self._shared.items():
+            if name in ("prefill", "decode"):
+                options.add_initializer(tensor, value)
+        return options
+
+    def _provider_options_of(self, name):
+        options = {key: value for key, value in self.provider_options.items() if key != GRAPH or name in CAPTURED}
+        return options | ({"user_compute_stream": str(self._stream)} if self._stream else {})
+
+    @cached_property
+    def _sample(self):
+        return self._open("sample_device", 1)
+
+
+class Draw:
+    """The sampling graph's inputs and output beside one generation's logits; what does not change is sent once."""
+
+    def __init__(self, session: DeviceSession, logits):
+        batch, self._sent = logits.shape()[0], {}
+        self.inputs = {
+            name: _buffer(session, shape, np.float32)
+            for name, shape in (("temperature", []), ("top_p", []), ("uniform", [batch]))
+        }
+        self.token = _buffer(session, [batch], np.int64)
+        self.binding = session._sample.io_binding()
+        for name, value in (("logits", logits), *self.inputs.items()):
+            self.binding.bind_ortvalue_input(name, value)
+        self.binding.bind_ortvalue_output("token", self.token)
+
+    def is_new(self, name, number) -> bool:
+        """Whether an input is another than the last time."""
+        before, self._sent[name] = self._sent.get(name), np.array(number)
+        return before is None or not np.array_equal(before, number)
+
+    def set_count(self, candidates: int) -> None:
+        """How many of the likeliest to draw from: a number that the host is asked for."""
+        if self.is_new("count", candidates):
+            self.binding.bind_cpu_input("count", np.array([candidates], np.int64))
+
+
+def _buffer(session, shape, dtype):
+    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, session.device, session.device_id)
+
+
+def upload(bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.OrtValue]:
+    """The large weights of prefill and decode by name, each once on the device, from the mapped file."""
+    data, values = np.memmap(bundle.path / FILE, np.uint8, "r"), {}
+    for name in ("prefill", "decode"):
+        file = bundle.path / bundle.description["graphs"][name]["file"]
+        for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+            place = ExternalDataInfo(tensor)
+            if tensor.name in values or not tensor.external_data or place.length < SHARED_FROM:
+                continue
+            value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                list(tensor.dims), tensor.data_type, device, device_id
+            )
+            kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            bits = np.dtype(f"u{kind.itemsize}") if kind.kind == "V" else kind  # bfloat16 goes in as its bits
+            value.update_inplace(data[place.offset : place.offset + place.length].view(bits).reshape(tensor.dims))
+            # Seen through DLPack: a session takes no buffer that is an OrtValue's own.
+            values[tensor.name] = onnxruntime.OrtValue.from_dlpack(value._ortvalue)
+    return values

@@ -1,0 +1,265 @@
+"""Running a bundle with ONNX Runtime: the engine whose cache never leaves the device.
+
+The cache is a set of buffers on the device. Prefill writes them; every decode step is given the same buffer
+as past and as present, so the runtime updates it in place. The same code drives CUDA and the CPU.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+
+import numpy as np
+import onnxruntime
+
+from numpy_ref.errors import PaliGemmaError
+from numpy_ref.generate import check_room
+from numpy_ref.image import to_rgb
+from numpy_ref.model.segmentation import CELLS, SIDE
+
+from .. import bundle as bundles
+from ..bundle import Bundle
+from ..bundle.weights import FLOATS, stream_dtype
+from . import cuda
+from .allocator import freed_memory_kept
+from .provider import CPU, CUDA, DEFAULTS, INSTALL, chosen_device, place, prefer_cudnn, stdout_kept
+
+ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small, and made for the host
+# Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
+# float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
+# too (prepack.py). Quantized weights are always repacked: their quick kernels read no other order.
+MAPPED_FROM = 2 * 2**30
+_FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
+
+
+class Session:
+    """A bundle's graphs as an engine of `numpy_ref.generate`.
+
+    Threads may share one: each generation has a cache, and buffers, of its own.
+    """
+
+    name = "onnx"
+    picture = "pixel_values"  # what prefill's graph calls it
+
+    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
+        self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
+        self.resize = bundle.description["image"]["resize"]
+        self.provider_options = dict(provider_options or {})
+        self.provider = place(bundle, provider, self.provider_options)
+        self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
+        if self.provider == CUDA:
+            prefer_cudnn()
+            self.device_id = chosen_device(self.provider_options)
+            self.provider_options = DEFAULTS | self.provider_options
+        elif self.provider_options:
+            raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
+        if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
+            raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
+        kept = freed_memory_kept() if bundle.is_prepacked else nullcontext()
+        with stdout_kept(), kept, ThreadPoolExecutor(2) as pool:  # repacking weights takes one core each
+            self._prepare()
+            self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
+        if self.provider == CUDA:
+            self._check_placement()
+        self.masks = self._paint if "masks" in bundle.description["graphs"] else None
+
+    def prefill(self, pixel_values, input_ids, lengths, capacity):
+        """pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
+        check_room(input_ids.shape[1], capacity)
+        cache = self._cache(len(lengths), capacity)
+        binding = self._prefill.io_binding()
+        feeds = {
+            self.picture: np.ascontiguousarray(pixel_values, np.float32),
+            "input_ids": np.ascontiguousarray(input_ids, np.int64),
+            "lengths": np.ascontiguousarray(lengths, np.int32),
+            "capacity": np.array(cache.capacity, np.int64),
+        }
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_ortvalue_output("logits", cache.logits)
+        for name, buffer in cache.buffers.items():
+            binding.bind_ortvalue_output(f"present.{name}", buffer)
+        with self._told("prefill"):
+            self._prefill.run_with_iobinding(binding)
+        return self._logits(cache), cache
+
+    def decode(self, input_ids, lengths, cache):
+        """input_ids [B, 1] at position lengths [B] -> logits [B, V]; the cache is updated in place."""
+        check_room(lengths.max() + 1, cache.capacity)
+        self._put(np.ascontiguousarray(input_ids, np.int64), cache.input_ids)
+        self._put(np.ascontiguousarray(lengths, np.int32), cache.lengths)
+        with self._told("decode"):
+            self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
+        return self._logits(cache), cache
+
+    def _put(self, array, value):
+        """Copy an array into a value on the device."""
+        value.update_inplace(array)
+
+    def _logits(self, cache):
+        return cache.logits.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+
+    def _cache(self, batch, capacity):
+        return Cache(self, batch, capacity)
+
+    def _run_options(self, cache):
+        return None
+
+    @cached_property  # here as below, two threads that come first together both open it, and either's does
+    def _masks(self):
+        return self._open("masks", 1)  # when a mask is first asked for
+
+    def _paint(self, codes):
+        """Mask codes [B, 16] -> [B, 64, 64], positive inside."""
+        return self._run("masks", self._masks, {"codes": np.ascontiguousarray(codes, np.int64)})
+
+    def _prepare(self):
+        """What comes before the graphs are opened."""
+
+    def _open(self, name, threads):
+        options = self._options_of(name)
+        options.intra_op_num_threads = threads
+        on_device = self.provider == CUDA and name in ON_DEVICE
+        providers = [(CUDA, self._provider_options_of(name)), CPU] if on_device else [CPU]
+        with self._told(name):
+            opened = onnxruntime.InferenceSession(self._file(name), options, providers=providers)
+        found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
+        for value, shape in self._io(name).items():
+            if not _fits(found.get(value), shape):
+                raise PaliGemmaError(
+                    f"{self._file(name)}: {value} is {found.get(value, 'missing')}, not {list(shape)} as "
+                    f"{bundles.DESCRIPTION} has it; export the bundle again"
+                )
+        return opened
+
+    def _check_placement(self):
+        """Raise PaliGemmaError unless what decode reads and writes at every step is on the device.
+
+        The runtime leaves a node without a kernel there to the CPU, and copies what is bound to it once, when it is
+        bound: from then on such a session computes with what was there then.
+        """
+        for opened, graph in ((self._prefill, "prefill"), (self._decode, "decode")):
+            if CUDA not in opened.get_providers():
+                raise PaliGemmaError(f"--provider cuda: its libraries do not load; {INSTALL}")
+            infos = [*opened.get_output_memory_infos(), *(opened.get_input_memory_infos() if graph == "decode" else ())]
+            if any(info.name != "Cuda" for info in infos):
+                raise PaliGemmaError(
+                    f"{self._file(graph)}: CUDA has no kernels for all of it; run it with --provider cpu, or export "
+                    "the bundle again"
+                )
+
+    def _io(self, name):
+        return graph_io(name, self.config)
+
+    def _run(self, name, opened, feeds):
+        """The one output of a graph."""
+        with self._told(name):
+            return opened.run(None, feeds)[0]
+
+    def _file(self, name):
+        return self.bundle.path / self.bundle.description["graphs"][name]["file"]
+
+    @contextmanager
+    def _told(self, name):
+        """Turn what ONNX Runtime raises, which has no common class, into a line that names the graph."""
+        try:
+            yield
+        except Exception as error:
+            raise PaliGemmaError(f"{self._file(name)}: ONNX Runtime cannot load or run it ({error})") from None
+
+    def _options_of(self, name):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        floats = self.bundle.description["precision"] in FLOATS
+        if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if name == "prefill":  # its threads would spin on for a while, where decode's begin
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    def _provider_options_of(self, name):
+        return self.provider_options
+
+
+class HostSession(Session):
+    """A bundle run as hosts in other languages run it: its graphs also prepare the picture and draw the tokens."""
+
+    def preprocess(self, image):
+        """A Pillow image of any size -> pixel values [1, 3, S, S]."""
+        return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})
+
+    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+        """Draw a token a row, as `numpy_ref.sampling.sample` does; which ids are `known` is in the graph."""
+        feeds = {
+            "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
+            "top_p": np.array(top_p, np.float32), "uniform": uniform,
+        }  # fmt: skip
+        return self._run("sample", self._sample, feeds)
+
+    @cached_property
+    def _preprocess(self):
+        return self._open("preprocess", 1)
+
+    @cached_property
+    def _sample(self):
+        return self._open("sample", 1)
+
+
+class Cache:
+    """The key and value buffers of one generation, bound to the decode graph as past and as present."""
+
+    def __init__(self, session: Session, batch: int, capacity: int):
+        text = session.config.text
+        self.batch, self.capacity = batch, capacity
+
+        def buffer(shape, dtype):
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, session.device, session.device_id)
+
+        shape = [batch, text.kv_heads, capacity, text.head_dim]
+        dtype = stream_dtype(session.bundle.description["precision"])
+        self.buffers = {
+            f"{i}.{kind}": buffer(shape, int(dtype)) for i in range(text.depth) for kind in ("key", "value")
+        }
+        self.input_ids, self.lengths = buffer([batch, 1], np.int64), buffer([batch], np.int32)
+        self.logits = buffer([batch, text.vocab], np.float32)
+        self.binding = session._decode.io_binding()
+        self.binding.bind_ortvalue_input("input_ids", self.input_ids)
+        self.binding.bind_ortvalue_input("lengths", self.lengths)
+        self.binding.bind_ortvalue_output("logits", self.logits)
+        for name, value in self.buffers.items():
+            self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self.binding.bind_ortvalue_output(f"present.{name}", value)
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]."""
+        return {name: cuda.on_host(value) for name, value in self.buffers.items()}
+
+
+def graph_io(name: str, config) -> dict[str, tuple]:
+    """The inputs and outputs of a graph of a bundle -> their shapes; None for a size that is the caller's.
+
+    A graph that has others is refused before anything is made in the sizes that bundle.json claims.
+    """
+    text, size = config.text, config.vision.image_size
+    layers, cache = range(text.depth), (None, text.kv_heads, None, text.head_dim)
+    present = {f"present.{i}.{kind}": cache for i in layers for kind in ("key", "value")}
+    past = {f"past_key_values.{i}.{kind}": cache for i in layers for kind in ("key", "value")}
+    pixel_values, logits = {"pixel_values": (None, 3, size, size)}, {"logits": (None, text.vocab)}
+    ids, lengths = {"input_ids": (None, None)}, {"lengths": (None,)}
+    drawing = {**logits, "temperature": (), "top_p": (), "uniform": (None,), "token": (None,)}
+    return {
+        "prefill": {**pixel_values, **ids, **lengths, "capacity": (), **logits, **present},
+        "decode": {**ids, **lengths, **past, **logits, **present},
+        "preprocess": {"image": (None, None, 3), "pixel_values": (1, 3, size, size)},
+        "sample": {**drawing, "top_k": ()},
+        "sample_device": {**drawing, "count": (1,)},
+        "masks": {"codes": (None, CELLS * CELLS), "masks": (None, SIDE, SIDE)},
+    }[name]
+
+
+def _fits(found, shape) -> bool:
+    """Whether a graph's shape, in which names stand for free sizes, is the one that is wanted."""
+    return (
+        found is not None
+        and len(found) == len(shape)
+        and all(size is None or have == size for have, size in zip(found, shape, strict=True))
+    )

@@ -1,0 +1,29 @@
+"""python -m numpy_ref.checkpoint convert SRC DST: between Hugging Face directories and big_vision .npz files."""
+
+import argparse
+import sys
+
+from ..cli import run
+from . import convert
+
+PROG = "python -m numpy_ref.checkpoint"
+
+
+def main(argv=None):
+    options = argparse.ArgumentParser(prog=PROG, allow_abbrev=False)
+    command = options.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "convert", help="Hugging Face directory <-> big_vision .npz"
+    )
+    command.add_argument("source", metavar="SRC", help="a Hugging Face directory or a .npz")
+    command.add_argument("target", metavar="DST", help="a new directory, or a new file that ends in .npz")
+    command.add_argument("--tokenizer", metavar="FILE", help="the tokenizer.model or .json for the new directory")
+    arguments = options.parse_args(argv)
+    omitted = convert(arguments.source, arguments.target, arguments.tokenizer)
+    if omitted:
+        print(f"{PROG}: warning: a .npz does not say: {', '.join(omitted)}", file=sys.stderr)
+    print(f"wrote {arguments.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(PROG, main))

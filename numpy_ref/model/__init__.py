@@ -1,0 +1,1 @@
+"""The model, leaf first: layers, siglip, gemma, paligemma."""

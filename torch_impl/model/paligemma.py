@@ -1,0 +1,90 @@
+"""PaliGemma as one module: twin of `numpy_ref/paligemma.py`."""
+
+import torch
+from torch import nn
+
+from numpy_ref.model.layers import identity, scoped
+
+from .gemma import Decoder
+from .layers import Linear
+from .siglip import Encoder
+
+
+def prefix_mask(prefix_lengths, lengths, size, window=None):
+    """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may."""
+    steps = torch.arange(size, device=lengths.device)
+    query, key = steps[None, :, None], steps[None, None, :]
+    prefix, length = prefix_lengths[:, None, None], lengths[:, None, None]
+    causal = key <= query
+    if window is not None:
+        causal = causal & (key > torch.minimum(query, length - 1) - window)
+    return ((key < prefix) & (query < prefix) | causal) & (key < length)
+
+
+def decode_mask(lengths, capacity, window=None):
+    """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]."""
+    key, position = torch.arange(capacity, device=lengths.device)[None, None, :], lengths[:, None, None]
+    mask = key <= position
+    return mask if window is None else mask & (key > position - window)
+
+
+def last_position(x, lengths):
+    """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
+    return x[torch.arange(len(lengths)), lengths.long() - 1]
+
+
+def pad_cache(array, capacity):
+    """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
+    return nn.functional.pad(array, (0, 0, 0, capacity - array.shape[2]))
+
+
+class PaliGemma(nn.Module):
+    """Vision tower, projector and decoder. The attribute tree is the parameter tree of `numpy_ref`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = Encoder(config.vision)
+        self.projector = Linear(config.vision.width, config.text.width)
+        self.text = Decoder(config.text)
+
+    def encode_image(self, pixel_values, tap=identity):
+        """pixel_values [B, 3, S, S] -> [B, P, D] in the decoder's width."""
+        features = self.vision(pixel_values, scoped(tap, "vision"))
+        return tap("projector", self.projector(features))
+
+    def embed_prefix(self, pixel_values, input_ids, tap=identity):
+        """The decoder's input [B, T, D]: the picture's features, then the ids after the P image tokens."""
+        image = self.encode_image(pixel_values, tap)
+        text = self.text.embed(input_ids[:, self.config.vision.patches :], image.dtype)
+        return tap("embed_prefix", torch.cat([image, tap("embed", text)], dim=1))
+
+    def forward(self, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+        """Logits of every position: input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V]."""
+        x, _ = self.hidden_states(pixel_values, input_ids, lengths, prefix_lengths, tap)
+        return tap("logits", self.text.logits(x))
+
+    def hidden_states(self, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+        """The decoder's output at every position [B, T, D], and each layer's (key, value) [B, K, T, H]."""
+        x = self.embed_prefix(pixel_values, input_ids, tap)
+        size = input_ids.shape[1]
+        positions = torch.arange(size, device=x.device)[None].expand_as(input_ids)
+        windows = {*self.config.text.windows, None}
+        masks = {window: prefix_mask(prefix_lengths, lengths, size, window) for window in windows}
+        return self.text(x, positions, masks, tap=scoped(tap, "text"))
+
+    def prefill(self, pixel_values, input_ids, lengths, capacity, tap=identity):
+        """Read picture and prompt: the logits after each row's last token [B, V], and the filled cache."""
+        x, cache = self.hidden_states(pixel_values, input_ids, lengths, lengths, tap)
+        last = last_position(x, lengths)
+        cache = [tuple(pad_cache(tensor, capacity) for tensor in layer) for layer in cache]
+        return tap("logits", self.text.logits(last)), cache
+
+    def decode(self, input_ids, lengths, cache, tap=identity):
+        """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
+        capacity, dtype = cache[0][0].shape[2], cache[0][0].dtype
+        x = tap("embed", self.text.embed(input_ids, dtype))
+        windows = {*self.config.text.windows, None}
+        masks = {window: decode_mask(lengths, capacity, window) for window in windows}
+        x, cache = self.text(x, lengths[:, None], masks, cache, lengths, scoped(tap, "text"))
+        return tap("logits", self.text.logits(x[:, 0])), cache
