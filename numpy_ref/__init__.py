@@ -2,11 +2,11 @@
 
 Read the files leaf first:
 
-    layers.py      the leaf functions: linear, norms, softmax, rotary embedding, attention
-    siglip.py      the vision tower: picture -> patch features
-    gemma.py       the decoder: token embeddings -> hidden states -> logits
-    paligemma.py   the two joined: prefix-LM mask, prefill, decode, the training forward
-    generate.py    the sampling loop over any engine that has prefill and decode
+    model/layers.py      the leaf functions: linear, norms, softmax, rotary embedding, attention
+    model/siglip.py      the vision tower: picture -> patch features
+    model/gemma.py       the decoder: token embeddings -> hidden states -> logits
+    model/paligemma.py   the two joined: prefix-LM mask, prefill, decode, the training forward
+    generate.py          the sampling loop over any engine that has prefill and decode
 
 Axis letters, used in every docstring of the project:
 

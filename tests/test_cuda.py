@@ -358,6 +358,32 @@ def test_a_device_that_is_not_there(bundles):
         assert f"device_id={wanted}: the devices of this machine are 0 to 1" in err
 
 
+def test_the_graphs_for_hosts_stay_on_the_host(bundles):
+    """With --host-graphs pictures are prepared and tokens drawn on the CPU; captures are refused."""
+    folder = bundles("shipped", "float16", "fused")
+    arguments = (folder, EXAMPLE, "caption en", "--host-graphs", "--max-new-tokens", "3", "--provider", "cuda")
+    status, _, err, log = command(*arguments)
+    assert (status, err) == (0, "")
+    assert log.kernels
+    assert not any("TopK" in kernel for kernel in log.kernels)
+    status, _, err, _ = command(*arguments, "--provider-option", "enable_cuda_graph=1")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "not with --host-graphs" in err
+
+
+def test_a_bundle_of_an_older_export(bundles, tmp_path):
+    """It has no graph that samples on the device: refused under cuda with what to do, and run on the CPU under auto."""
+    folder = shutil.copytree(bundles("shipped", "float16", "portable"), tmp_path / "old")
+    description = json.loads((folder / bundle.DESCRIPTION).read_text())
+    del description["graphs"]["sample_device"], description["files"]["sample_device.onnx"]
+    (folder / bundle.DESCRIPTION).write_text(json.dumps(description))
+    status, _, err, _ = command(folder, EXAMPLE, "caption en", "--provider", "cuda")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "for CUDA export it again" in err
+    status, out, err, _ = command(folder, EXAMPLE, "answer en how many shapes are there?")
+    assert (status, out.strip(), err.count("\n")) == (0, "5", 1)
+
+
 def test_libraries_that_do_not_load(bundles):
     """Auto says so in one line and takes the CPU; cuda is refused."""
     script = """

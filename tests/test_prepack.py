@@ -142,3 +142,10 @@ def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("asked for"))
     with allocator.freed_memory_kept():
         pass
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "int4-float16"])
+def test_it_is_for_the_cpu(tmp_path, precision):
+    with pytest.raises(PaliGemmaError, match=f"--prepack: it is for kernels of the CPU, and {precision} is for CUDA"):
+        bundle.write(checkpoint.load(), tmp_path / "out", precision, prepacked=True)
+    assert not list(tmp_path.iterdir())

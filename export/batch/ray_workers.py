@@ -9,10 +9,12 @@ import logging
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from numpy_ref.errors import PaliGemmaError
 
+from ..session.provider import stays_on_cpu
 from . import Job, Worker
 
 TASKS = 10_000  # at most, that Ray keeps account of: each is one batch, or several where there are more batches
@@ -30,6 +32,8 @@ def workers(job: Job, count: int = 1, threads: int = 0):
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         share = share_out([int(machine.get("CPU", 0)) for machine in machines], count, threads)
         cards = 0 if job.provider == "cpu" else sum(machine.get("GPU", 0) for machine in machines)
+        if cards and stays_on_cpu(job.bundle, job.provider):
+            cards, job = 0, replace(job, provider="cpu")
         card = 1 / math.ceil(count / cards) if cards else 0  # of an actor: a whole one, or one over a whole number
         yield partial(_answers, ray, job, count, share, card)
     finally:

@@ -146,6 +146,8 @@ def write(
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
     output = storage.absent(output, "folder")
+    if prepacked and weights.stream_dtype(precision) in HALF:
+        raise PaliGemmaError(f"--prepack: it is for kernels of the CPU, and {precision} is for CUDA; leave it out")
     contents = prepare(checkpoint, precision, max_length, operators, residual)
     with storage.new_directory(output) as folder:
         needed = sum(contents.sizes.values()) * (4 if prepacked else 1)

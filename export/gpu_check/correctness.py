@@ -142,7 +142,7 @@ def is_tie(pixels, prompt, expected, actual, budget) -> bool:
 
 
 def draws(engine) -> dict:
-    """Tokens drawn on the device from fixed uniform numbers, beside those of `numpy_ref.sampling` from its logits."""
+    """Tokens drawn on the device from fixed uniform numbers, beside those that the reference draws from its logits."""
     config, random = engine.config, np.random.default_rng(5)
     tokenizer = Tokenizer.load(engine.bundle.path, config)
     ids, lengths = pad_prompts([tokenizer.prompt(text) for text in PROMPTS[:3]], config.pad)

@@ -23,7 +23,8 @@ from .. import bundle as bundles
 from ..bundle import weights
 from ..model.layers import OPERATORS
 from ..session import open_session
-from ..session.device import GRAPH, DeviceSession
+from ..session.device import DeviceSession
+from ..session.engine import GRAPH
 from .stage import NotHere, Settings
 
 PICTURE = checkpoints.SHIPPED / "example.png"

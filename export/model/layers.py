@@ -1,4 +1,4 @@
-"""Leaf functions that add nodes to a graph, each the twin of its namesake in `numpy_ref/layers.py`.
+"""Leaf functions that add nodes to a graph, each the twin of its namesake in `numpy_ref/model/layers.py`.
 
 Only standard operators whose kernels exist in float64 too (convolutions aside, which the model does not use), so that
 ONNX Runtime itself can be refereed in it. The functions marked `replaceable` give way to others where a graph is built

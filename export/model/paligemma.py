@@ -1,4 +1,4 @@
-"""PaliGemma's two graphs, prefill and decode: twin of `numpy_ref/paligemma.py`.
+"""PaliGemma's two graphs, prefill and decode: twin of `numpy_ref/model/paligemma.py`.
 
 `op.residual` is the dtype of the residual stream.
 """

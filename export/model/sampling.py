@@ -1,4 +1,4 @@
-"""From logits to the next token as a graph: twin of `numpy_ref/sampling.py`.
+"""From logits to the next token as a graph: twin of `numpy_ref/model/sampling.py`.
 
 Given the same uniform number it draws the same token, in any language.
 """

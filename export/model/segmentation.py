@@ -1,4 +1,4 @@
-"""The mask codec's decoder: twin of `numpy_ref/segmentation.py`. Hosts need no encoder."""
+"""The mask codec's decoder: twin of `numpy_ref/model/segmentation.py`. Hosts need no encoder."""
 
 from numpy_ref.model.segmentation import CELLS
 

@@ -17,11 +17,11 @@ from numpy_ref.generate import check_room
 
 from ..bundle.weights import FILE
 from . import cuda
-from .engine import Cache, Session
+from .engine import GRAPH, Cache, Session
 from .provider import CUDA
 
 SHARED_FROM = 2**20  # bytes; smaller weights are not worth a place of their own
-GRAPH, CAPTURED = "enable_cuda_graph", ("decode", "sample_device")
+CAPTURED = ("decode", "sample_device")
 
 
 class DeviceSession(Session):
@@ -32,15 +32,12 @@ class DeviceSession(Session):
     and are used again, so one generation at a time may run.
     """
 
+    can_capture = True
+
     def __init__(self, bundle, provider="auto", threads=0, provider_options=None):
         self._shared, self._stream, self._caches, self._options = None, None, {}, {}
         self._draws = WeakKeyDictionary()  # logits -> how they are drawn from, as long as the logits are there
         super().__init__(bundle, provider, threads, provider_options)
-
-    @property
-    def captures(self) -> bool:
-        """Whether decode is to be captured as a CUDA graph."""
-        return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")
 
     def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
         """Draw a token a row from logits on the device -> token [B]; which ids are `known` is in the graph.

@@ -23,6 +23,7 @@ from . import cuda
 from .allocator import freed_memory_kept
 from .provider import CPU, CUDA, DEFAULTS, INSTALL, chosen_device, place, prefer_cudnn, stdout_kept
 
+GRAPH = "enable_cuda_graph"
 ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small, and made for the host
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
 # float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
@@ -39,6 +40,7 @@ class Session:
 
     name = "onnx"
     picture = "pixel_values"  # what prefill's graph calls it
+    can_capture = False  # which takes logits and tokens that stay where they are
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
@@ -50,6 +52,10 @@ class Session:
             prefer_cudnn()
             self.device_id = chosen_device(self.provider_options)
             self.provider_options = DEFAULTS | self.provider_options
+            if self.captures and not self.can_capture:
+                raise PaliGemmaError(
+                    f"--provider-option {GRAPH}: not with --host-graphs, whose tokens leave the device"
+                )
         elif self.provider_options:
             raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
         if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
@@ -61,6 +67,11 @@ class Session:
         if self.provider == CUDA:
             self._check_placement()
         self.masks = self._paint if "masks" in bundle.description["graphs"] else None
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode is to be captured as a CUDA graph."""
+        return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")
 
     def prefill(self, pixel_values, input_ids, lengths, capacity):
         """pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
@@ -188,7 +199,7 @@ class HostSession(Session):
         return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})
 
     def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
-        """Draw a token a row, as `numpy_ref.sampling.sample` does; which ids are `known` is in the graph."""
+        """Draw a token a row, as `numpy_ref.model.sampling.sample` does; which ids are `known` is in the graph."""
         feeds = {
             "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
             "top_p": np.array(top_p, np.float32), "uniform": uniform,

@@ -40,12 +40,17 @@ def place(bundle: Bundle, provider: str, provider_options=None) -> str:
     and says why in one line. Raises PaliGemmaError if "cuda" is asked for.
     """
     chosen = choose_provider(provider, provider_options)
-    if chosen == CUDA and bundle.only_for_cpu:
-        if provider == "cuda":
-            raise PaliGemmaError(f"{bundle.path}: --provider cuda: {bundle.only_for_cpu}")
-        print(f"running on the CPU: {bundle.path}: {bundle.only_for_cpu}", file=sys.stderr)
-        return CPU
-    return chosen
+    return CPU if chosen == CUDA and stays_on_cpu(bundle, provider) else chosen
+
+
+def stays_on_cpu(bundle: Bundle, provider: str) -> bool:
+    """Whether a bundle is not run on a device that is there; if so it is said in one line, or raised as by `place`."""
+    if not bundle.only_for_cpu:
+        return False
+    if provider == "cuda":
+        raise PaliGemmaError(f"{bundle.path}: --provider cuda: {bundle.only_for_cpu}")
+    print(f"running on the CPU: {bundle.path}: {bundle.only_for_cpu}", file=sys.stderr)
+    return True
 
 
 def choose_provider(wanted: str, provider_options=None, quietly: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Contrastive learning: twin of `numpy_ref/contrastive.py`."""
+"""Contrastive learning: twin of `numpy_ref/model/contrastive.py`."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The Gemma decoder, versions 1 and 2: twin of `numpy_ref/gemma.py`."""
+"""The Gemma decoder, versions 1 and 2: twin of `numpy_ref/model/gemma.py`."""
 
 import math
 

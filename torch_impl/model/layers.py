@@ -1,4 +1,4 @@
-"""Leaf functions, each the twin of its namesake in `numpy_ref/layers.py`, and the modules that hold weights."""
+"""Leaf functions, each the twin of its namesake in `numpy_ref/model/layers.py`, and the modules that hold weights."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""PaliGemma as one module: twin of `numpy_ref/paligemma.py`."""
+"""PaliGemma as one module: twin of `numpy_ref/model/paligemma.py`."""
 
 import torch
 from torch import nn

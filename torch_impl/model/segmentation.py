@@ -1,4 +1,4 @@
-"""The mask codec: twin of `numpy_ref/segmentation.py`, and how it is trained.
+"""The mask codec: twin of `numpy_ref/model/segmentation.py`, and how it is trained.
 
 Training follows VQ-VAE (van den Oord et al. 2017): the decoder sees the nearest code words, whose gradient passes
 straight through to the encoder; code words move to the mean of the vectors that chose them, and one that nobody

@@ -1,4 +1,4 @@
-"""The SigLIP vision tower: twin of `numpy_ref/siglip.py`."""
+"""The SigLIP vision tower: twin of `numpy_ref/model/siglip.py`."""
 
 import math
 

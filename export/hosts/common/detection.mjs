@@ -1,4 +1,4 @@
-/** Boxes and masks in an answer. Twin of `numpy_ref/detection.py` and of `paste` in `numpy_ref/segmentation.py`. */
+/** Boxes and masks in an answer. Twin of `numpy_ref/detection.py` and of `paste` in `numpy_ref/model/segmentation.py`. */
 import { PaliGemmaError } from "./errors.mjs";
 
 const CONVENTIONS = { big_vision: 1023, huggingface: 1024 };

@@ -1,5 +1,5 @@
 /**
- * The generation loop, and the engine it runs over. Twin of `numpy_ref/generate.py` and `export/session.py`.
+ * The generation loop, and the engine it runs over. Twin of `numpy_ref/generate.py` and `export/session/engine.py`.
  *
  * `ort` is onnxruntime-node or onnxruntime-web; `sessions` has one session a graph of the bundle.
  */
