@@ -183,3 +183,16 @@ def test_a_wrong_fused_operator_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(PaliGemmaError, match="prefill logits"):
         bundle.write(checkpoint.load(), tmp_path / "out", verify=verify.verify)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", weights.PRECISIONS)
+@pytest.mark.parametrize("operators", [PORTABLE, FUSED])
+def test_tensors_begin_on_pages(precision, operators):
+    """So that they can be mapped; kernels that are taken as one follow each other without a gap."""
+    end, gaps = 0, set()
+    for stored in weights.plan(checkpoint.load().config, precision, operators).values():
+        if stored.offset % 4096:
+            assert stored.offset == end
+            gaps.add(stored.path.split(".")[-2])
+        end = stored.offset + stored.length
+    assert gaps <= {"key", "value", "up"}

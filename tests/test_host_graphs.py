@@ -83,6 +83,15 @@ def draw(sampler, logits, temperature, top_k, top_p, uniform):
     return token
 
 
+@pytest.mark.parametrize("uniform", [0.25, 0.5, 0.75])
+def test_an_exact_tie_goes_to_the_next(sampler, uniform):
+    """As in the reference (tests/test_sampling.py): four tokens of a quarter each."""
+    logits = np.full((1, len(KNOWN)), -np.inf, np.float32)
+    logits[0, np.flatnonzero(KNOWN)[:4]] = 0
+    token = draw(sampler, logits, 1.0, 4, 1.0, np.array([uniform], np.float32))
+    assert token.tolist() == [np.flatnonzero(KNOWN)[round(4 * uniform)]]
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.sampled_from([0, 1, 5, 299, 1000]),

@@ -149,3 +149,10 @@ def test_it_is_for_the_cpu(tmp_path, precision):
     with pytest.raises(PaliGemmaError, match=f"--prepack: it is for kernels of the CPU, and {precision} is for CUDA"):
         bundle.write(checkpoint.load(), tmp_path / "out", precision, prepacked=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_runtime_has_other_kernels(monkeypatch):
+    """What it repacked for one version is not taken by the next."""
+    before = prepack.processor()
+    monkeypatch.setattr(prepack.onnxruntime, "__version__", "0.0.1")
+    assert prepack.processor() != before

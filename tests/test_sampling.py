@@ -87,3 +87,10 @@ def test_frequencies_follow_the_distribution(temperature, top_k, top_p):
     observed = np.bincount(tokens, minlength=7) / count
     assert np.abs(observed - expected).max() < 4.5 * np.sqrt(0.25 / count)  # 4.5 standard errors at their widest
     assert (observed[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("uniform", [0.25, 0.5, 0.75])
+def test_an_exact_tie_goes_to_the_next(uniform):
+    """Four weights of a quarter: a number on the edge between two is the first of the second."""
+    weights = np.full((1, 4), 0.25, np.float32)
+    assert invert_cdf(weights, np.array([uniform], np.float32)).tolist() == [round(4 * uniform)]
