@@ -58,13 +58,14 @@ def test_half_precision_keeps_the_stream_in_float32(name, tmp_path):
         assert dtypes["present.0.key"] == half
 
 
-def test_a_bfloat16_bundle_says_what_it_needs(tmp_path):
+@pytest.mark.parametrize("precision", ["bfloat16", "int4-bfloat16"])
+def test_a_bfloat16_bundle_says_what_it_needs(tmp_path, precision):
     from export.session import cuda
 
     if cuda.device_count():
         pytest.skip("there is a GPU")
-    bundle.write(checkpoint.load(GOLDEN / "paligemma1"), tmp_path / "out", "bfloat16")
-    with pytest.raises(PaliGemmaError, match="bfloat16 bundle needs CUDA"):
+    bundle.write(checkpoint.load(GOLDEN / "paligemma1"), tmp_path / "out", precision)
+    with pytest.raises(PaliGemmaError, match=f": {precision} needs CUDA; export float32, int8 or int4 for the CPU"):
         Session(bundle.load(tmp_path / "out"))
 
 

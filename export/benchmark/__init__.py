@@ -404,7 +404,7 @@ def main(argv=None):
         side, folder = arguments.worker
         work(side, Path(folder), arguments.tokens, threads, arguments.against)
         return 0
-    if arguments.precision == "bfloat16":
+    if arguments.precision.endswith("bfloat16"):
         raise PaliGemmaError("a bfloat16 bundle needs CUDA; this benchmark is about the CPU")
     if arguments.folder and arguments.folder.exists():
         raise PaliGemmaError(f"{arguments.folder}: exists already; name a new folder")

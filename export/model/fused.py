@@ -29,17 +29,13 @@ _MASKED = -1e9  # a score that leaves a weight of zero
 
 def rms_norm(op, x, scale, eps):
     """RMSNorm with the scale as an offset from one: x [..., D], scale [D] -> [..., D]."""
-    x32 = layers.upcast(op, x)
-    gain = op.Add(layers.cast_like(op, scale, x32), 1.0)  # made once, when the graph is loaded
-    normed = op.SimplifiedLayerNormalization(x32, gain, axis=-1, epsilon=eps, _version=1)
-    return layers.cast_like(op, like(normed, x32), x)
+    gain = op.Add(scale, 1.0)  # made once, when the graph is loaded
+    return like(op.SimplifiedLayerNormalization(x, gain, axis=-1, epsilon=eps, _version=1), x)
 
 
 def layer_norm(op, x, scale, bias, eps):
     """LayerNorm: x [..., D], scale [D], bias [D] -> [..., D]."""
-    x32 = layers.upcast(op, x)
-    scale, bias = layers.cast_like(op, scale, x32), layers.cast_like(op, bias, x32)
-    return layers.cast_like(op, op.LayerNormalization(x32, scale, bias, axis=-1, epsilon=eps), x)
+    return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=eps)
 
 
 def gelu(op, x):
@@ -49,9 +45,8 @@ def gelu(op, x):
 
 def rope(op, x, cos, sin):
     """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
-    x32 = layers.upcast(op, x)
     cos, sin = (op.Squeeze(angles, [1]) for angles in (cos, sin))
-    return layers.cast_like(op, like(op.RotaryEmbedding(x32, cos, sin), x32), x)
+    return like(op.RotaryEmbedding(x, cos, sin), x)
 
 
 def in_line(op, x, rows):
@@ -119,7 +114,7 @@ def prefix_attention(op, p, config, asking, x, there, rotary, padding):
         layers.linear(op, each, **p[name]) for each, name in ((asking, "query"), (x, "key"), (x, "value"))
     )
     query, key = (
-        layers.cast_like(op, _rotate(op, each, *(op.Squeeze(part, [1]) for part in angles), heads), value)
+        _rotate(op, each, *(op.Squeeze(part, [1]) for part in angles), heads)
         for each, angles, heads in ((query, there, config.heads), (key, rotary, config.kv_heads))
     )
     key, value = (padding.part(op, each, config.kv_heads, config.head_dim) for each in (key, value))
@@ -164,12 +159,9 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
         return prefix_attention(op, p, config, x, x, rotary, rotary, mask)
     if config.head_dim % 8:  # GroupQueryAttention takes no others
         return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
-    query, key, value = (layers.cast_like(op, each, cache[0]) for each in project(op, x, p, ("query", "key", "value")))
+    query, key, value = project(op, x, p, ("query", "key", "value"))
     cos, sin = (op.Squeeze(angles, [1]) for angles in rotary)
-    query, key = (
-        layers.cast_like(op, _rotate(op, each, cos, sin, heads), cache[0])
-        for each, heads in ((query, config.heads), (key, config.kv_heads))
-    )
+    query, key = (_rotate(op, each, cos, sin, heads) for each, heads in ((query, config.heads), (key, config.kv_heads)))
     filled = op.Cast(start, to=DataType.INT32)
     total = op.Add(op.ReduceMax(filled, keepdims=0), op.Constant(value=ir.tensor(np.array(1, np.int32))))
     context, key, value = op.GroupQueryAttention(
@@ -183,9 +175,8 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
 
 
 def _rotate(op, x, cos, sin, heads):
-    """Rotate x [B, T, N*H] in float32 by the angles [B, T, H/2]."""
-    x32 = layers.upcast(op, x)
-    return like(op.RotaryEmbedding(x32, cos, sin, num_heads=heads), x32)
+    """Rotate x [B, T, N*H] by the angles [B, T, H/2]."""
+    return like(op.RotaryEmbedding(x, cos, sin, num_heads=heads), x)
 
 
 def mlp(op, p, x):
@@ -203,7 +194,7 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     """All layers and the final norm; of prefill only each row's last position, [1, B, D]: the rest is not asked for."""
     if cache is not None:
         return gemma.decoder.portable(op, p, config, x, positions, masks, cache, start, tap)
-    dtype, caches = layers.upcast(op, x).dtype, []
+    dtype, caches = x.dtype, []
     each = op.Reshape(op.Expand(positions, op.Shape(x, end=2)), [1, -1])
     rotary = layers.rope_angles(op, each, config.head_dim, config.rope_base, dtype)
     mask = masks[config.window(0)]  # all the same

@@ -58,8 +58,9 @@ class Session:
                 )
         elif self.provider_options:
             raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
-        if bundle.description["precision"] == "bfloat16" and self.provider == CPU:
-            raise PaliGemmaError(f"{bundle.path}: a bfloat16 bundle needs CUDA; export float32 for the CPU")
+        precision = bundle.description["precision"]
+        if precision.endswith("bfloat16") and self.provider == CPU:
+            raise PaliGemmaError(f"{bundle.path}: {precision} needs CUDA; export float32, int8 or int4 for the CPU")
         kept = freed_memory_kept() if bundle.is_prepacked else nullcontext()
         with stdout_kept(), kept, ThreadPoolExecutor(2) as pool:  # repacking weights takes one core each
             self._prepare()

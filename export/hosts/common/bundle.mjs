@@ -54,7 +54,7 @@ function checkDescription({ graphs, files, config, tokens, max_length: maxLength
   if (!files["tokenizer.json"]) fail("the bundle has no tokenizer.json, which hosts without SentencePiece need");
   const outside = Object.keys(files).find((name) => /[/\\]/.test(name) || name.startsWith("."));
   if (outside) fail(`${DESCRIPTION} names a file outside the bundle, ${outside}`);
-  if (precision?.endsWith("bfloat16")) fail("a bfloat16 bundle needs CUDA; export float32");
+  if (precision?.endsWith("bfloat16")) fail(`a bundle in ${precision} needs CUDA; export float32`);
 }
 
 function fail(message) {
