@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from numpy_ref.model import gemma, layers
+from numpy_ref.model import contrastive, gemma, layers
 
 from .models import CONFIGS, random_params
 
@@ -94,3 +94,10 @@ def test_the_weights_of_attention_are_rounded_once(half):
     large = exact > 1e-3  # below that float16 has no full mantissa
     assert mean_ulps(weights[large], exact[large]) < ONCE
     assert mean_ulps(layers.softmax(scores).astype(half)[large], exact[large]) > ONCE
+
+
+def test_products_keep_their_dtype(half):
+    """NumPy's own product of bfloat16 is float32."""
+    x, y = normal(half, 3, 8), normal(half, 8, 5)
+    assert layers.matmul(x, y).dtype == layers.linear(x, y).dtype == half
+    assert contrastive.similarity(x, x, np.float32(0.5)).dtype == half

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import SiglipConfig
 from . import siglip
-from .layers import attend, cast_like, embedding, identity, layer_norm, linear, merge_heads, scoped, split_heads
+from .layers import attend, cast_like, embedding, identity, layer_norm, linear, matmul, merge_heads, scoped, split_heads
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def embed_text(p, config, ids, tap=identity):
 
 def similarity(image, text, log_temperature):
     """Cosines over the temperature: image and text [B, D] -> [B, B], pictures down, captions across."""
-    return image @ text.T * np.exp(log_temperature)
+    return matmul(image, text.T) * np.exp(log_temperature).astype(image.dtype)
 
 
 def siglip_loss(image, text, log_temperature, bias):

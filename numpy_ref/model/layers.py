@@ -31,14 +31,14 @@ def cast_like(weight, x):
     return weight.astype(x.dtype, copy=False)
 
 
-def _matmul(x, y):
+def matmul(x, y):
     """x @ y in the dtype of x: NumPy's own product of bfloat16 is float32."""
     return (x @ y).astype(x.dtype, copy=False)
 
 
 def linear(x, kernel, bias=None):
     """x [..., in], kernel [in, out], bias [out] -> [..., out]."""
-    y = _matmul(x, cast_like(kernel, x))
+    y = matmul(x, cast_like(kernel, x))
     return y if bias is None else y + cast_like(bias, x)
 
 
@@ -126,13 +126,13 @@ def attend(query, key, value, mask=None, cap=None, tap=identity):
     kv_heads, keys = key.shape[1], key.shape[2]
     # The queries that share a key head are stacked, so that each key is read once.
     query = query.reshape(batch, kv_heads, -1, head_dim)
-    scores = upcast(tap("scores", _matmul(query, key.swapaxes(-1, -2))))
+    scores = upcast(tap("scores", matmul(query, key.swapaxes(-1, -2))))
     scores = softcap(scores, cap)  # before the mask: a capped -inf would be an ordinary number
     scores = scores.reshape(batch, heads, length, keys)
     if mask is not None:
         scores = np.where(mask[:, None], scores, np.asarray(-np.inf, scores.dtype))
     weights = tap("weights", softmax(scores).astype(value.dtype))
-    context = _matmul(weights.reshape(batch, kv_heads, -1, keys), value)
+    context = matmul(weights.reshape(batch, kv_heads, -1, keys), value)
     return context.reshape(batch, heads, length, head_dim)
 
 
