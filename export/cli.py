@@ -25,8 +25,8 @@ def export_onnx(argv=None):
     options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument(
         "--precision", choices=bundles.weights.PRECISIONS, default="float32",
-        help="of the weights (float32): float32, int8 and int4 for the CPU, the others for CUDA; int4-float16 has "
-        "weights in four bits and activations in float16",
+        help="precision of the weights (float32): float32, int8 and int4 for the CPU, the others for CUDA; "
+        "int4-float16 has weights in four bits and activations in float16",
     )  # fmt: skip
     options.add_argument(
         "--operators", choices=OPERATORS,
@@ -35,7 +35,7 @@ def export_onnx(argv=None):
     )  # fmt: skip
     options.add_argument(
         "--residual", choices=tuple(bundles.weights.FLOATS), metavar="DTYPE",
-        help="of the residual stream, with fused operators in half precision: float32, which cannot overflow (the "
+        help="dtype of the residual stream, of fused operators in half precision: float32, which cannot overflow (the "
         "default in float16), or that of the weights, which is quicker (the default in bfloat16)",
     )  # fmt: skip
     options.add_argument(
@@ -87,10 +87,7 @@ def run_onnx(argv=None):
     options.add_argument(
         "--host-graphs", action="store_true", help="prepare the picture and draw tokens by the bundle's own graphs"
     )
-    options.add_argument(
-        "--provider-option", action="append", default=[], type=_pair, metavar="KEY=VALUE",
-        help="an option of the CUDA provider, such as device_id=1, gpu_mem_limit=BYTES or enable_cuda_graph=1",
-    )  # fmt: skip
+    _add_provider_options(options)
     arguments = cli.parse(options, argv)
 
     def load(path):
@@ -114,6 +111,13 @@ def _serve(argv):
     from .serve import serve
 
     serve(arguments.bundle, arguments.port)
+
+
+def _add_provider_options(options):
+    options.add_argument(
+        "--provider-option", action="append", default=[], type=_pair, metavar="KEY=VALUE",
+        help="an option of the CUDA provider, such as device_id=1 or enable_cuda_graph=1",
+    )  # fmt: skip
 
 
 def _pair(text):
@@ -156,6 +160,7 @@ def run_onnx_batch(argv=None):
         "--engine", choices=("local", "ray"), default="local", help="workers on this machine, or Ray's (local)"
     )
     cli.add_answer_options(options)
+    _add_provider_options(options)
     arguments = options.parse_args(argv)
     storage.absent(arguments.output, "file")
     prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
@@ -170,8 +175,11 @@ def run_onnx_batch(argv=None):
     else:
         from .batch import workers
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    bundle = bundles.load(arguments.bundle) if arguments.bundle else shipped(arguments.provider)
-    job = batch.Job(rows, bundle, prompt, arguments.max_new_tokens, sampling, arguments.boxes, arguments.provider)
+    chosen = dict(arguments.provider_option)
+    bundle = bundles.load(arguments.bundle) if arguments.bundle else shipped(arguments.provider, chosen)
+    job = batch.Job(
+        rows, bundle, prompt, arguments.max_new_tokens, sampling, arguments.boxes, arguments.provider, chosen
+    )
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
     print(f"wrote {arguments.output}: {count} rows" + (f", {errors} of them errors" if errors else ""))

@@ -88,9 +88,11 @@ def verify(bundle, checkpoint) -> list[dict]:
         f"{row.stage} {row.part} {row.trouble or f'{row.error:.1e}'}" for row in compared if not row.error <= budget
     ]
     if failed:
-        # The stream of a float16 bundle is in float32. Its products and its cache are not, and outgrow float16 there.
-        overflow = bundle.description["precision"] == "float16" and any(row.trouble for row in compared)
-        advice = f"; float16 ends at {np.finfo(np.float16).max}, export bfloat16 or float32" if overflow else ""
+        # Products and cache outgrow float16, and so does a residual stream that is in it.
+        half = weights.stream_dtype(bundle.description["precision"]) == ir.DataType.FLOAT16
+        other = "--residual float32" if bundle.description.get("residual") == "float16" else "bfloat16 or float32"
+        overflow = half and any(row.trouble for row in compared)
+        advice = f"; float16 ends at {np.finfo(np.float16).max}, export {other}" if overflow else ""
         told = f"the bundle differs from the reference by more than {budget:.0e}"
         raise PaliGemmaError(f"{told}: {'; '.join(failed)}{advice}")
     results = [{**row.figures(), "budget": budget} for row in compared]
@@ -108,9 +110,7 @@ def check(checkpoint, precision) -> None:
     if not precision.endswith("bfloat16") or choose_provider("auto") == CUDA:
         return
     if precision in weights.QUANTIZED or _size(checkpoint) > SMALL:
-        raise PaliGemmaError(
-            f"--verify of a bundle of this size in {precision} needs a CUDA device: the CPU has no kernels"
-        )
+        raise PaliGemmaError(f"--verify in {precision} needs a CUDA device for this model: the CPU has no kernels")
 
 
 def rows(bundle, checkpoint) -> list[Row]:

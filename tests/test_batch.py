@@ -361,7 +361,7 @@ def test_rows_that_are_lost_are_noticed(tmp_path):
 
 
 def test_nothing_is_left_where_nothing_was_answered(rows, tmp_path, capsys, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise PaliGemmaError("the session does not open")
 
     monkeypatch.setattr(batch, "make", fail)

@@ -360,7 +360,7 @@ def test_a_device_that_is_not_there(bundles):
             folder, EXAMPLE, "caption en", "--provider-option", f"device_id={wanted}", devices=2
         )
         assert status == 1
-        assert f"device_id={wanted}: the devices of this machine are 0 to 1" in err
+        assert f"device_id={wanted}: this machine has the devices 0 to 1" in err
 
 
 def test_the_graphs_for_hosts_stay_on_the_host(bundles):
@@ -412,7 +412,10 @@ except Exception as error:
 def test_an_upload_that_fails_is_told(bundles):
     """With the memory of the device full the session does not go on without its weights."""
     folder = bundles("shipped", "float16", "fused")
-    with pytest.raises(cuda_stub.ScriptFailed, match="Failed to allocate memory"):
+    with pytest.raises(
+        cuda_stub.ScriptFailed,
+        match=r"PaliGemmaError: .*there is no room for it on device 0|PaliGemmaError: .*Failed to allocate memory",
+    ):
         cuda_stub.run(BEGIN + "open_bundle(sys.argv[1])", folder, memory=2**20)
 
 
@@ -438,6 +441,29 @@ if __name__ == "__main__":
     printed, _ = cuda_stub.run(script, folder, *arguments, "--workers", workers, "--batch-size", "1")
     assert printed.split()[-2:] == ["0", "1"]
     assert [json.loads(line)["text"] for line in out.read_text().splitlines()] == ["5", "5"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_batch_workers_take_the_device_that_is_asked_for(bundles, tmp_path, workers):
+    shutil.copy(EXAMPLE, tmp_path / "a.png")
+    shutil.copy(EXAMPLE, tmp_path / "b.png")
+    script = """
+from export.cli import batch_main
+if __name__ == "__main__":
+    batch_main()
+"""
+    arguments = ["--input", tmp_path, "--prompt", "caption en", "--output", tmp_path / "out.jsonl", "--provider", "cuda",
+                 "--provider-option", "device_id=1", "--max-new-tokens", "2", "--batch-size", "1"]  # fmt: skip
+    _, log = cuda_stub.run(script, bundles("shipped", "float16", "fused"), *arguments, "--workers", workers, devices=2)
+    assert log.devices == {1}
+    assert log.kernels
+
+
+def test_an_option_that_the_provider_does_not_know(bundles):
+    folder = bundles("shipped", "float16", "fused")
+    status, _, err, _ = command(folder, EXAMPLE, "caption en", "--provider-option", "nonsense=1")
+    assert status == 1
+    assert "does not start it with the options use_tf32=0, nonsense=1" in err
 
 
 # --- mutants -----------------------------------------------------------------------------------------------

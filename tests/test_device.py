@@ -3,6 +3,9 @@
 What is special to CUDA is in `test_cuda.py`.
 """
 
+import gc
+import weakref
+
 import ml_dtypes
 import numpy as np
 import onnxruntime
@@ -101,3 +104,32 @@ def test_options_are_for_cuda(opened, capsys):
     with pytest.raises(SystemExit):
         run_onnx([*arguments, "device_id"])
     assert "argument --provider-option" in capsys.readouterr().err
+
+
+def test_a_generation_leaves_nothing_behind(opened):
+    """What sampling made for a generation goes with its cache."""
+    engine, made = DeviceSession(opened, "cpu"), []
+    original = device.Draw.__init__
+
+    def counted(self, *arguments):
+        made.append(weakref.ref(self))
+        original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device.Draw, "__init__", counted)
+        for _ in range(3):
+            draw(engine, Sampling(), 4)
+        gc.collect()
+    assert len(made) == 3
+    assert not any(reference() for reference in made)
+    assert len(engine._owners) == 0
+
+
+def test_logits_that_are_no_numbers_draw_an_id_that_exists(opened):
+    """A wrong answer, but nothing outside of the buffers is read."""
+    engine = DeviceSession(opened, "cpu")
+    vocab = engine.config.text.vocab
+    logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.full((2, vocab), np.nan, np.float32), "cpu", 0)
+    for temperature, top_k in ((0.0, 0), (1.0, 8)):
+        token = engine.sample(logits, None, temperature, top_k, 1.0, np.array([0.3, 0.9], np.float32))
+        assert ((token >= 0) & (token < vocab)).all()

@@ -157,7 +157,7 @@ def test_data_sheets(name, width):
 
 
 def test_without_the_library_the_device_is_not_asked():
-    with pytest.raises(cuda.MissingError, match=r"libmissing\.so with anything is not to be found"):
+    with pytest.raises(cuda.MissingError, match=r"libmissing\.so with anything was not found"):
         cuda.call("anything", names=("libmissing.so",))
 
 

@@ -49,12 +49,13 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     boxes: str = "big_vision"
     provider: str = "auto"
+    provider_options: dict[str, str] = field(default_factory=dict)
 
     def settings(self) -> dict:
         """All that an answer depends on, as plain values: it must be the same to go on."""
         described = bundles.sha256(self.bundle.path / bundles.DESCRIPTION)  # it holds the checksums of the rest
         options = {"prompt": self.prompt, "max_new_tokens": self.max_new_tokens, **asdict(self.sampling)}
-        options |= {"boxes": self.boxes, "provider": self.provider}
+        options |= {"boxes": self.boxes, "provider": self.provider, "provider_option": self.provider_options}
         return {"input": self.rows.digest, "bundle": described, **options}
 
 
@@ -62,8 +63,8 @@ def run(job: Job, output: Path, batch_size: int, start_workers) -> tuple[int, in
     """Answer every row into the new file `output`; how many rows, and how many of them errors.
 
     `start_workers(job)` is a context in which there is a function from the first rows of batches, and their size, to
-    the answers of each batch in order: `workers` below, or `batch_ray.workers`. Raises PaliGemmaError; what was written
-    by then stays in the work file.
+    the answers of each batch in order: `workers` below, or `ray_workers.workers`. Raises PaliGemmaError; what was
+    written by then stays in the work file.
     """
     count = len(job.rows)
     with work_file(output, job.settings()) as work:
@@ -98,7 +99,7 @@ class Worker:
     """A session that answers batches."""
 
     def __init__(self, job: Job, threads: int):
-        self.job, self.engine = job, make(job.bundle, job.provider, threads)
+        self.job, self.engine = job, make(job.bundle, job.provider, threads, provider_options=job.provider_options)
         self.tokenizer = Tokenizer.load(job.bundle.path, job.bundle.config)
         self.known = self.tokenizer.known()
 
@@ -175,7 +176,7 @@ def one_ahead(function, items):
 def workers(job: Job, count: int = 1, threads: int = 0):
     """One worker in this process, or `count` in a process each that share `threads` (0: all cores) evenly."""
     # Said once, not by every worker.
-    job = replace(job, provider="cpu" if place(job.bundle, job.provider) == CPU else "cuda")
+    job = replace(job, provider="cpu" if place(job.bundle, job.provider, job.provider_options) == CPU else "cuda")
     if count == 1:
         yield Worker(job, threads).answers
         return

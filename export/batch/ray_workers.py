@@ -30,10 +30,11 @@ def workers(job: Job, count: int = 1, threads: int = 0):
         _start(ray)
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        share = share_out([int(machine.get("CPU", 0)) for machine in machines], count, threads)
         cards = 0 if job.provider == "cpu" else sum(machine.get("GPU", 0) for machine in machines)
         if cards and stays_on_cpu(job.bundle, job.provider):
             cards, job = 0, replace(job, provider="cpu")
+        able = [machine for machine in machines if not cards or machine.get("GPU")]  # a worker wants its card beside it
+        share = share_out([int(machine.get("CPU", 0)) for machine in able], count, threads)
         card = 1 / math.ceil(count / cards) if cards else 0  # of an actor: a whole one, or one over a whole number
         yield partial(_answers, ray, job, count, share, card)
     finally:

@@ -50,7 +50,8 @@ def linear(op, x, kernel, bias=None):
     """x [..., in], kernel [in, out], bias [out] -> [..., out], in the dtype of the kernel.
 
     Here the activation is cast, where the reference casts the weight: a half-precision bundle multiplies in half
-    precision, and `residual` takes the product back into the float32 stream. A quantized kernel knows how to multiply.
+    precision, and `residual` takes the product back into the dtype of the stream. A quantized kernel knows how to
+    multiply.
     """
     x = cast_like(op, x, kernel)
     y = kernel.multiply(op, x) if is_quantized(kernel) else op.MatMul(x, kernel)
@@ -58,12 +59,12 @@ def linear(op, x, kernel, bias=None):
 
 
 def is_quantized(weight):
-    """Whether a weight is of `quantize`, and not a tensor of the graph."""
+    """Whether a weight is of `quantized`, and not a tensor of the graph."""
     return not isinstance(weight, ir.Value)
 
 
 def residual(op, x, update):
-    """x + update in the dtype of x. In half-precision bundles x is float32: Gemma's stream outgrows float16."""
+    """x + update in the dtype of x, which is float32 in float16 bundles: Gemma's stream may outgrow float16."""
     return op.Add(x, cast_like(op, update, x))
 
 

@@ -1,4 +1,4 @@
-"""Weights in eight and four bits, in the forms that ONNX Runtime's CPU kernels take.
+"""Weights in eight and four bits, in the forms that ONNX Runtime's kernels take.
 
 Both are symmetric: w is about scale * q, with q a whole number around zero.
 

@@ -43,6 +43,7 @@ def invert_cdf(op, weights, uniform):
     """The first rank whose cumulated weight exceeds uniform * total: weights [B, K], uniform [B] -> [B]."""
     cumulated = op.CumSum(weights, 1)
     total = op.Slice(cumulated, [-1], [2**31 - 1], [1])
-    beyond = op.Greater(cumulated, op.Mul(op.Unsqueeze(uniform, [1]), total))
-    # Those that are not beyond are counted: CUDA has no ArgMax of whole numbers.
-    return op.Cast(op.ReduceSum(op.Cast(op.Not(beyond), to=DataType.FLOAT), [1], keepdims=0), to=DataType.INT64)
+    # Those before it are counted: CUDA has no ArgMax of whole numbers. Of weights that are NaN none is, which leaves
+    # the first, an index that exists.
+    before = op.LessOrEqual(cumulated, op.Mul(op.Unsqueeze(uniform, [1]), total))
+    return op.Cast(op.ReduceSum(op.Cast(before, to=DataType.FLOAT), [1], keepdims=0), to=DataType.INT64)

@@ -36,7 +36,7 @@ def call(function: str, *arguments, names=RUNTIMES) -> None:
     """Call a function of a library. Raises MissingError without it, PaliGemmaError if it says that it failed."""
     found = library(names)
     if found is None or not hasattr(found, function):
-        raise MissingError(f"{names[0]} with {function} is not to be found")
+        raise MissingError(f"{names[0]} with {function} was not found")
     if code := getattr(found, function)(*arguments):
         raise PaliGemmaError(f"CUDA's {function} failed with error {code}")
 

@@ -6,7 +6,7 @@ the CPU provider, where it is tested.
 """
 
 from functools import cached_property
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import onnx
@@ -36,7 +36,7 @@ class DeviceSession(Session):
 
     def __init__(self, bundle, provider="auto", threads=0, provider_options=None):
         self._shared, self._stream, self._caches, self._options = None, None, {}, {}
-        self._draws = WeakKeyDictionary()  # logits -> how they are drawn from, as long as the logits are there
+        self._owners = WeakKeyDictionary()  # logits -> a weak reference to the cache that they came with
         super().__init__(bundle, provider, threads, provider_options)
 
     def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
@@ -44,9 +44,7 @@ class DeviceSession(Session):
 
         The token's copy to the host is the one wait.
         """
-        if logits not in self._draws:
-            self._draws[logits] = Draw(self, logits)
-        draw, vocab = self._draws[logits], self.config.text.vocab
+        draw, vocab = self._draw_of(logits), self.config.text.vocab
         if temperature == 0:  # greedy: the likeliest alone
             temperature, top_k, top_p, uniform = 1.0, 1, 1.0, np.zeros(draw.token.shape(), np.float32)
         candidates = min(top_k or vocab, vocab)
@@ -56,7 +54,18 @@ class DeviceSession(Session):
                 self._put(np.asarray(number, np.float32), draw.inputs[name])
         with self._told("sample_device"):
             self._sample.run_with_iobinding(draw.binding, self._options_for(draw, candidates))
-        return draw.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+            return draw.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+
+    def _draw_of(self, logits):
+        """Kept on the cache, so that it goes with it: a binding holds what is bound to it."""
+        owner = self._owners.get(logits)
+        cache = owner() if owner else None
+        if cache is None:
+            return Draw(self, logits)
+        if cache.draw is None:
+            with self._room():
+                cache.draw = Draw(self, logits)
+        return cache.draw
 
     def _put(self, array, value):
         """Copy an array into a value on the device; not waiting, but in the order of the launches."""
@@ -66,6 +75,7 @@ class DeviceSession(Session):
             value.update_inplace(array)
 
     def _logits(self, cache):
+        self._owners[cache.logits] = ref(cache)
         return cache.logits
 
     def _cache(self, batch, capacity):
@@ -94,7 +104,8 @@ class DeviceSession(Session):
 
     def _prepare(self):
         """Before the graphs are opened: the weights' one copy, and the stream."""
-        self._shared = upload(self.bundle, self.device, self.device_id)
+        with self._room():
+            self._shared = upload(self.bundle, self.device, self.device_id)
         self._stream = cuda.stream(self.device_id) if self.provider == CUDA else None
 
     def _options_of(self, name):

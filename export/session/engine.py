@@ -21,7 +21,7 @@ from ..bundle import Bundle
 from ..bundle.weights import FLOATS, stream_dtype
 from . import cuda
 from .allocator import freed_memory_kept
-from .provider import CPU, CUDA, DEFAULTS, INSTALL, chosen_device, place, prefer_cudnn, stdout_kept
+from .provider import CPU, CUDA, DEFAULTS, chosen_device, place, prefer_cudnn, stdout_kept
 
 GRAPH = "enable_cuda_graph"
 ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small, and made for the host
@@ -45,7 +45,7 @@ class Session:
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
         self.resize = bundle.description["image"]["resize"]
-        self.provider_options = dict(provider_options or {})
+        self.provider_options = {name: str(value) for name, value in (provider_options or {}).items()}
         self.provider = place(bundle, provider, self.provider_options)
         self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
         if self.provider == CUDA:
@@ -77,7 +77,8 @@ class Session:
     def prefill(self, pixel_values, input_ids, lengths, capacity):
         """pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
         check_room(input_ids.shape[1], capacity)
-        cache = self._cache(len(lengths), capacity)
+        with self._room():
+            cache = self._cache(len(lengths), capacity)
         binding = self._prefill.io_binding()
         feeds = {
             self.picture: np.ascontiguousarray(pixel_values, np.float32),
@@ -151,7 +152,8 @@ class Session:
         """
         for opened, graph in ((self._prefill, "prefill"), (self._decode, "decode")):
             if CUDA not in opened.get_providers():
-                raise PaliGemmaError(f"--provider cuda: its libraries do not load; {INSTALL}")
+                given = ", ".join(f"{name}={value}" for name, value in self.provider_options.items())
+                raise PaliGemmaError(f"--provider cuda: the runtime does not start it with the options {given}")
             infos = [*opened.get_output_memory_infos(), *(opened.get_input_memory_infos() if graph == "decode" else ())]
             if any(info.name != "Cuda" for info in infos):
                 raise PaliGemmaError(
@@ -177,6 +179,21 @@ class Session:
             yield
         except Exception as error:
             raise PaliGemmaError(f"{self._file(name)}: ONNX Runtime cannot load or run it ({error})") from None
+
+    @contextmanager
+    def _room(self):
+        """Turn what the runtime raises where memory cannot be had into a line that says what takes less."""
+        try:
+            yield
+        except PaliGemmaError:
+            raise
+        except Exception as error:  # the runtime's exceptions have no common class
+            where = f"device {self.device_id}" if self.provider == CUDA else "the CPU"
+            reason = " ".join(str(error).split())
+            raise PaliGemmaError(
+                f"{self.bundle.path}: there is no room for it on {where} ({reason}); a smaller batch, a shorter answer "
+                "or a bundle in fewer bits takes less memory"
+            ) from None
 
     def _options_of(self, name):
         options = onnxruntime.SessionOptions()
@@ -221,7 +238,7 @@ class Cache:
 
     def __init__(self, session: Session, batch: int, capacity: int):
         text = session.config.text
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self.draw = batch, capacity, None
 
         def buffer(shape, dtype):
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, session.device, session.device_id)

@@ -102,7 +102,8 @@ def prefer_cudnn() -> None:
 
 def chosen_device(provider_options) -> int:
     """The number of the device that `device_id` asks for; PaliGemmaError if there is none."""
-    wanted, count = provider_options.get("device_id", "0"), cuda.device_count()
+    wanted, count = str(provider_options.get("device_id", "0")), cuda.device_count()
     if not wanted.isdecimal() or int(wanted) >= count:
-        raise PaliGemmaError(f"--provider-option device_id={wanted}: the devices of this machine are 0 to {count - 1}")
+        there = "one device, 0" if count == 1 else f"the devices 0 to {count - 1}"
+        raise PaliGemmaError(f"--provider-option device_id={wanted}: this machine has {there}")
     return int(wanted)
