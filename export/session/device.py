@@ -130,10 +130,10 @@ class Draw:
     def __init__(self, session: DeviceSession, logits):
         batch, self._sent = logits.shape()[0], {}
         self.inputs = {
-            name: _buffer(session, shape, np.float32)
+            name: session.buffer(shape, np.float32)
             for name, shape in (("temperature", []), ("top_p", []), ("uniform", [batch]))
         }
-        self.token = _buffer(session, [batch], np.int64)
+        self.token = session.buffer([batch], np.int64)
         self.binding = session._sample.io_binding()
         for name, value in (("logits", logits), *self.inputs.items()):
             self.binding.bind_ortvalue_input(name, value)
@@ -148,10 +148,6 @@ class Draw:
         """How many of the likeliest to draw from: a number that the host is asked for."""
         if self.is_new("count", candidates):
             self.binding.bind_cpu_input("count", np.array([candidates], np.int64))
-
-
-def _buffer(session, shape, dtype):
-    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, session.device, session.device_id)
 
 
 def upload(bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.OrtValue]:

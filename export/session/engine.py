@@ -104,6 +104,10 @@ class Session:
             self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
         return self._logits(cache), cache
 
+    def buffer(self, shape, dtype):
+        """Memory where this session runs, as an OrtValue."""
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.device_id)
+
     def _put(self, array, value):
         """Copy an array into a value on the device."""
         value.update_inplace(array)
@@ -239,17 +243,13 @@ class Cache:
     def __init__(self, session: Session, batch: int, capacity: int):
         text = session.config.text
         self.batch, self.capacity, self.draw = batch, capacity, None
-
-        def buffer(shape, dtype):
-            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, session.device, session.device_id)
-
         shape = [batch, text.kv_heads, capacity, text.head_dim]
         dtype = stream_dtype(session.bundle.description["precision"])
         self.buffers = {
-            f"{i}.{kind}": buffer(shape, int(dtype)) for i in range(text.depth) for kind in ("key", "value")
+            f"{i}.{kind}": session.buffer(shape, int(dtype)) for i in range(text.depth) for kind in ("key", "value")
         }
-        self.input_ids, self.lengths = buffer([batch, 1], np.int64), buffer([batch], np.int32)
-        self.logits = buffer([batch, text.vocab], np.float32)
+        self.input_ids, self.lengths = session.buffer([batch, 1], np.int64), session.buffer([batch], np.int32)
+        self.logits = session.buffer([batch, text.vocab], np.float32)
         self.binding = session._decode.io_binding()
         self.binding.bind_ortvalue_input("input_ids", self.input_ids)
         self.binding.bind_ortvalue_input("lengths", self.lengths)
