@@ -162,10 +162,10 @@ def steps_of(state: Path) -> int:
         return json.loads(stored.metadata()["progress"])["step"]
 
 
-def expect(holds, told: str) -> None:
+def expect(holds, message: str) -> None:
     """Raise FaultError with what is told, unless it holds."""
     if not holds:
-        raise FaultError(told)
+        raise FaultError(message)
 
 
 def errors_of(folder: Path) -> Path:
@@ -202,13 +202,13 @@ class Undisturbed:
 
 def undisturbed(job: Job, folder: Path) -> Undisturbed:
     """Run a job to its end, look when it does what, and remove what it made."""
-    begun, seen, saved = time.time(), {}, set()
+    started, seen, saved = time.time(), {}, set()
     process = job.start(folder)
     while process.poll() is None:
-        seen.setdefault(job.phase(folder, begun), time.time() - begun)
-        saved.add(modified(job.state(folder)) or begun)
+        seen.setdefault(job.phase(folder, started), time.time() - started)
+        saved.add(modified(job.state(folder)) or started)
         time.sleep(0.001)
-    end, errors = time.time() - begun, finish(process, folder)
+    end, errors = time.time() - started, finish(process, folder)
     expect(process.returncode == 0, f"{job.name} alone: {errors}")
     digest = job.digest(folder / job.output)
     remove(folder / job.output)
@@ -226,9 +226,9 @@ def kill(job: Job, folder: Path, turn: str, alone: Undisturbed, moments: random.
 
     The phase that it was in, None if it had ended; and the age of its state in seconds, where it had kept one.
     """
-    begun = time.time()
+    started = time.time()
     process = job.start(folder)
-    while process.poll() is None and PHASES.index(job.phase(folder, begun)) < PHASES.index(turn):
+    while process.poll() is None and PHASES.index(job.phase(folder, started)) < PHASES.index(turn):
         time.sleep(0.0005)
     time.sleep(moments.uniform(0, 0.8 * alone.span(turn)))
     process.send_signal(signal.SIGKILL)
@@ -236,7 +236,7 @@ def kill(job: Job, folder: Path, turn: str, alone: Undisturbed, moments: random.
     errors = finish(process, folder)
     expect(process.returncode in (0, -signal.SIGKILL), f"{job.name}: {errors}")
     kept = modified(job.state(folder))
-    return (job.phase(folder, begun) if process.returncode else None), (killed - kept if kept > begun else 0.0)
+    return (job.phase(folder, started) if process.returncode else None), (killed - kept if kept > started else 0.0)
 
 
 def kills(job: Job, folder: Path, count: int, seed=0, progress=lambda: None) -> list[dict]:

@@ -55,11 +55,11 @@ def main(argv=None):
     arguments = options.parse_args(argv)
     engine, tokenizer = load(arguments.bundle, "cpu", arguments.threads, host_graphs=True)
     image, every, samples = open_image(SHIPPED / "example.png"), max(1, arguments.generations // 20), []
-    begun = time.perf_counter()
+    started = time.perf_counter()
     walk = generations(engine, tokenizer, image, arguments.generations)
     for done in tqdm(walk, total=arguments.generations, leave=False, disable=None):
         if done % every == 0:
-            samples.append((done, resident(), time.perf_counter() - begun))
+            samples.append((done, resident(), time.perf_counter() - started))
             if not arguments.json:
                 print(f"{done:>8} generations  {samples[-1][1] / 2**20:9.2f} MiB  {samples[-1][2]:7.1f} s", flush=True)
     found = slope([done for done, *_ in samples], [size for _, size, _ in samples])

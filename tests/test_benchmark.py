@@ -31,8 +31,15 @@ def test_both_sides_answer_on_the_shipped_model():
     assert results["ours"]["outside_share"] < 1
     assert results["bandwidth_share"] > 0  # a model that a cache holds may be read faster than memory
     assert results["bandwidth_gb_per_s"] > 0.1
-    told = {"variant": "v", "layers": 2, "precision": "float32", "threads": 1, "prepack": False, "against": "bfloat16"}
-    text = benchmark.table({**told, **results, "ours": results["ours"] | {"export_s": 1.0, "first_load_s": 1.0}})
+    settings = {
+        "variant": "v",
+        "layers": 2,
+        "precision": "float32",
+        "threads": 1,
+        "prepack": False,
+        "against": "bfloat16",
+    }
+    text = benchmark.table({**settings, **results, "ours": results["ours"] | {"export_s": 1.0, "first_load_s": 1.0}})
     assert f"{results['ratios']['decode']:.2f}" in text
     json.dumps(results)
 

@@ -150,8 +150,8 @@ def test_three_exports_to_one_place(jobs, tmp_path):
     ended = [(*process.communicate(), process.returncode) for process in processes]
     assert [code for *_, code in ended].count(0) == 1, ended
     for printed, errors, code in ended:
-        told = f"wrote {output}" if code == 0 else f"export-onnx: error: {output}: output folder exists already"
-        assert told in (printed if code == 0 else errors)
+        message = f"wrote {output}" if code == 0 else f"export-onnx: error: {output}: output folder exists already"
+        assert message in (printed if code == 0 else errors)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     bundle.load(output)
 

@@ -94,10 +94,10 @@ def test_the_command(tmp_path, capsys):
     output = tmp_path / "gpu.json"
     arguments = ["--provider", "cpu", "--layers", "1", "--stages", "environment", "--output", str(output)]
     assert command.main(arguments) == 0
-    told = json.loads(output.read_text())
-    assert told == json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["stages"]["environment"]["status"] == OK
-    assert (told["variant"], told["layers"], told["provider"]) == ("paligemma-3b-224", 1, "cpu")
+    result = json.loads(output.read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["stages"]["environment"]["status"] == OK
+    assert (result["variant"], result["layers"], result["provider"]) == ("paligemma-3b-224", 1, "cpu")
     with pytest.raises(PaliGemmaError, match="exists already"):
         command.main(arguments)
     with pytest.raises(PaliGemmaError, match="--stages nothing: there are environment"):

@@ -390,18 +390,18 @@ def test_the_whole_recipe_in_small(tmp_path, monkeypatch):
     """Tokenizer, codec, contrastive stage and all tasks, killed between stages and gone on with."""
     monkeypatch.setattr(recipe, "train_codec", lambda seed: (segmentation.load(segmentation.find(SHIPPED)), []))
     small = replace(SETTINGS, steps=3, batch_size=4)
-    whole, _, record = recipe.cook(tmp_path / "whole", 0, small, small, small)
+    whole, _, record = recipe.train_all(tmp_path / "whole", 0, small, small, small)
     assert record.keys() == {"mask codec", "contrastive", "all tasks", "mostly captions"}
     assert record["all tasks"]["curve"]["rows"][-1][0] == 3
     fit = recipe.fit
     monkeypatch.setattr(recipe, "fit", lambda *arguments, **options: (_ for _ in ()).throw(StopError))
     with pytest.raises(StopError):
-        recipe.cook(tmp_path / "parts", 0, small, small, small)
+        recipe.train_all(tmp_path / "parts", 0, small, small, small)
     monkeypatch.setattr(recipe, "fit", fit)
-    again, _, _ = recipe.cook(tmp_path / "parts", 0, small, small, small)
+    again, _, _ = recipe.train_all(tmp_path / "parts", 0, small, small, small)
     assert same(to_params(again), to_params(whole))
     with pytest.raises(PaliGemmaError, match="begun with seed 0"):
-        recipe.cook(tmp_path / "parts", 1, small, small, small)
+        recipe.train_all(tmp_path / "parts", 1, small, small, small)
 
 
 def test_evaluating_and_drawing_from_the_command_line(tmp_path):

@@ -59,11 +59,11 @@ def measure(folder: Path, arguments, threads: int) -> dict:
             decoder.make(folders[side], checkpoint)
             folders[ALONE] = bundle
     with Worker(OURS, bundle, arguments.tokens, threads) as worker:  # as export left it
-        first_load_s = worker.told["load_s"]
+        first_load_s = worker.figures["load_s"]
     compared = compare(folders, arguments.rounds, arguments.tokens, threads, arguments.against)
     compared[OURS] |= {"export_s": round(export_s, 1), "first_load_s": first_load_s}
-    told = {key: getattr(arguments, key) for key in ("variant", "layers", "precision", "prepack", "against")}
-    return {**told, "threads": threads, **compared}
+    settings = {key: getattr(arguments, key) for key in ("variant", "layers", "precision", "prepack", "against")}
+    return {**settings, "threads": threads, **compared}
 
 
 def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, against="bfloat16") -> dict:
@@ -78,8 +78,8 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
             for side in rotated(list(workers), i):
                 runs[side].append(workers[side].ask())
         bandwidth, share = against_bandwidth(workers[OURS], read, threads)
-        workers[OURS].told |= workers[OURS].ask(BESIDE)
-    results = {side: {**workers[side].told, **medians(runs[side])} for side in folders}
+        workers[OURS].figures |= workers[OURS].ask(BESIDE)
+    results = {side: {**workers[side].figures, **medians(runs[side])} for side in folders}
     results[OURS]["beyond_weights_gib"] = round(
         results[OURS]["peak_gib"] - weight_bytes(folders[OURS], "prefill", "decode") / 2**30, 3
     )
@@ -150,7 +150,7 @@ def weight_bytes(bundle: Path, *names: str) -> int:
 
 
 class Worker:
-    """A process that holds one of the models: `told` is what loading cost, `ask` a timed answer, or something else."""
+    """A process that holds one of the models: `figures` is what loading cost, `ask` a timed answer or something else."""
 
     def __init__(self, side: str, folder: Path, tokens: int, threads: int, against: str = "bfloat16"):
         command = module(
@@ -162,19 +162,19 @@ class Worker:
         )
         peak = _Peak(self.process.pid)
         try:
-            self.told = self._hear()  # loading, and an answer to warm up
+            self.figures = self._receive()  # loading, and an answer to warm up
         except PaliGemmaError:
             self.close()
             raise
         finally:
             most = peak.stop()
-        self.told["peak_gib"] = round(most / 2**30, 3)
+        self.figures["peak_gib"] = round(most / 2**30, 3)
 
     def ask(self, what="answer") -> dict:
         """Seconds to the first token, and milliseconds of each further one; or what else it is asked for."""
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
-        return self._hear()
+        return self._receive()
 
     def __enter__(self):
         return self
@@ -188,7 +188,7 @@ class Worker:
         self.process.stdout.close()
         self.errors.close()
 
-    def _hear(self):
+    def _receive(self):
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
@@ -234,8 +234,8 @@ def work(side: str, folder: Path, tokens: int, threads: int, against: str) -> No
     answer(2, lambda: None)
     print(json.dumps({"load_s": round(load_s, 2)}), flush=True)
     for line in sys.stdin:
-        told = known.get(line.strip(), partial(timed, answer, tokens))
-        print(json.dumps(told()), flush=True)
+        reply = known.get(line.strip(), partial(timed, answer, tokens))
+        print(json.dumps(reply()), flush=True)
 
 
 def timed(answer, tokens: int) -> dict:
@@ -371,7 +371,7 @@ def table(results) -> str:
     ours = results[OURS]
     lines.append(f"with {ours['late_position']} positions cached a token takes {ours['late_step']:.3f} times as long")
     lines.append(f"outside of the graphs: {ours['outside_share']:.1%} of an answer of {ANSWER} tokens")
-    lines += [f"{side}: {peers.DECODERS[side].told}" for side in decoders]
+    lines += [f"{side}: {peers.DECODERS[side].note}" for side in decoders]
     if decoders:
         alone = "{first_token_s:.3f} s to the first token, {ms_per_token:.1f} ms for a further one"
         lines.append(f"which run the decoder alone, as ours does in {alone}".format(**results[ALONE]))

@@ -31,11 +31,11 @@ def measure(job: batch.Job, sizes, counts, rounds: int, threads: int = 0) -> dic
     """(workers, batch size) -> pictures a second, the median of `rounds`."""
     rows, speeds = len(job.rows), {setting: [] for setting in itertools.product(counts, sizes)}
     with ExitStack() as stack:
-        crews = {count: stack.enter_context(batch.workers(job, count, threads)) for count in counts}
+        pools = {count: stack.enter_context(batch.workers(job, count, threads)) for count in counts}
         for _ in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
             for (count, size), found in speeds.items():
                 started = time.perf_counter()
-                for _ in crews[count](range(0, rows, size), size):
+                for _ in pools[count](range(0, rows, size), size):
                     pass
                 found.append(rows / (time.perf_counter() - started))
     return {setting: float(np.median(found[1:])) for setting, found in speeds.items()}  # the first warms up

@@ -65,7 +65,7 @@ class Decoder:
     imports: tuple[str, ...]
     make: Callable  # (path, checkpoint's folder) -> None
     open: Callable  # (path, threads) -> answer, what else it can be asked (nothing)
-    told: str
+    note: str
 
     def takes(self, config) -> bool:
         """Whether it is installed, and the decoder of a config is the one that is made here: Gemma's first."""

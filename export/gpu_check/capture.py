@@ -47,14 +47,14 @@ def same_tokens(settings, name, found) -> None:
     cases = [(1, LONG, 0.0), (3, LONG, 0.0), (1, LONG, 0.0), (1, SHORT, 0.0), (3, SHORT, 1.5), (1, LONG, 1.5)]
     differ = []
     for batch, count, temperature in cases:
-        expected, actual = (told(engine, batch, count, temperature) for engine in (plain, captured))
+        expected, actual = (answers_of(engine, batch, count, temperature) for engine in (plain, captured))
         if expected != actual:
             case = {"batch": batch, "tokens": count, "temperature": temperature}
             differ.append({**case, "plain": expected, "captured": actual})
         found.add(cases=len(cases), cases_differ=differ, differs=bool(differ))
 
 
-def told(engine, batch, count, temperature=0.0, seed=3, first=0) -> list[list[int]]:
+def answers_of(engine, batch, count, temperature=0.0, seed=3, first=0) -> list[list[int]]:
     """The tokens of answers about the example picture, one list a step."""
     tokenizer = Tokenizer.load(engine.bundle.path, engine.config)
     prompts = [tokenizer.prompt(PROMPTS[(first + i) % len(PROMPTS)]) for i in range(batch)]
@@ -84,7 +84,7 @@ def flat_memory(settings, captured, found) -> None:
 
     def many(count):
         for i in range(count):
-            told(engine, 1 + i % 3, 2 + i % 7, float(i % 2), seed=i, first=i)
+            answers_of(engine, 1 + i % 3, 2 + i % 7, float(i % 2), seed=i, first=i)
         gc.collect()
         return in_use(settings)
 
@@ -110,9 +110,9 @@ def two_threads(settings, found) -> None:
     """Two threads that share a session: each says what it says alone."""
     engine = models.opened(any_half(settings), settings)
     arguments = [(1, LONG, 0.0, 3, 0), (2, LONG, 1.5, 4, 1)]
-    alone = [told(engine, *each) for each in arguments]
+    alone = [answers_of(engine, *each) for each in arguments]
     with ThreadPoolExecutor(2) as pool:
-        rounds = [list(pool.map(lambda each: told(engine, *each), arguments)) for _ in range(5)]
+        rounds = [list(pool.map(lambda each: answers_of(engine, *each), arguments)) for _ in range(5)]
     differ = sum(together != alone for together in rounds)
     found.add(rounds=len(rounds), rounds_differ=differ, differs=bool(differ))
 

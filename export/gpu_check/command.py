@@ -56,7 +56,7 @@ def check(settings: Settings, stages=None, seconds: float = TIME) -> dict:
 
 def run_stage(name: str, settings: Settings, deadline: float) -> dict:
     """One stage, in as many processes as it takes."""
-    begun, told, restarts = time.monotonic(), set(), 0
+    started, printed, restarts = time.monotonic(), set(), 0
     try:
         module = importlib.import_module(STAGES[name])
         parts = module.parts(settings)
@@ -64,43 +64,43 @@ def run_stage(name: str, settings: Settings, deadline: float) -> dict:
         print(f"\n{name}: {FAILED}: {error}", flush=True)
         return {"status": FAILED, "error": str(error), "seconds": 0.0, "parts": {}}
     print(f"\n{name}", flush=True)
-    end = min(begun + module.LIMIT, deadline)
+    end = min(started + module.LIMIT, deadline)
     with tempfile.TemporaryDirectory() as scratch, bar(name, len(parts)) as progress:
         report = Report(Path(scratch) / "report.json")
 
-        def tell():
+        def print_news():
             for part, found in report.parts.items():
-                if "status" in found and part not in told:
-                    told.add(part)
+                if "status" in found and part not in printed:
+                    printed.add(part)
                     for line in text(module, part, found):
                         progress.write(line, file=sys.stdout)
                     sys.stdout.flush()
                     progress.update()
 
-        while len(told) < len(parts):
+        while len(printed) < len(parts):
             restarts += 1
             if time.monotonic() >= end or restarts > 2 * len(parts) + 2:
                 for part in parts:
-                    if part not in told:
+                    if part not in printed:
                         report.end(part, FAILED, "no time was left")
-                tell()
+                print_news()
                 break
-            report = run_process(name, settings, report.file, end, module.PART_LIMIT, tell_with(report, tell))
-            tell()
+            report = run_process(name, settings, report.file, end, module.PART_LIMIT, updater(report, print_news))
+            print_news()
     answered = {part: report.parts[part] for part in parts if part in report.parts}
     status = status_of(answered.values())
-    seconds = round(time.monotonic() - begun, 1)
+    seconds = round(time.monotonic() - started, 1)
     print(f"{name}: {status}, {seconds} s", flush=True)
     return {"status": status, "seconds": seconds, "parts": answered}
 
 
-def tell_with(report, tell):
+def updater(report, print_news):
     """A function that brings a report up to date from its file, and tells what is new."""
 
     def update():
         found = Report(report.file)
         report.parts, report.running, report.since = found.parts, found.running, found.since
-        tell()
+        print_news()
         return report
 
     return update
@@ -117,7 +117,7 @@ def run_process(name, settings, file, end, part_limit, update) -> Report:
         if over or now > end:
             reason = f"stopped after {time.time() - report.since:.0f} s" if report.running else "stopped"
             stop(process)
-    code, said = process.wait(), last.text()
+    code, output = process.wait(), last.text()
     report = update()
     if code in (0, AGAIN) and not report.running:
         return report
@@ -125,7 +125,7 @@ def run_process(name, settings, file, end, part_limit, update) -> Report:
     part = report.running or next((p for p in importlib.import_module(STAGES[name]).parts(settings)
                                    if "status" not in report.parts.get(p, {})), None)  # fmt: skip
     if part:
-        report.end(part, FAILED, f"{reason}: {said}" if said else reason)
+        report.end(part, FAILED, f"{reason}: {output}" if output else reason)
     return report
 
 
@@ -269,15 +269,15 @@ def main(argv=None):
     if arguments.output:
         storage.absent(arguments.output, "file")
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="paligemma-gpu-check-"))
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
         settings = settings_of(arguments, folder)
         answers = check(settings, stages, arguments.time)
     finally:
         if not arguments.folder:
             shutil.rmtree(folder, ignore_errors=True)
-    told = {"variant": arguments.variant, "layers": arguments.layers, "provider": settings.provider}
-    result = json.dumps({**told, "seconds": round(time.monotonic() - begun, 1), "stages": plain(answers)})
+    about = {"variant": arguments.variant, "layers": arguments.layers, "provider": settings.provider}
+    result = json.dumps({**about, "seconds": round(time.monotonic() - started, 1), "stages": plain(answers)})
     print(f"\n{result}", flush=True)
     if arguments.output:
         with storage.new_file(arguments.output) as file:

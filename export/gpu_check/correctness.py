@@ -169,5 +169,5 @@ def lines(part, found) -> list[str]:
     tokens += f", {found['tokens_tied']} part at a tie" if found["tokens_tied"] else ""
     tokens += f", {len(found['tokens_differ'])} DIFFER" if found["tokens_differ"] else ""
     drawn = "draws DIFFER" if found["draws_differ"] else f"{found['draws']} draws the same"
-    told = f"{part:<{LABEL}}error {found['worst']:.1e} of {found['budget']:.0e} ({worst}); {tokens}; {drawn}"
-    return [told]
+    text = f"{part:<{LABEL}}error {found['worst']:.1e} of {found['budget']:.0e} ({worst}); {tokens}; {drawn}"
+    return [text]

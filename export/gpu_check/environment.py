@@ -67,10 +67,10 @@ def nvidia_smi() -> dict:
     """What the driver's own command says; nothing where there is none."""
     command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader", "--id=0"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         return {"nvidia_smi": f"{type(error).__name__}: {error}"}
-    return {f"smi_{key}": value.strip() for key, value in zip(ASKED, told.split(","), strict=False)}
+    return {f"smi_{key}": value.strip() for key, value in zip(ASKED, answer.split(","), strict=False)}
 
 
 def lines(part, found) -> list[str]:

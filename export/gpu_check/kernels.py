@@ -154,11 +154,11 @@ def printed():
 
 def lines(part, found) -> list[str]:
     if part.startswith("attention"):
-        told = []
+        lines = []
         for graph, kernels in ((name, found[name]) for name in ("prefill", "decode") if name in found):
             names = ", ".join(f"{count} {name}" for name, count in kernels.items())
-            told.append(f"{part:<{LABEL}}{graph:<8} {names or 'the runtime printed nothing'}")
-        return told
+            lines.append(f"{part:<{LABEL}}{graph:<8} {names or 'the runtime printed nothing'}")
+        return lines
     return [line for graph in ("decode", "prefill") if graph in found for line in shown(part, graph, found[graph])]
 
 

@@ -156,5 +156,5 @@ def looped(model, settings):
 
 
 def lines(part, found) -> list[str]:
-    told = f"{part:<{LABEL}}first token {found['first_token_ms']:.2f} ms, {found['ms_per_token']:.3f} ms a token, "
-    return [told + f"{found['tokens_per_s']:.1f} tokens/s; {found['attention']}, built in {found['build_s']} s"]
+    text = f"{part:<{LABEL}}first token {found['first_token_ms']:.2f} ms, {found['ms_per_token']:.3f} ms a token, "
+    return [text + f"{found['tokens_per_s']:.1f} tokens/s; {found['attention']}, built in {found['build_s']} s"]

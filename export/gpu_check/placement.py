@@ -75,7 +75,7 @@ def wholly(graphs, on_device: bool) -> bool:
 
 
 def lines(part, found) -> list[str]:
-    told = []
+    lines = []
     for name, graph in found["graphs"].items():
         short = {provider.removesuffix("ExecutionProvider"): count for provider, count in graph["nodes"].items()}
         nodes = ", ".join(f"{count} {provider}" for provider, count in sorted(short.items(), reverse=True))
@@ -83,11 +83,11 @@ def lines(part, found) -> list[str]:
         values = ", ".join(f"{count} {place}" for place, count in places.items())
         on_cpu = ", ".join(f"{operator} {count}" for operator, count in graph["on_cpu"].items())
         label = part if name == GRAPHS[0] else ""
-        told.append(f"{label:<{LABEL}}{name:<8} nodes {nodes}; Memcpy {graph['memcpy']}; values {values}")
+        lines.append(f"{label:<{LABEL}}{name:<8} nodes {nodes}; Memcpy {graph['memcpy']}; values {values}")
         if on_cpu:
-            told.append(f"{'':<{LABEL}} on the CPU: {on_cpu}")
+            lines.append(f"{'':<{LABEL}} on the CPU: {on_cpu}")
     if not found["wholly"]:
-        told.append(f"{'':<{LABEL}}not wholly on one device")
+        lines.append(f"{'':<{LABEL}}not wholly on one device")
     if not found["opens"]:
-        told.append(f"{'':<{LABEL}}refused: {found['refused']}")
-    return told
+        lines.append(f"{'':<{LABEL}}refused: {found['refused']}")
+    return lines

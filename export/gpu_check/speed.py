@@ -104,28 +104,28 @@ def split(engine, settings) -> dict:
 
 
 def lines(part, found) -> list[str]:
-    told = [
+    rows = [
         f"{part:<{LABEL}}first token {found['first_token_ms']:.2f} ms (picture {found['picture_ms']:.2f}), "
         f"{found['ms_per_token']:.3f} ms a token, {found['tokens_per_s']:.1f} tokens/s; load {found['load_s']:.1f} s"
     ]
     if "weight_bytes" in found:
-        told.append(f"{'':<{LABEL}}{reading(found)}; residual stream {found['residual']}")
+        rows.append(f"{'':<{LABEL}}{reading(found)}; residual stream {found['residual']}")
     if step := found.get("step"):
         parts = f"graph {step['graph_ms']:.3f} ms, launched in {step['launch_ms']:.3f}"
-        told.append(f"{'':<{LABEL}}a step: {parts}, sampling {step['sampling_ms']:.3f} ms")
+        rows.append(f"{'':<{LABEL}}a step: {parts}, sampling {step['sampling_ms']:.3f} ms")
     if batch := found.get("batch_8"):
         rate = f"{batch['ms_per_token']:.3f} ms a step, {batch['tokens_per_s']:.1f} tokens/s"
-        told.append(f"{'':<{LABEL}}batch {BATCH}: first tokens {batch['first_token_ms']:.2f} ms, {rate}")
-    return told
+        rows.append(f"{'':<{LABEL}}batch {BATCH}: first tokens {batch['first_token_ms']:.2f} ms, {rate}")
+    return rows
 
 
 def reading(found) -> str:
     """What a token reads and how quickly, beside the bandwidths that are known, and the memory it took."""
-    told = f"reads {found['weight_bytes'] / 1e9:.2f} GB a token at {found['bytes_per_s'] / 1e12:.3f} TB/s"
+    text = f"reads {found['weight_bytes'] / 1e9:.2f} GB a token at {found['bytes_per_s'] / 1e12:.3f} TB/s"
     if found["share_of_copy"]:
-        told += f", {found['share_of_copy']:.0%} of the copy's {found['copy_bytes_per_s'] / 1e12:.2f}"
+        text += f", {found['share_of_copy']:.0%} of the copy's {found['copy_bytes_per_s'] / 1e12:.2f}"
     if found["share_of_data_sheet"]:
-        told += f", {found['share_of_data_sheet']:.0%} of the data sheet's {found['data_sheet'] / 1e12:.2f}"
+        text += f", {found['share_of_data_sheet']:.0%} of the data sheet's {found['data_sheet'] / 1e12:.2f}"
     if found.get("peak_bytes"):
-        told += f"; {found['peak_bytes'] / bandwidth.GIB:.2f} GiB of the device"
-    return told
+        text += f"; {found['peak_bytes'] / bandwidth.GIB:.2f} GiB of the device"
+    return text

@@ -52,8 +52,8 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> "Settings":
-        told = json.loads(text)
-        return cls(**{**told, "folder": Path(told["folder"]), "config": from_hf(told["config"])})
+        fields = json.loads(text)
+        return cls(**{**fields, "folder": Path(fields["folder"]), "config": from_hf(fields["config"])})
 
 
 class Found(dict):
@@ -74,8 +74,8 @@ class Report:
     def __init__(self, file: Path):
         self.file, self.parts, self.running, self.since = file, {}, None, 0.0
         if file.exists():
-            told = json.loads(file.read_text())
-            self.parts, self.running, self.since = told["parts"], told["running"], told["since"]
+            fields = json.loads(file.read_text())
+            self.parts, self.running, self.since = fields["parts"], fields["running"], fields["since"]
 
     def begin(self, part: str) -> Found:
         found = Found(self.keep)

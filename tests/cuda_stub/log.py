@@ -176,39 +176,39 @@ class Log:
     captured: `replays` says how often that ran.
     """
 
-    def __init__(self, events, begun):
+    def __init__(self, events, marks):
         self.events = tuple(events)  # (phase, event)
-        self._begun = tuple(begun)  # (phase, bytes then in use by device) for each mark
+        self._marks = tuple(marks)  # (phase, bytes then in use by device) for each mark
 
     @classmethod
     def read(cls, file: Path) -> "Log":
         """The log of a program; ValueError names a line that is none of the stub's."""
         events, phase, in_use = [], "", {}
-        begun = [(phase, {})]
+        marks = [(phase, {})]
         for line in file.read_text().splitlines():
             kind, *pairs = line.split("\t")
             values = dict(pair.split("=", 1) for pair in pairs)
             if kind == "mark":
                 phase = values["name"]
-                begun.append((phase, dict(in_use)))
+                marks.append((phase, dict(in_use)))
                 continue
             event = _event(kind, values, line)
             events.append((phase, event))
             if isinstance(event, Allocation):
                 in_use[event.device] = event.in_use
-        return cls(events, begun)
+        return cls(events, marks)
 
     def __getitem__(self, phase: str) -> "Log":
         """The events of a phase, or of all phases of that name; KeyError if it was never begun."""
         if phase not in self.phases:
             raise KeyError(f"{phase!r}: no such phase, there are {list(self.phases)}")
-        events, begun = ([pair for pair in pairs if pair[0] == phase] for pairs in (self.events, self._begun))
-        return Log(events, begun)
+        events, marks = ([pair for pair in pairs if pair[0] == phase] for pairs in (self.events, self._marks))
+        return Log(events, marks)
 
     @property
     def phases(self) -> tuple[str, ...]:
         """The phases that were begun, in their order."""
-        return tuple(dict.fromkeys(phase for phase, _ in self._begun))
+        return tuple(dict.fromkeys(phase for phase, _ in self._marks))
 
     def of(self, kind) -> list:
         """The events of a class, captured ones too."""
@@ -255,7 +255,7 @@ class Log:
     def peak(self, device: int = 0) -> int:
         """The most bytes that were in use on a device at one time."""
         found = [event.in_use for _, event in self.events if isinstance(event, Allocation) and event.device == device]
-        return max([*found, *(in_use.get(device, 0) for _, in_use in self._begun)])
+        return max([*found, *(in_use.get(device, 0) for _, in_use in self._marks)])
 
     @property
     def captures(self) -> list[Capture]:

@@ -48,7 +48,7 @@ class Result:
 def watch(target: str, seconds: float, seed: int, hang=HANG, memory=MEMORY, program=WORKER) -> Result:
     """Fuzz one target in a process of its own, and stop it where it leaves its bounds."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
-        folder, begun = Path(place), time.monotonic()
+        folder, started = Path(place), time.monotonic()
         command = [*program, target, place, str(seconds), str(seed)]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -59,7 +59,7 @@ def watch(target: str, seconds: float, seed: int, hang=HANG, memory=MEMORY, prog
             finding = _reason(folder, code)
         kept = _keep(folder, target, finding) if finding else None
         return Result(
-            target, _count(folder), round(time.monotonic() - begun, 1), usage[2].ru_maxrss // 1024, finding, kept
+            target, _count(folder), round(time.monotonic() - started, 1), usage[2].ru_maxrss // 1024, finding, kept
         )
 
 

@@ -22,7 +22,7 @@ except ImportError:
 #: Where new ways through the code are looked for, if atheris is there to see them.
 INSTRUMENTED = ["numpy_ref", "export.bundle", "export.session", "export.serve", "torch_impl.train.data"]
 BAD = 77
-BEGUN = time.monotonic()
+STARTED = time.monotonic()
 
 
 class Reader:
@@ -56,7 +56,7 @@ def fuzz(target, reader, seeds, seconds: float, seed: int) -> None:
     """Every seed, then changed ones until the process is so many seconds old; by coverage where atheris is installed."""
     for data in seeds:
         reader(data)
-    seconds -= time.monotonic() - BEGUN
+    seconds -= time.monotonic() - STARTED
     if atheris is None:
         mutate_blindly(target, reader, seeds, seconds, seed)
     else:

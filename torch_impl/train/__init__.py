@@ -95,8 +95,8 @@ def fingerprint(path: Path | None) -> str:
 
 def record(arguments, curve) -> dict:
     """What was done, for training.json."""
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    return {"command": PROG, "arguments": told, "curve": {"columns": COLUMNS, "rows": curve}}
+    fields = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    return {"command": PROG, "arguments": fields, "curve": {"columns": COLUMNS, "rows": curve}}
 
 
 def main(argv=None):

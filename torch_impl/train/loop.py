@@ -108,8 +108,8 @@ def fit(
     before = curve[-1][1] if curve else 0.0
     seen = settings.accumulate * settings.batch_size  # examples a step
     batches = DataLoader(
-        _Told(examples), settings.batch_size, num_workers=1, prefetch_factor=8, collate_fn=partial(_collate, collate),
-        sampler=range(begin * seen, settings.steps * seen),
+        _ErrorsAsValues(examples), settings.batch_size, num_workers=1, prefetch_factor=8,
+        collate_fn=partial(_collate, collate), sampler=range(begin * seen, settings.steps * seen),
     )  # fmt: skip
     batches, started = iter(batches), time.perf_counter()
     saved, cost = started, 0.0
@@ -126,11 +126,11 @@ def fit(
                 recent = []
                 _write_log(folder / LOG, curve[-1:], append=True)
             if time.perf_counter() - saved > max(save_every, 20 * cost) or last:
-                begun = time.perf_counter()
+                save_started = time.perf_counter()
                 progress = {"step": step + 1, "curve": curve, "recent": recent, "settings": run}
                 _save(folder / STATE, model, optimizers, progress)
                 saved = time.perf_counter()
-                cost = saved - begun  # a state that takes long to write is written less often
+                cost = saved - save_started  # a state that takes long to write is written less often
     return curve
 
 
@@ -153,7 +153,7 @@ def _step(model, loss, batches, optimizers, settings, rate) -> float:
     return total
 
 
-class _Told:
+class _ErrorsAsValues:
     """Examples whose errors are handed on as values: raised in a worker, they would come out as tracebacks."""
 
     def __init__(self, examples):

@@ -60,7 +60,7 @@ def small_config(vocab: int = tokenizer_training.VOCAB) -> PaliGemmaConfig:
     )  # fmt: skip
 
 
-def cook(folder: Path, seed: int, pretraining, training, finishing) -> tuple[PaliGemma, bytes, dict]:
+def train_all(folder: Path, seed: int, pretraining, training, finishing) -> tuple[PaliGemma, bytes, dict]:
     """All stages, with their state in `folder`: the model, its tokenizer, and the record of each stage."""
     pretraining, training, finishing = (replace(each, seed=seed) for each in (pretraining, training, finishing))
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,17 +98,17 @@ def cook(folder: Path, seed: int, pretraining, training, finishing) -> tuple[Pal
 
 def _codec(folder, seed) -> dict:
     """Train the mask codec into `folder` unless it is there (two minutes that a kill costs); how that went."""
-    told, file = folder / "codec.json", folder / segmentation.FILES[0]
-    if not told.exists():
+    log, file = folder / "codec.json", folder / segmentation.FILES[0]
+    if not log.exists():
         started = time.perf_counter()
         codec, curve = train_codec(seed)
         file.unlink(missing_ok=True)
         save_codec(file, codec)
         record = {"seed": seed, "seconds": round(time.perf_counter() - started), "curve": curve}
-        temporary = told.with_suffix(".part")
+        temporary = log.with_suffix(".part")
         temporary.write_text(json.dumps(record))
-        temporary.replace(told)
-    record = json.loads(told.read_text())
+        temporary.replace(log)
+    record = json.loads(log.read_text())
     if record["seed"] != seed:
         raise PaliGemmaError(f"{folder}: this run was begun with seed {record['seed']}; go on with that, or remove it")
     return record
@@ -141,7 +141,7 @@ def main(argv=None):
     arguments = options.parse_args(argv)
     absent(arguments.output, "folder")
     folder = state_folder(arguments.output)
-    model, tokenizer_model, stages = cook(folder, arguments.seed, pretrain.SETTINGS, TRAINING, FINISHING)
+    model, tokenizer_model, stages = train_all(folder, arguments.seed, pretrain.SETTINGS, TRAINING, FINISHING)
     codec_file = folder / segmentation.FILES[0]
     masks = partial(segmentation.decode, segmentation.load(codec_file))
     tokenizer = Tokenizer(SentencePiece(tokenizer_model), model.config)

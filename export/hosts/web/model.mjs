@@ -9,7 +9,7 @@ export class Model {
     this.worker = new Worker(new URL("worker.mjs", import.meta.url), { type: "module" });
     this.waiting = new Map();
     this.asked = 0;
-    this.worker.onmessage = ({ data }) => this.hear(data);
+    this.worker.onmessage = ({ data }) => this.receive(data);
     this.worker.onerror = (event) => {
       const reason = event.message ?? "its files do not load; run npm ci in the folder of this page";
       for (const { reject } of this.waiting.values()) reject(new PaliGemmaError(`the model's worker stopped: ${reason}`));
@@ -39,7 +39,7 @@ export class Model {
     return new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject, ...listeners }));
   }
 
-  hear({ id, progress, loaded, text, token, answer, error }) {
+  receive({ id, progress, loaded, text, token, answer, error }) {
     const waiting = this.waiting.get(id);
     if (progress !== undefined) return waiting?.onProgress?.(progress);
     if (text !== undefined) return waiting?.onToken?.(text, token);
