@@ -15,9 +15,7 @@ from .model.layers import OPERATORS
 
 def export_onnx(argv=None):
     """export-onnx [CHECKPOINT] --output DIR: write a bundle."""
-    options = argparse.ArgumentParser(
-        prog="export-onnx", description="Write an ONNX bundle of a PaliGemma checkpoint.", allow_abbrev=False
-    )
+    options = cli.Parser(prog="export-onnx", description="Write an ONNX bundle of a PaliGemma checkpoint.")
     options.add_argument(
         "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",
         help="a Hugging Face PaliGemma directory or a big_vision .npz; left out: the model that ships",
@@ -100,9 +98,8 @@ def run_onnx(argv=None):
 
 
 def _serve(argv):
-    options = argparse.ArgumentParser(
-        prog="run-onnx --serve", description="Serve a page that runs a bundle in the browser, on this machine alone.",
-        allow_abbrev=False,
+    options = cli.Parser(
+        prog="run-onnx --serve", description="Serve a page that runs a bundle in the browser, on this machine alone."
     )  # fmt: skip
     options.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
@@ -136,9 +133,9 @@ def _port(text):
 
 def run_onnx_batch(argv=None):
     """run-onnx-batch [BUNDLE] --input ROWS --prompt PROMPT --output OUT.jsonl: answer about every row of a data set."""
-    options = argparse.ArgumentParser(
+    options = cli.Parser(
         prog="run-onnx-batch", description="Answer about every picture of a data set with an ONNX bundle. The same "
-        "command again goes on where one was stopped.", allow_abbrev=False,
+        "command again goes on where one was stopped.",
     )  # fmt: skip
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
     options.add_argument(
@@ -196,3 +193,7 @@ def run_main():
 
 def batch_main():
     sys.exit(cli.run("run-onnx-batch", run_onnx_batch))
+
+
+if __name__ == "__main__":
+    run_main()

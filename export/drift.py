@@ -5,7 +5,6 @@ are compared: the Kullback-Leibler divergence, and whether the likeliest token i
 shipped model knows, the accuracy of each task is measured too.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -109,7 +108,7 @@ def table(precision, results) -> str:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description=__doc__.splitlines()[0])
+    options = cli.Parser(prog=PROG, description=__doc__.splitlines()[0])
     options.add_argument("bundle", type=Path, metavar="BUNDLE", help="of any precision")
     options.add_argument(
         "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",

@@ -3,7 +3,6 @@
 A checkpoint is exported into a temporary bundle first.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -41,7 +40,7 @@ def table(results) -> str:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description="Measure a model's accuracy on held-out scenes.")
+    options = cli.Parser(prog=PROG, description="Measure a model's accuracy on held-out scenes.")
     options.add_argument(
         "model",
         nargs="?",

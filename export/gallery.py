@@ -1,6 +1,5 @@
 """python -m export.gallery OUT.png: what the model answers to held-out scenes, drawn side by side."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def _tile(engine, question, text):
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description="Draw what the model answers to held-out scenes.")
+    options = cli.Parser(prog=PROG, description="Draw what the model answers to held-out scenes.")
     options.add_argument("output", type=Path, metavar="OUT.png")
     options.add_argument("--model", type=Path, help="a bundle or checkpoint; left out: the model that ships")
     options.add_argument("--seed", type=cli.whole(0), default=1)

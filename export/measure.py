@@ -6,7 +6,6 @@ drop and read again; Linux only).
 FOLDER must not exist and is removed at the end.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -106,7 +105,7 @@ def measure(folder: Path, variant: str, layers, precisions, runs: int) -> dict:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description=__doc__.splitlines()[0])
+    options = cli.Parser(prog=PROG, description=__doc__.splitlines()[0])
     options.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder with room for three copies")
     options.add_argument("--variant", choices=VARIANTS, default="paligemma-3b-224")
     options.add_argument("--layers", type=int, help="keep only so many layers of each tower")

@@ -1,6 +1,5 @@
-"""python -m tests.calibrate [SEEDS]: the worst errors behind the budgets of the tests and of --verify."""
+"""python -m tests.calibrate: the worst errors behind the budgets of the tests and of --verify."""
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from export import bundle, verify
 from export.bundle import weights
 from numpy_ref.checkpoint import Checkpoint
+from numpy_ref.cli import Parser
 
 from .cases import CASES, with_dtype
 from .models import CONFIGS, random_params
@@ -52,10 +52,13 @@ def bundles(seeds):
         print(f"bundle  {precision:<14}{error:8.1e}  ({part})")
 
 
-def main(seeds=20):
+def main(argv=None):
+    options = Parser(prog="python -m tests.calibrate", description=__doc__.partition(": ")[2])
+    options.add_argument("seeds", nargs="?", type=int, default=20, metavar="SEEDS", help="random models of each (20)")
+    seeds = options.parse_args(argv).seeds
     functions(seeds)
     bundles(seeds)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

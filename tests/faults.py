@@ -5,7 +5,6 @@ before, while or after it writes. Whatever the moment: the output is whole or ab
 removes what the dead one left. Training is not begun again but gone on with: its state never goes back.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -27,6 +26,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from numpy_ref import checkpoint
+from numpy_ref.cli import Parser
 
 from .models import CONFIGS, random_params
 
@@ -317,7 +317,7 @@ def table(rows) -> str:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog="python -m tests.faults", description="Kill what writes, and look.")
+    options = Parser(prog="python -m tests.faults", description="Kill what writes, and look.")
     options.add_argument("--kills", type=int, default=50, metavar="N", help="of each job (50)")
     options.add_argument("--jobs", nargs="+", metavar="JOB", help="only these (all)")
     options.add_argument("--seed", type=int, default=0, help="of the moments (0)")

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from numpy_ref.cli import Parser
+
 GOLDEN = Path(__file__).parent / "golden"
 PREFIXES = ([2, 31, 37, 41, 108], [2, 43, 108])
 NEW_TOKENS = 9
@@ -80,7 +82,8 @@ def answer(model, pixel_values, ids, new_tokens):
     return logits, tokens[0, ids.shape[1] :].tolist()
 
 
-def main():
+def main(argv=None):
+    Parser(prog="python -m tests.make_goldens", description=__doc__.partition(": ")[2]).parse_args(argv)
     from transformers import PaliGemmaForConditionalGeneration
 
     for kind, name in [("gemma", "paligemma1"), ("gemma2", "paligemma2")]:

@@ -3,7 +3,6 @@
 The slope is that of the line of least squares through the second half of the samples, when all that is made once is made.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from export.session import load
 from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.cli import Parser
 from numpy_ref.generate import generate
 from numpy_ref.image import open_image
 from numpy_ref.model.sampling import Sampling
@@ -47,7 +47,7 @@ def generations(engine, tokenizer, image, count):
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
+    options = Parser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
     options.add_argument("--generations", type=int, default=2000, metavar="N", help="(2000)")
     options.add_argument("--threads", type=int, default=0, help="of the runtime, 0 for all (0)")

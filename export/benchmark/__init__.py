@@ -150,7 +150,7 @@ def weight_bytes(bundle: Path, *names: str) -> int:
 
 
 class Worker:
-    """A process that holds one of the models: `figures` is what loading cost, `ask` a timed answer or something else."""
+    """A process that holds a model: `figures` is what loading cost, `ask` a timed answer or something else."""
 
     def __init__(self, side: str, folder: Path, tokens: int, threads: int, against: str = "bfloat16"):
         command = module(
@@ -379,7 +379,7 @@ def table(results) -> str:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description=__doc__.splitlines()[0])
+    options = cli.Parser(prog=PROG, description=__doc__.splitlines()[0])
     options.add_argument("--variant", choices=VARIANTS, default="paligemma-3b-224", help="the shape (paligemma-3b-224)")
     options.add_argument("--layers", type=cli.whole(1), help="keep only so many layers of each tower")
     options.add_argument("--precision", choices=PRECISIONS, default="float32", help="of our bundle (float32)")

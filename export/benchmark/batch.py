@@ -4,7 +4,6 @@ Answers about the example picture, or a data set, again and again; loading is no
 since the machine's speed drifts, and the median of the rounds is printed.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -58,7 +57,7 @@ def repeated(folder: Path, picture: Path, count: int) -> Path:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description=__doc__.splitlines()[0])
+    options = cli.Parser(prog=PROG, description=__doc__.splitlines()[0])
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
     options.add_argument("--input", type=Path, metavar="ROWS", help="as of run-onnx-batch (the example picture)")
     options.add_argument("--prompt", default="caption en", help="of rows without (caption en)")

@@ -250,7 +250,7 @@ def child(arguments) -> int | None:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description="Check this project on a GPU, and time it.")
+    options = cli.Parser(prog=PROG, description="Check this project on a GPU, and time it.")
     options.add_argument("--variant", choices=VARIANTS, default="paligemma-3b-224", help="timed (paligemma-3b-224)")
     options.add_argument("--layers", type=cli.whole(1), help="keep only so many layers of each of its towers")
     options.add_argument("--provider", choices=("auto", "cuda", "cpu"), default="auto", help="where to run (auto)")

@@ -1,16 +1,15 @@
 """python -m numpy_ref.checkpoint convert SRC DST: between Hugging Face directories and big_vision .npz files."""
 
-import argparse
 import sys
 
-from ..cli import run
+from ..cli import Parser, run
 from . import convert
 
 PROG = "python -m numpy_ref.checkpoint"
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, allow_abbrev=False)
+    options = Parser(prog=PROG)
     command = options.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "convert", help="Hugging Face directory <-> big_vision .npz"
     )

@@ -4,7 +4,6 @@ For measuring what a real one costs where none can be had. The weights are drawn
 written, so this too runs in little memory; the same variant and seed give the same files.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -63,7 +62,7 @@ def scale_of(parameter) -> float:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description="Write a random checkpoint of a released model's size.")
+    options = cli.Parser(prog=PROG, description="Write a random checkpoint of a released model's size.")
     options.add_argument("variant", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
     options.add_argument("output", metavar="DIR", help="the new directory to write")
     options.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")

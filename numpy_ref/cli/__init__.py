@@ -19,6 +19,7 @@ from ..image import open_image, preprocess
 from ..model import segmentation
 from ..model.sampling import Sampling
 from ..tokenizer import Stream
+from .options import Parser
 
 DEFAULT_NEW_TOKENS = 64
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -38,11 +39,9 @@ def run(prog, main, argv=None) -> int:
         return 0
 
 
-def parser(prog, model, description) -> argparse.ArgumentParser:
+def parser(prog, model, description) -> Parser:
     """The options of `run-onnx`, `python -m numpy_ref` and `python -m torch_impl`."""
-    options = argparse.ArgumentParser(
-        prog=prog, description=description, usage=f"{prog} [{model}] IMAGE PROMPT [options]", allow_abbrev=False
-    )
+    options = Parser(prog=prog, description=description, usage=f"{prog} [{model}] IMAGE PROMPT [options]")
     options.add_argument(
         "inputs",
         nargs="*",
@@ -56,7 +55,7 @@ def parser(prog, model, description) -> argparse.ArgumentParser:
     return options
 
 
-def add_answer_options(options: argparse.ArgumentParser) -> None:
+def add_answer_options(options: Parser) -> None:
     """The options that say how to answer, one picture or many."""
     options.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="longest answer (64)")
     options.add_argument("--temperature", type=real(0, math.inf), default=0.0, metavar="T", help="0 is greedy (0)")
@@ -75,7 +74,7 @@ def on_the_cpu(arguments, prog) -> None:
         raise PaliGemmaError(f"--provider cuda: {prog} runs on the CPU; run-onnx can use a GPU")
 
 
-def parse(options: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+def parse(options: Parser, argv=None) -> argparse.Namespace:
     """Parse, and split the positional arguments into `model` (None if left out), `image` and `prompt`."""
     arguments = options.parse_intermixed_args(argv)
     if len(arguments.inputs) not in (2, 3):

@@ -5,7 +5,6 @@ native library, silence for longer than HANG, more memory than MEMORY) is a find
 the exit code is 1.  `python -m tests.fuzz TARGET --input FILE` reads one such input again, with the traceback.
 """
 
-import argparse
 import concurrent.futures
 import hashlib
 import importlib.util
@@ -19,6 +18,8 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from numpy_ref.cli import Parser
 
 from .worker import BAD
 
@@ -134,7 +135,7 @@ def read_again(target, file):
 
 
 def main(argv=None) -> int:
-    options = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__, allow_abbrev=False)
+    options = Parser(prog="python -m tests.fuzz", description=__doc__)
     options.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(LIST)} (all)")
     options.add_argument("--seconds", type=float, default=120, metavar="N", help="in all (120)")
     options.add_argument("--seed", type=int, default=0, metavar="S", help="of the changes (0)")

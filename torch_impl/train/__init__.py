@@ -8,7 +8,6 @@ directions and are not predicted.
 made from nothing is in recipe.py.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -100,7 +99,7 @@ def record(arguments, curve) -> dict:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description="Fine-tune a checkpoint.", allow_abbrev=False)
+    options = cli.Parser(prog=PROG, description="Fine-tune a checkpoint.")
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument(
         "--init", type=Path, default=checkpoint.SHIPPED, metavar="CHECKPOINT", help="what to train (the shipped model)"

@@ -4,7 +4,6 @@
 caption is the nearest of all.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -95,7 +94,7 @@ def recall(model, tokenizer, count=PAIRS) -> float:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description="Contrastive pretraining on drawn scenes.")
+    options = cli.Parser(prog=PROG, description="Contrastive pretraining on drawn scenes.")
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument("--loss", choices=LOSSES, default="siglip")
     options.add_argument(

@@ -9,7 +9,6 @@ Killed and started again it goes on where it was, at most a minute back. With `-
 can be looked at.
 """
 
-import argparse
 import io
 import json
 import shutil
@@ -133,7 +132,7 @@ def png(image) -> bytes:
 
 
 def main(argv=None):
-    options = argparse.ArgumentParser(prog=PROG, description="Train the model that ships, from nothing.")
+    options = cli.Parser(prog=PROG, description="Train the model that ships, from nothing.")
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument("--seed", type=cli.whole(0), default=0)
     options.add_argument("--scenes", type=cli.whole(1), default=500, help="held-out scenes a task for the record (500)")
