@@ -56,9 +56,10 @@ def export_onnx(argv=None):
         return _print_plan(bundles.plan(checkpoint, *wanted))
     verify = None
     if arguments.verify:
-        from .verify import check, verify
+        from . import verify as verification
 
-        check(checkpoint, arguments.precision)  # before gigabytes are written
+        verify = verification.verify
+        verification.check(checkpoint, arguments.precision)  # before gigabytes are written
     bundles.write(
         checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators,
         arguments.prepack, arguments.residual,

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
@@ -160,6 +161,9 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.questions, self.answers = self.process.stdin, self.process.stdout
         peak = _Peak(self.process.pid)
         try:
             self.figures = self._receive()  # loading, and an answer to warm up
@@ -172,8 +176,8 @@ class Worker:
 
     def ask(self, what="answer") -> dict:
         """Seconds to the first token, and milliseconds of each further one; or what else it is asked for."""
-        self.process.stdin.write(f"{what}\n")
-        self.process.stdin.flush()
+        self.questions.write(f"{what}\n")
+        self.questions.flush()
         return self._receive()
 
     def __enter__(self):
@@ -183,13 +187,13 @@ class Worker:
         self.close()
 
     def close(self):
-        self.process.stdin.close()
+        self.questions.close()
         self.process.wait()
-        self.process.stdout.close()
+        self.answers.close()
         self.errors.close()
 
     def _receive(self):
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
             self.errors.seek(0)
             reason = self.errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
@@ -228,8 +232,13 @@ def work(side: str, folder: Path, tokens: int, threads: int, against: str) -> No
     """What a worker does: load, warm up, then time an answer a line of standard input."""
     started = time.perf_counter()
     decoders = {name: decoder.open for name, decoder in peers.DECODERS.items()}
-    opened = {OURS: _ours, ALONE: _ours_alone, PEER: partial(peers.transformers, against), **decoders}[side]
-    answer, known = opened(folder, threads)
+    openers: dict[str, Callable] = {
+        OURS: _ours,
+        ALONE: _ours_alone,
+        PEER: partial(peers.transformers, against),
+        **decoders,
+    }
+    answer, known = openers[side](folder, threads)
     load_s = time.perf_counter() - started
     answer(2, lambda: None)
     print(json.dumps({"load_s": round(load_s, 2)}), flush=True)
@@ -399,7 +408,7 @@ def main(argv=None):
     options.add_argument("--json", action="store_true", help="print one JSON object")
     options.add_argument("--worker", nargs=2, metavar=("SIDE", "DIR"), help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
-    threads = arguments.threads or os.cpu_count()
+    threads = arguments.threads or os.cpu_count() or 1
     if arguments.worker:
         side, folder = arguments.worker
         work(side, Path(folder), arguments.tokens, threads, arguments.against)

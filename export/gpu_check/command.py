@@ -163,10 +163,10 @@ def telling(lines: list[str]) -> list[str]:
 def start(what: str, settings: Settings, *arguments):
     """A process of this command that does one thing; what it prints goes where its errors go."""
     command = [sys.executable, "-X", "faulthandler", "-m", "export.gpu_check", what, settings.as_json()]
-    kept = (
-        {"stdout": subprocess.DEVNULL} if what == "--make" else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    out, err = (subprocess.DEVNULL, None) if what == "--make" else (subprocess.PIPE, subprocess.STDOUT)
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
     )
-    return subprocess.Popen([*command, *map(str, arguments)], stdin=subprocess.DEVNULL, start_new_session=True, **kept)
 
 
 def stop(process) -> None:

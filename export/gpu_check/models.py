@@ -134,8 +134,8 @@ def _make(settings, name) -> None:
     reason, started = reason_of(folder), time.perf_counter()
     reason.unlink(missing_ok=True)
     try:
-        dtype = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}.get(precision)
-        dtype = dtype or np.dtype(ml_dtypes.bfloat16)
+        known = {"float16": np.float16, "float32": np.float32}
+        dtype = np.dtype(known.get(precision, ml_dtypes.bfloat16))
         params = checkpoints.unflatten(random_arrays(settings.config, dtype))
         checkpoint = checkpoints.Checkpoint(folder.parent, settings.config, params, dtype)
         with redirect_stderr(io.StringIO()):  # a warning: there is no tokenizer

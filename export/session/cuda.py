@@ -88,7 +88,7 @@ def stream(device: int = 0) -> int:
         call("cudaStreamCreate", ctypes.byref(made))
     finally:
         call("cudaSetDevice", before)
-    return made.value
+    return made.value or 0
 
 
 def copy_to(address: int, array: np.ndarray, queue: int) -> None:

@@ -58,7 +58,14 @@ class Parameter:
     path: str
     shape: tuple[int, ...]
     hf: Foreign
-    bv: Foreign | None
+    in_npz: Foreign | None  # None for what big_vision does not have: an untied head
+
+    @property
+    def bv(self) -> Foreign:
+        """`in_npz`. Raises PaliGemmaError where there is none."""
+        if self.in_npz is None:
+            raise PaliGemmaError(f"a big_vision file has no {self.path}")
+        return self.in_npz
 
 
 # --- the table of names ------------------------------------------------------------------------------------
@@ -262,7 +269,7 @@ def _sizes_of_npz(path, shapes) -> dict[str, int]:
         if not ballot or counts[:1] == counts[1:2]:
             found = ", ".join(f"{name} {list(shapes.get(name, []))}" for name in dict.fromkeys(witnesses[size]))
             raise PaliGemmaError(f"{path}: not a big_vision PaliGemma: no {size} is to be had from {found}")
-    return {size: max(ballot, key=lambda value, ballot=ballot: len(ballot[value])) for size, ballot in votes.items()}
+    return {size: max(ballot.items(), key=lambda each: len(each[1]))[0] for size, ballot in votes.items()}
 
 
 def npz_shapes(config) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser with `--version`, without abbreviations, that guesses what a misspelt option should be."""
 
     def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, allow_abbrev=False, **keywords)
+        super().__init__(*arguments, **keywords | {"allow_abbrev": False})
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str):

@@ -121,7 +121,8 @@ def random_scene(rng: np.random.Generator, most: int = MOST, compositional=False
         side = int(rng.integers(low, high + 1))
         x, y = (int(v) for v in rng.integers(0, GRID - side + 1, 2))
         held_out = compositional and (not things or rng.random() < 0.5)
-        thing = Thing(*pick(rng, sorted(HELD_OUT) if held_out else SEEN), x, y, side)
+        color, shape = pick(rng, sorted(HELD_OUT) if held_out else SEEN)
+        thing = Thing(color, shape, x, y, side)
         if all(thing.leaves_room_for(other) for other in things):
             things.append(thing)
     things.sort(key=lambda thing: thing.x)
@@ -138,7 +139,8 @@ def shade(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
         paint = own + rng.uniform(0, SHADED) * (rng.integers(0, 256, 3) - own)
         away = {name: np.linalg.norm(paint - rgb) for name, rgb in COLORS.items()}
         if away.pop(color) < DISTINCT * min(away.values()):
-            return tuple(int(v) for v in paint)
+            red, green, blue = (int(v) for v in paint)
+            return red, green, blue
 
 
 def pick(rng, options):

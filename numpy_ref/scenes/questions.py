@@ -136,4 +136,5 @@ def _plural(shape):
 
 
 def _is_held_out(name):
-    return Thing(*name.split(), 0, 0, 0).is_held_out
+    color, shape = name.split()
+    return Thing(color, shape, 0, 0, 0).is_held_out

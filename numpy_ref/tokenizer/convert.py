@@ -38,7 +38,7 @@ def tokenizer_json(tokenizer_model: bytes, content: dict[str, int], image_token:
     `content` {piece: id} and `<image>`, wherever their ids are."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer_model)
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer_model)  # type: ignore[attr-defined]
     vocab = {entry.piece: i for i, entry in enumerate(model.pieces)}
     unknown = next(entry.piece for entry in model.pieces if entry.type == _UNKNOWN)
     special = {entry.piece: vocab[entry.piece] for entry in model.pieces if entry.type in (_UNKNOWN, _CONTROL)}

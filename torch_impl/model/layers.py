@@ -143,10 +143,7 @@ class Linear(nn.Module):
     def __init__(self, inputs, outputs, bias=True):
         super().__init__()
         self.kernel = nn.Parameter(torch.empty(inputs, outputs))
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(outputs))
-        else:
-            self.bias = None
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         nn.init.normal_(self.kernel, std=1 / math.sqrt(inputs))
 
     def forward(self, x):

@@ -47,6 +47,7 @@ def fine_tune(arguments) -> list:
     tokenizer = Tokenizer.load(loaded.folder, loaded.config)
     if arguments.vision:
         take_vision(model, arguments.vision)
+    examples: data.JsonLines | data.Scenes
     if arguments.data:
         examples = data.JsonLines(arguments.data, tokenizer, loaded.resize, arguments.seed)
     else:

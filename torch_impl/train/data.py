@@ -65,7 +65,7 @@ class JsonLines:
 
     def __init__(self, file, tokenizer, resize: str, seed: int):
         self.file, self.tokenizer, self.resize, self.seed = Path(file), tokenizer, resize, seed
-        self.turn, self.order = -1, None  # the order of the turn that was asked for last
+        self.turn, self.order = -1, np.arange(0)  # the order of the turn that was asked for last
         try:
             lines = self.file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut inside strings
         except (OSError, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from numpy_ref.errors import PaliGemmaError
@@ -75,7 +75,7 @@ def optimizers_for(model, settings: Settings) -> list[torch.optim.Optimizer]:
     if not [*hidden, *decayed, *kept]:
         raise PaliGemmaError(f"nothing is left to train: {', '.join(settings.freeze)} are frozen")
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     if groups := [group for group in groups if group["params"]]:
         optimizers.append(torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.98)))
     if hidden:  # its steps are scaled to the size of AdamW's, so that one rate serves both
@@ -107,11 +107,11 @@ def fit(
     _write_log(folder / LOG, curve)
     before = curve[-1][1] if curve else 0.0
     seen = settings.accumulate * settings.batch_size  # examples a step
-    batches = DataLoader(
+    loader = DataLoader(
         _ErrorsAsValues(examples), settings.batch_size, num_workers=1, prefetch_factor=8,
         collate_fn=partial(_collate, collate), sampler=range(begin * seen, settings.steps * seen),
     )  # fmt: skip
-    batches, started = iter(batches), time.perf_counter()
+    batches, started = iter(loader), time.perf_counter()
     saved, cost = started, 0.0
     with tqdm(total=settings.steps, initial=begin, desc=label, disable=None) as bar:
         for step in range(begin, settings.steps):
@@ -153,7 +153,7 @@ def _step(model, loss, batches, optimizers, settings, rate) -> float:
     return total
 
 
-class _ErrorsAsValues:
+class _ErrorsAsValues(Dataset):
     """Examples whose errors are handed on as values: raised in a worker, they would come out as tracebacks."""
 
     def __init__(self, examples):
