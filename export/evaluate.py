@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from numpy_ref import checkpoint, cli
+from numpy_ref.checkpoint import hub
 from numpy_ref.scenes import evaluate
 
 from . import bundle as bundles
@@ -21,6 +22,8 @@ PROG = "python -m export.evaluate"
 @contextmanager
 def opened(path: Path | None):
     """Engine and tokenizer of a bundle or a checkpoint; None is the shipped model's bundle."""
+    if path is not None:
+        path = hub.directory(path)
     if path is None or (path / bundles.DESCRIPTION).is_file():
         yield session.load(path)
         return

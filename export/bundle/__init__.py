@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from numpy_ref import __version__, storage
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint import hub
 from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
 from numpy_ref.errors import PaliGemmaError, quote
 from numpy_ref.image import RESIZES
@@ -192,7 +193,7 @@ def load(path) -> Bundle:
 
 def load_but_weights(path) -> Bundle:
     """Open a bundle with all of its files checked, but of the weights only the size: their SHA-256 takes long."""
-    path = Path(path)
+    path = hub.directory(path)
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
     file = storage.within(path, DESCRIPTION)

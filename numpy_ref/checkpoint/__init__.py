@@ -18,6 +18,7 @@ import numpy as np
 from ..config import PADDING, PaliGemmaConfig, check, from_hf, to_hf
 from ..errors import PaliGemmaError
 from ..storage import map_npz, map_safetensors, new_directory, new_file, read_json, within, write_npz, write_safetensors
+from . import hub
 from .layouts import (
     FUSED,
     KEY_VALUE,
@@ -66,17 +67,18 @@ class Checkpoint:
 
 
 def load(path=SHIPPED) -> Checkpoint:
-    """Load a Hugging Face PaliGemma directory or a big_vision .npz file.
+    """Load a Hugging Face PaliGemma directory, one named by its Hub id (`hub.directory`), or a big_vision .npz file.
 
     Raises PaliGemmaError that names what is wrong.
     """
-    path = Path(path)
+    path = hub.directory(path)
     return _load_npz(path) if path.suffix == ".npz" else _load_directory(path)
 
 
 def load_config(path) -> PaliGemmaConfig:
     """Read `config.json` of a directory."""
-    if not Path(path).is_dir():
+    path = hub.directory(path)
+    if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such checkpoint directory")
     file = within(path, "config.json")
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from numpy_ref import checkpoint, cli
+from numpy_ref.checkpoint import hub
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import segmentation
 from numpy_ref.storage import absent, map_safetensors
@@ -126,6 +127,7 @@ def main(argv=None):
     options.add_argument("--seed", type=cli.whole(0), default=0, help="of the order, or of the scenes (0)")
     arguments = options.parse_args(argv)
     absent(arguments.output, "folder")
+    arguments.init = hub.directory(arguments.init)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise PaliGemmaError("--device cuda: this build of torch finds no CUDA device")
     if state_folder(arguments.output).exists():
