@@ -18,7 +18,7 @@ def export_onnx(argv=None):
     options = cli.Parser(prog="export-onnx", description="Write an ONNX bundle of a PaliGemma checkpoint.")
     options.add_argument(
         "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",
-        help="a Hugging Face PaliGemma directory, its Hub id (google/paligemma2-3b-mix-224, perhaps with @REVISION), or "
+        help="a Hugging Face PaliGemma directory, its Hub id (google/paligemma2-3b-mix-224, perhaps with @REVISION) or "
         "a big_vision .npz; left out: the model that ships",
     )  # fmt: skip
     options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
