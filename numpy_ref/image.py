@@ -4,6 +4,7 @@ Decode to RGB, resize to a square (the aspect ratio is not kept), then (x / 255 
 named setting, since the projects differ: transformers takes the bicubic filter, big_vision the bilinear one.
 """
 
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -14,32 +15,50 @@ from .errors import PaliGemmaError, quote
 
 #: What is opened, by Pillow's names. It knows many more, some of which start other programs or are seldom looked after.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+#: What stands behind transparent pixels: white, as in transformers from 5.21 on, or the colours that the file happens
+#: to have there ("drop" the alpha channel), as in big_vision and in transformers before.
+TRANSPARENCIES = ("white", "drop")
+MOST_SIDE = 2**16  # pixels; a picture a pixel high can be short of Pillow's limit and still no picture
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ONE_AT_A_TIME = threading.Lock()  # what is done with warnings holds for all threads
 
 
-def open_image(path):
-    """A picture file as an upright RGB Pillow image; PaliGemmaError if it is absent, broken or not a picture.
+def open_image(path, transparency: str = "white"):
+    """A picture file as an upright RGB Pillow image; `transparency` is one of TRANSPARENCIES.
 
-    A file that unfolds to more pixels than Pillow's limit (about 89 million) is refused before it is decoded.
+    Raises PaliGemmaError if it is absent, broken, not a picture, or of numbers that have no fixed range. A file that
+    unfolds to more pixels than Pillow's limit (about 89 million) is refused before it is decoded.
     """
     path = Path(path)
+    if path.is_dir():
+        raise PaliGemmaError(f"{path}: a folder, not a picture; run-onnx-batch --input answers about all in a folder")
+    if re.match(r"https?:/", str(path)):
+        raise PaliGemmaError(f"{path}: pictures are not fetched from the net; download it first")
     if not path.is_file():
         raise PaliGemmaError(f"{path}: no such picture")
-    return decode_image(path, path)
+    return decode_image(path, path, transparency)
 
 
-def decode_image(file, name):
-    """A path, or an open binary file, as an upright RGB Pillow image; PaliGemmaError that begins with `name`."""
+def decode_image(file, name, transparency: str = "white"):
+    """A path, or an open binary file, as `open_image` gives it; PaliGemmaError that begins with `name`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    formats = [*FORMATS, "HEIF"] if _reads_heif() else FORMATS
     try:
         with _ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities in its notes; what is drawn counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+            with Image.open(file, formats=formats) as image:
+                _check(image)
+                return to_rgb(ImageOps.exif_transpose(image), transparency)
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{name}: {error}") from None
     except UnidentifiedImageError:
-        raise PaliGemmaError(f"{name}: not a picture of a known format ({', '.join(FORMATS)})") from None
+        if _is_heif(file):
+            raise PaliGemmaError(
+                f"{name}: a HEIC picture, which takes pillow-heif: pip install pillow-heif, or save it as JPEG"
+            ) from None
+        raise PaliGemmaError(f"{name}: not a picture of a known format ({', '.join(formats)})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise PaliGemmaError(
             f"{name}: the picture has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller first"
@@ -48,19 +67,65 @@ def decode_image(file, name):
         raise PaliGemmaError(f"{name}: the picture is broken ({error})") from None
 
 
-def to_rgb(image):
-    """Any Pillow image as RGB. Sixteen bits are scaled to eight, where Pillow itself would cut them off to white."""
+def _reads_heif() -> bool:
+    """Whether pillow-heif is installed, which then reads HEIC pictures for Pillow."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _is_heif(file) -> bool:
+    """Whether a file begins as HEIC ones do."""
+    try:
+        if isinstance(file, Path):
+            with file.open("rb") as stream:
+                start = stream.read(12)
+        else:
+            file.seek(0)
+            start = file.read(12)
+    except OSError:
+        return False
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
+
+
+def _check(image) -> None:
+    """Raise PaliGemmaError if an opened picture is too long, or has numbers of which nobody can say what is white.
+
+    32-bit whole numbers are taken for 16-bit ones, but not where 255 is the largest: then they may as well be 8-bit.
+    """
+    if max(image.size) > MOST_SIDE:
+        raise PaliGemmaError(f"{image.width} by {image.height} pixels; a side may have {MOST_SIDE}")
+    wide = image.mode == "I" and image.format == "TIFF" and image.getextrema()[1] < 256
+    if image.mode == "F" or wide:
+        kind = "32-bit whole numbers below 256" if wide else "floating-point numbers"
+        raise PaliGemmaError(f"its pixels are {kind}, which have no fixed range; save it with 8 or 16 bits a channel")
+
+
+def to_rgb(image, transparency: str = "white"):
+    """Any Pillow image as RGB; `transparency` is one of TRANSPARENCIES.
+
+    Sixteen bits are scaled to eight, where Pillow itself would cut them off to white. Raises PaliGemmaError for
+    floating-point pixels.
+    """
     from PIL import Image
 
+    if image.mode == "F":
+        raise PaliGemmaError("pixels are floating-point numbers, which have no fixed range; give 8 or 16 bits")
     if image.mode.startswith("I"):
         deep = np.clip(np.asarray(image, np.int32), 0, 65535)
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))  # rounded: 257 is odd, so no value is halfway
+    if transparency == "white" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def preprocess(image, size: int, dtype=np.float32, resize: str = "bicubic") -> np.ndarray:
-    """A Pillow image -> pixel values [1, 3, S, S] in [-1, 1]; `resize` is one of RESIZES."""
-    return scale(RESIZES[resize](to_rgb(image), size), dtype)
+def preprocess(image, size: int, dtype=np.float32, resize: str = "bicubic", transparency="white") -> np.ndarray:
+    """A Pillow image -> pixel values [1, 3, S, S] in [-1, 1]; `resize` is one of RESIZES, the other as in `to_rgb`."""
+    return scale(RESIZES[resize](to_rgb(image, transparency), size), dtype)
 
 
 def resize_bicubic(image, size: int) -> np.ndarray:

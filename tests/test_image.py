@@ -1,7 +1,9 @@
 """Pictures: against Pillow by hand, and the settings that a checkpoint selects."""
 
+import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,16 @@ from PIL import Image
 
 from numpy_ref import checkpoint
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.image import RESIZES, open_image, preprocess, resize_from_hf, resize_to_hf
+from numpy_ref.image import (
+    MOST_SIDE,
+    RESIZES,
+    TRANSPARENCIES,
+    decode_image,
+    open_image,
+    preprocess,
+    resize_from_hf,
+    resize_to_hf,
+)
 
 from .make_goldens import GOLDEN
 
@@ -154,3 +165,106 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(PaliGemmaError, match=r"big\.png"):
         open_image(tmp_path / "big.png")
+
+
+# --- transparency ------------------------------------------------------------------------------------------
+
+
+def transparent(mode):
+    """A picture whose pixels are transparent to different degrees, in a mode that can say so."""
+    image = Image.merge("RGBA", [noise(19, 14, "L").rotate(90 * turn) for turn in range(4)])
+    if mode == "P":
+        return image.quantize(32)
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_white_as_in_transformers(tmp_path, mode):
+    from transformers import SiglipImageProcessor
+
+    transparent(mode).save(tmp_path / "image.png")
+    processor = SiglipImageProcessor(size={"height": 21, "width": 21})
+    expected = processor(Image.open(tmp_path / "image.png"), return_tensors="np")["pixel_values"]
+    actual = preprocess(open_image(tmp_path / "image.png"), 21)
+    assert np.abs(actual - expected).max() < 1.1 / 127.5  # its own resize is a step off here and there
+    flat = np.asarray(open_image(tmp_path / "image.png"))
+    rgba = np.asarray(Image.open(tmp_path / "image.png").convert("RGBA")).astype(float)
+    alpha = rgba[..., 3:] / 255
+    assert np.abs(flat - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+
+
+def test_transparency_can_be_dropped(tmp_path):
+    transparent("RGBA").save(tmp_path / "image.png")
+    dropped = open_image(tmp_path / "image.png", transparency="drop")
+    assert np.array_equal(dropped, np.asarray(transparent("RGBA"))[..., :3])
+    assert TRANSPARENCIES == ("white", "drop")
+
+
+def test_a_black_square_on_nothing(tmp_path):
+    """The picture that is all black where the alpha channel is dropped: two icons in three are drawn so."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    image.save(tmp_path / "image.png")
+    assert open_image(tmp_path / "image.png").getcolors() == [(48, (255, 255, 255)), (16, (0, 0, 0))]
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "floating-point numbers, which have no fixed range"),
+        (np.arange(64, dtype=np.int32).reshape(8, 8), "32-bit whole numbers below 256, which have no fixed range"),
+    ],
+)
+def test_numbers_without_a_range_are_refused(tmp_path, pixels, message):
+    Image.fromarray(pixels).save(tmp_path / "image.tiff")
+    with pytest.raises(PaliGemmaError, match=message):
+        open_image(tmp_path / "image.tiff")
+
+
+def test_sixteen_bits_of_every_format(tmp_path):
+    pixels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    expected = np.round(pixels / 257).astype(np.uint8)
+    for name in ("image.tiff", "image.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert np.array_equal(np.asarray(open_image(tmp_path / name))[..., 0], expected)
+    (tmp_path / "image.pgm").write_bytes(b"P5 8 8 65535\n" + pixels.astype(">u2").tobytes())
+    assert np.array_equal(np.asarray(open_image(tmp_path / "image.pgm"))[..., 0], expected)
+
+
+def test_a_side_is_bounded_too(tmp_path):
+    (tmp_path / "thin.pgm").write_bytes(b"P5 %d 1 255\n" % (MOST_SIDE + 1) + bytes(MOST_SIDE + 1))
+    with pytest.raises(PaliGemmaError, match=f"{MOST_SIDE + 1} by 1 pixels; a side may have {MOST_SIDE}"):
+        open_image(tmp_path / "thin.pgm")
+
+
+def test_what_is_no_picture_file_is_named(tmp_path):
+    with pytest.raises(PaliGemmaError, match="a folder, not a picture; run-onnx-batch"):
+        open_image(tmp_path)
+    with pytest.raises(PaliGemmaError, match="pictures are not fetched from the net"):
+        open_image("https://example.com/cat.png")
+
+
+# --- HEIC --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 40))).save(tmp_path / "image.heic")
+    return tmp_path / "image.heic"
+
+
+def test_heic_is_read_where_its_reader_is_installed(heic):
+    image = open_image(heic)
+    assert (image.size, image.mode) == ((64, 48), "RGB")
+    assert np.abs(np.asarray(image).mean((0, 1)) - [200, 30, 40]).max() < 4
+
+
+def test_heic_names_its_reader_where_it_is_not(heic, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for file in (heic, io.BytesIO(heic.read_bytes())):
+        with pytest.raises(PaliGemmaError, match="a HEIC picture, which takes pillow-heif: pip install pillow-heif"):
+            decode_image(file, "name")
