@@ -25,6 +25,8 @@ export interface Mask extends Box {
 }
 
 export interface Options {
+  /** What stands behind transparent pixels of a picture file; white, if left out. */
+  transparency?: Transparency;
   /** The longest answer; left out, 64 or as many as there is room for. */
   maxNewTokens?: number;
   /** 0, the default, is greedy. */
@@ -59,5 +61,8 @@ export interface PaliGemma {
 /** Check a bundle's folder and open it; `threads` 0, the default, takes every core. Throws PaliGemmaError. */
 export function load(folder: string, options?: { threads?: number }): Promise<PaliGemma>;
 
-/** A picture file, or its bytes, as pixels: upright, transparency ignored. Throws PaliGemmaError. */
-export function decodePicture(picture: string | Uint8Array): Promise<Picture>;
+/** A picture file, or its bytes, as pixels: upright, without transparency. Throws PaliGemmaError. */
+export function decodePicture(picture: string | Uint8Array, transparency?: Transparency): Promise<Picture>;
+
+/** What stands behind transparent pixels: white, or the colors that the file has there ("drop" the alpha channel). */
+export type Transparency = "white" | "drop";

@@ -10,6 +10,7 @@ import sharp from "sharp";
 
 import { PaliGemmaError } from "../common/errors.mjs";
 import { PaliGemma } from "../common/paligemma.mjs";
+import { opaque } from "../common/transparency.mjs";
 
 export { PaliGemmaError };
 
@@ -43,23 +44,25 @@ class NodePaliGemma {
 
   /** `picture` is a file's path, a file's bytes, or { data, width, height } with RGB bytes; see index.d.mts. */
   async generate(picture, prompt, options) {
-    const image = picture?.data && picture.width ? picture : await decodePicture(picture);
-    return this.model.generate(image, prompt, options);
+    const { transparency, ...rest } = options ?? {};
+    const image = picture?.data && picture.width ? picture : await decodePicture(picture, transparency);
+    return this.model.generate(image, prompt, rest);
   }
 }
 
-/** A picture file, or its bytes, as { data, width, height }: RGB, upright, transparency ignored. */
-export async function decodePicture(picture) {
+/** A picture file, or its bytes, as { data, width, height }: RGB, upright, transparent pixels on white or dropped. */
+export async function decodePicture(picture, transparency) {
   const name = typeof picture === "string" ? picture : "the picture";
   if (typeof picture === "string" && !(await kindOf(picture))?.isFile()) throw new PaliGemmaError(`${picture}: no such picture`);
   try {
     const decoder = sharp(picture, { ignoreIcc: true });
     const { format, space } = await decoder.metadata();
     if (format === "svg" || space === "cmyk") throw new Error(`${format} in ${space} is not read; save it as PNG in RGB`);
-    const upright = decoder.autoOrient().removeAlpha().toColourspace("srgb").raw();
+    const upright = decoder.autoOrient().toColourspace("srgb").ensureAlpha().raw();
     const { data, info } = await upright.toBuffer({ resolveWithObject: true });
-    return { data, width: info.width, height: info.height };
+    return { data: opaque(data, transparency), width: info.width, height: info.height };
   } catch (error) {
+    if (error instanceof PaliGemmaError) throw error;
     throw new PaliGemmaError(`${name}: not a picture, or a broken one (${error.message.split("\n")[0]})`);
   }
 }

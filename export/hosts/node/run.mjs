@@ -3,6 +3,7 @@
 import { parseArgs } from "node:util";
 
 import { PaliGemmaError } from "../common/errors.mjs";
+import { TRANSPARENCIES } from "../common/transparency.mjs";
 
 const USAGE = `usage: node run.mjs BUNDLE IMAGE PROMPT [options]
   --json                  print one JSON object
@@ -12,6 +13,7 @@ const USAGE = `usage: node run.mjs BUNDLE IMAGE PROMPT [options]
   --top-k K               keep the K likeliest, 0 for all (0)
   --seed S                of the draws (0); other draws than those of run-onnx for the same S
   --boxes CONVENTION      big_vision or huggingface: what a location token counts (big_vision)
+  --transparency HOW      white or drop: what stands behind transparent pixels (white)
   --threads N             0 for all (0)`;
 
 const OPTIONS = {
@@ -22,6 +24,7 @@ const OPTIONS = {
   "top-k": { type: "string", default: "0" },
   seed: { type: "string", default: "0" },
   boxes: { type: "string", default: "big_vision" },
+  transparency: { type: "string", default: "white" },
   threads: { type: "string", default: "0" },
   help: { type: "boolean", short: "h", default: false },
 };
@@ -40,6 +43,7 @@ async function main(argv) {
     topK: whole(values, "top-k", 0),
     uniform: numbers(whole(values, "seed", 0)),
     boxes: oneOf(values, "boxes", ["big_vision", "huggingface"]),
+    transparency: oneOf(values, "transparency", TRANSPARENCIES),
   };
   const { load } = await host();
   const started = performance.now();

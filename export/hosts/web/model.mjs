@@ -1,5 +1,6 @@
 /** The page's side of the worker: load a bundle, ask it. */
 import { PaliGemmaError } from "../common/errors.mjs";
+import { opaque } from "../common/transparency.mjs";
 
 const LONGEST_SIDE = 16384; // of a canvas
 const MOST_PIXELS = 2 ** 26;
@@ -62,18 +63,12 @@ export async function openPicture(blob) {
   return bitmap;
 }
 
-/** The RGB bytes of a bitmap: { data, width, height }. */
-export function pixelsOf(bitmap) {
+/** The RGB bytes of a bitmap: { data, width, height }; transparent pixels on white, or their alpha dropped. */
+export function pixelsOf(bitmap, transparency = "white") {
   const { width, height } = bitmap;
   let rgba = canvasBytes(bitmap);
   if (rgba.some((value, i) => i % 4 === 3 && value < 255)) rgba = textureBytes(bitmap);
-  const data = new Uint8Array(width * height * 3);
-  for (let from = 0, to = 0; from < rgba.length; from += 4) {
-    data[to++] = rgba[from];
-    data[to++] = rgba[from + 1];
-    data[to++] = rgba[from + 2];
-  }
-  return { data, width, height };
+  return { data: opaque(rgba, transparency), width, height };
 }
 
 function canvasBytes(bitmap) {
