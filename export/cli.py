@@ -2,15 +2,19 @@
 
 import argparse
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref import cli, storage
+from numpy_ref.errors import one_line
 from numpy_ref.model.sampling import Sampling
 
 from . import bundle as bundles
 from .model.layers import OPERATORS
+
+NAMED = 10  # of the files that a folder has besides pictures
 
 
 def export_onnx(argv=None):
@@ -112,6 +116,18 @@ def _serve(argv):
     serve(arguments.bundle, arguments.port)
 
 
+def _left_out(names) -> str:
+    """What a folder has besides pictures, by count and name."""
+    kinds = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in _endings(names).most_common(NAMED))
+    some = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    files = f"{len(names)} file{'s' if len(names) > 1 else ''}"
+    return one_line(f"{files} left out, by their endings not pictures that can be read: {kinds} ({some})")
+
+
+def _endings(names) -> Counter:
+    return Counter(Path(name).suffix.lower() for name in names)
+
+
 def _add_provider_options(options):
     options.add_argument(
         "--provider-option", action="append", default=[], type=_pair, metavar="KEY=VALUE",
@@ -169,6 +185,8 @@ def run_onnx_batch(argv=None):
     from .session import shipped
 
     rows = dataset.open_dataset(arguments.input, prompt)
+    if rows.left_out:
+        print(f"{options.prog}: warning: {_left_out(rows.left_out)}", file=sys.stderr)
     if arguments.engine == "ray":
         from .batch.ray_workers import workers
     else:

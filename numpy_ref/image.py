@@ -43,7 +43,7 @@ def decode_image(file, name, transparency: str = "white"):
     """A path, or an open binary file, as `open_image` gives it; PaliGemmaError that begins with `name`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    formats = [*FORMATS, "HEIF"] if _reads_heif() else FORMATS
+    formats = known_formats()
     try:
         with _ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities in its notes; what is drawn counts
@@ -67,14 +67,14 @@ def decode_image(file, name, transparency: str = "white"):
         raise PaliGemmaError(f"{name}: the picture is broken ({error})") from None
 
 
-def _reads_heif() -> bool:
-    """Whether pillow-heif is installed, which then reads HEIC pictures for Pillow."""
+def known_formats() -> tuple[str, ...]:
+    """FORMATS, and HEIC where pillow-heif is installed, which then reads it for Pillow."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
-        return False
+        return FORMATS
     register_heif_opener()
-    return True
+    return (*FORMATS, "HEIF")
 
 
 def _is_heif(file) -> bool:

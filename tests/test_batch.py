@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from export import batch, bundle, cli
 from export.batch import dataset
@@ -183,6 +184,17 @@ def test_progress_is_for_terminals(rows, tmp_path, monkeypatch):
         answer(rows, tmp_path / f"{shown}.jsonl")
         assert (f"{COUNT}/{COUNT} [" in stream.getvalue()) == shown
         assert ("pictures/s" in stream.getvalue()) == shown
+
+
+def test_what_a_folder_has_besides_pictures_is_named(tmp_path, capsys):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    for name in ["b.xcf", "c.XCF", "notes.txt"]:
+        (tmp_path / name).write_bytes(b"x")
+    answer(tmp_path, tmp_path / "out.jsonl")
+    assert (
+        "run-onnx-batch: warning: 3 files left out, by their endings not pictures that can be read: 2 .xcf, 1 .txt "
+        "(b.xcf, c.XCF, notes.txt)\n"
+    ) in capsys.readouterr().err
 
 
 # --- killed and begun again --------------------------------------------------------------------------------

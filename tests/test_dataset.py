@@ -43,6 +43,7 @@ def test_a_folder_holds_its_pictures(tmp_path):
     rows = opened(tmp_path)
     assert questions(rows) == [(0, "A.JPG", None), (1, "b.png", None), (2, "sub/c.webp", None)]
     assert rows.read(2, 9)[0].picture().size == (3, 2)
+    assert rows.left_out == ["notes.txt", "paper.pdf"]
 
 
 def test_a_folder_that_changes(tmp_path):

@@ -1,7 +1,8 @@
 """The rows of a data set (a folder of pictures, a JSONL file, a parquet file), read a few at a time.
 
-A data set has a length, a `digest` that changes when it does, and `read(start, stop)`, which gives its rows of these
-numbers. It is small and can be sent to another process, which opens the files again.
+A data set has a length, a `digest` that changes when it does, `read(start, stop)`, which gives its rows of these
+numbers, and `left_out`, the names of files that it passes over. It is small and can be sent to another process, which
+opens the files again.
 """
 
 import hashlib
@@ -11,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.image import decode_image, open_image
+from numpy_ref.image import decode_image, known_formats, open_image
 
 from ..bundle import sha256
 
@@ -82,14 +83,18 @@ def open_dataset(path: Path, default_prompt: str | None):
 
 
 class Folder:
-    """Every picture in a folder and the folders below it, by name; hidden ones aside."""
+    """Every picture in a folder and the folders below it, by name; hidden ones aside.
+
+    `left_out` are the names of the other files, by whose endings nobody would take them for pictures that are read.
+    """
 
     def __init__(self, path: Path, default_prompt: str | None):
         _need_prompt(path, default_prompt)
         self.path, suffixes = path, picture_suffixes()
-        names = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in suffixes)
-        shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
-        self.names = sorted(name.as_posix() for name in shown if (path / name).is_file())
+        names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        shown = sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+        self.names = [name for name in shown if Path(name).suffix.lower() in suffixes]
+        self.left_out = [name for name in shown if Path(name).suffix.lower() not in suffixes]
 
     def __len__(self):
         return len(self.names)
@@ -110,6 +115,8 @@ class Folder:
 
 class JsonLines:
     """Lines {"image": path, "prompt" or "prefix": text}; blank ones do not count. Only places of lines are kept."""
+
+    left_out: ClassVar[list[str]] = []
 
     def __init__(self, path: Path, default_prompt: str | None):
         self.path, digest, places, place = path, hashlib.sha256(), array("q"), 0
@@ -150,6 +157,8 @@ class Parquet:
     Reading goes on where it ended, and past row groups unread. At most a page of the file is held, which pyarrow
     makes of a thousand rows unless it is told a smaller `row_group_size` or `write_batch_size`.
     """
+
+    left_out: ClassVar[list[str]] = []
 
     def __init__(self, path: Path, default_prompt: str | None):
         self.path, self._rows, self._next = path, None, 0
@@ -200,10 +209,11 @@ class Parquet:
 
 
 def picture_suffixes() -> set[str]:
-    """The endings of files that Pillow reads, in lower case."""
+    """The endings of files of the formats that are read, in lower case."""
     from PIL import Image
 
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    formats = known_formats()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
 
 
 def _open_parquet(path):
