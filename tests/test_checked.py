@@ -89,3 +89,17 @@ def test_without_a_cache_it_is_read_every_time(opened, tmp_path):
     open_session(found, "cpu")
     open_session(found, "cpu")
     assert read == [FILE, FILE]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "_SETTLED", -(10**12))
+    file = tmp_path / "file"
+    file.write_bytes(b"contents")
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    digests.remember(file, "0" * 64, digests.state(file))
+    assert not [found for found in (tmp_path / "cache").rglob("*") if found.is_file()]

@@ -1,14 +1,16 @@
 """Files that were found to have their SHA-256, remembered so that gigabytes are not read at every start.
 
-A file is told by its path, device, inode, size and times. Whatever writes to it changes the last of them, the inode's
-own time, which no program can set back (on Windows that is the time of creation, and the time of writing must do).
-What only a device's decay changes goes unseen; `bundle.load` reads everything.
+A file is known by its path, device, inode, size and times. A copy, a download or a program that writes to it changes
+the last of them, the inode's own time, which no program can set back (on Windows that is the time of creation, and the
+time of writing must do). What goes unseen: a device's decay, and writing through a shared mapping of the file, which
+need not change any time. Against those, and against whoever may write to the file, `bundle.load` reads everything.
 """
 
 import hashlib
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -30,21 +32,28 @@ def remember(file: Path, digest: str, before: str) -> None:
     if not settled or state(file) != before:
         return
     note = _note(file, digest)
-    try:
+    with suppress(OSError):  # a home that cannot be written costs only time
         note.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=note.parent)
+        _replace(note, before)
+
+
+def _replace(file, text) -> None:
+    """Write a file whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent)
+    try:
         with os.fdopen(descriptor, "w") as stream:
-            stream.write(before)
-        os.replace(temporary, note)
+            stream.write(text)
+        os.replace(temporary, file)
     except OSError:
-        pass  # a home that cannot be written costs only time
+        os.unlink(temporary)
+        raise
 
 
 def state(file: Path) -> str:
     """What changes when a file is written or replaced; the latest of its times comes last."""
-    told = file.stat()
-    times = told.st_mtime_ns, told.st_ctime_ns
-    return " ".join(str(number) for number in (told.st_dev, told.st_ino, told.st_size, min(times), max(times)))
+    found = file.stat()
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return " ".join(str(number) for number in (found.st_dev, found.st_ino, found.st_size, min(times), max(times)))
 
 
 def _note(file, digest) -> Path:
