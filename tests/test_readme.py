@@ -49,7 +49,9 @@ def test_the_readme_is_read_in_one_sitting():
 def test_every_file_it_names_exists(page):
     names = set(re.findall(r"`([\w./]+\.(?:py|mjs|mts|png))`", PAGES[page]))
     assert page != "README.md" or len(names) > 20
-    known = {file.name for folder in FOLDERS for kind in ("py", "mjs") for file in (ROOT / folder).rglob(f"*.{kind}")}
+    known = {
+        file.name for folder in FOLDERS for kind in ("py", "mjs", "png") for file in (ROOT / folder).rglob(f"*.{kind}")
+    }
     for name in names:
         assert name in known or any((folder / name).exists() for folder in (ROOT, (ROOT / page).parent)), name
 
