@@ -9,6 +9,7 @@ import tomllib
 import warnings
 from contextlib import redirect_stderr
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -110,12 +111,12 @@ def commands(text: str) -> list[str]:
 
 
 def words(command: str) -> list[str]:
-    """The words of a command, without the comment behind it; `[WORD]`, which may be left out, is given."""
+    """The words of a command, up to a pipe or a comment; `[WORD]`, which may be left out, is given."""
     try:
         split = shlex.split(command, comments=True)
     except ValueError:
         return []  # half of a quotation: no command
-    return [re.sub(r"^\[([A-Z_]+)\]$", r"\1", word).removeprefix(".venv/bin/") for word in split]
+    return [re.sub(r"^\[([A-Z_]+)\]$", r"\1", word).removeprefix(".venv/bin/") for word in takewhile("|".__ne__, split)]
 
 
 def program(command: list[str]) -> str | None:
