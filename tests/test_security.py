@@ -1,4 +1,4 @@
-"""What README.md says about files from a stranger, each claim by an attempt at the contrary."""
+"""What export/README.md says about files from a stranger, each claim by an attempt at the contrary."""
 
 import ast
 import io

@@ -15,7 +15,7 @@ from ..bundle import Bundle
 from . import cuda
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-INSTALL = "it needs a driver for CUDA 13 and pip install 'onnxruntime-gpu[cuda,cudnn]'"
+INSTALL = "it needs a driver that supports CUDA 13 and pip install 'onnxruntime-gpu[cuda,cudnn]'"
 #: Products of float32 in float32: the provider's own default rounds their factors to TF32, which is off by 1e-3.
 DEFAULTS = {"use_tf32": "0"}
 CUDNN = ("libcudnn.so.9", "cudnn64_9.dll")
