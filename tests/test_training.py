@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from export import bundle
 from numpy_ref import checkpoint
@@ -230,6 +232,72 @@ def test_a_full_disk_keeps_the_state_that_was_kept(tmp_path, tokenizer):
     run(tmp_path / "new", tokenizer, twice)
     assert faults.steps_of(tmp_path / "new" / loop.STATE) == 2
     assert {file.name for file in (tmp_path / "new").iterdir()} == {loop.STATE, loop.LOG}
+
+
+def damaged(change):
+    """A function that changes what a state file says of itself, or its tensors."""
+
+    def apply(file):
+        with safe_open(file, framework="pt") as stored:
+            progress = json.loads(stored.metadata()["progress"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        progress = change(progress, tensors) or progress
+        save_file(tensors, file, {"progress": json.dumps(progress)})
+
+    return apply
+
+
+def entries(**changes):
+    return damaged(lambda progress, tensors: {**progress, **changes})
+
+
+def without(key):
+    return damaged(lambda progress, tensors: {name: value for name, value in progress.items() if name != key})
+
+
+def reshape(progress, tensors):
+    name = next(name for name in tensors if name.endswith("exp_avg") and tensors[name].dim() == 2)
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def forget_moments(progress, tensors):
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        del tensors[name]
+
+
+def add_nameless(progress, tensors):
+    tensors["optimizer"] = torch.zeros(1)
+    return {**progress, "tensors": sorted(tensors)}
+
+
+DAMAGES = {
+    "a list": damaged(lambda progress, tensors: [progress]),
+    "a number": damaged(lambda progress, tensors: 7),
+    "no settings": without("settings"),
+    "no step": without("step"),
+    "no tensors": without("tensors"),
+    "step as text": entries(step="1"),
+    "step of nobody": entries(step=10**9),
+    "step below zero": entries(step=-500),
+    "no curve": entries(curve=None),
+    "short rows": entries(curve=[[1, 2]]),
+    "losses as text": entries(recent=["x"]),
+    "settings as text": entries(settings="x"),
+    "another shape": damaged(reshape),
+    "no moments": damaged(forget_moments),
+    "a nameless tensor": damaged(add_nameless),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a dangling link": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_one_line(tmp_path, tokenizer, damage):
+    run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
+    DAMAGES[damage](tmp_path / loop.STATE)
+    with pytest.raises(PaliGemmaError, match=r"state\.safetensors: (not a state of training|a state of another model)"):
+        run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
 
 
 def test_accumulated_batches_are_one_larger_batch(tmp_path, tokenizer):

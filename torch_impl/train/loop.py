@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, quote
 
 STATE, LOG = "state.safetensors", "log.csv"
 COLUMNS = ["step", "seconds", "loss", "rate"]
@@ -189,7 +189,7 @@ def _save(file, model, optimizers, progress) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.part")
     try:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {"progress": json.dumps(progress)})
+        save_file(contiguous, temporary, {"progress": json.dumps({**progress, "tensors": sorted(tensors)})})
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         raise PaliGemmaError(f"{file}: cannot keep the state of training ({error})") from None
@@ -201,35 +201,71 @@ def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
     """Take up what a state file says: step, curve, and losses since its last row. Without one: the beginning."""
     for left_over in (*file.parent.glob("*.part"), *file.parent.glob(".tmp*")):  # ours, and the library's own
         left_over.unlink(missing_ok=True)
-    if not file.exists():
+    if not os.path.lexists(file):
         return 0, [], []
     try:
+        if not file.is_file():
+            raise ValueError("not a file")
         with safe_open(file, framework="pt") as stored:
-            progress = json.loads(stored.metadata()["progress"])
+            progress = _progress(json.loads(stored.metadata()["progress"]))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if sorted(tensors) != progress["tensors"]:
+            raise ValueError("tensors are missing, or too many")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise PaliGemmaError(f"{file}: not a state of training ({error}); remove it to begin again") from None
     wanted = json.loads(json.dumps(settings))
     odd = [f"{key} {progress['settings'].get(key)}" for key in wanted if progress["settings"].get(key) != wanted[key]]
     if odd:
         raise PaliGemmaError(f"{file}: this run was begun with {', '.join(odd)}; go on with that, or remove it")
+    if progress["step"] > settings["steps"]:
+        raise PaliGemmaError(f"{file}: not a state of training (step {quote(progress['step'])} of {settings['steps']})")
     try:
-        _take_up(tensors, model, optimizers)
-    except (RuntimeError, KeyError, ValueError) as error:
+        _restore(tensors, model, optimizers)
+    except (RuntimeError, IndexError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise PaliGemmaError(f"{file}: a state of another model ({reason}); remove it to begin again") from None
     return progress["step"], [tuple(row) for row in progress["curve"]], progress["recent"]
 
 
-def _take_up(tensors, model, optimizers) -> None:
-    """Put stored tensors into the model and its optimizers."""
+def _progress(found) -> dict:
+    """What a state file says of itself, if that is what `_save` writes. Raises ValueError if it is not."""
+    if not isinstance(found, dict):
+        raise ValueError("its progress is not an object")
+    step, curve, recent = found.get("step"), found.get("curve"), found.get("recent")
+    table = [
+        (isinstance(step, int) and not isinstance(step, bool) and step > 0, f"step {quote(step)}"),
+        (isinstance(found.get("settings"), dict), "settings"),
+        (isinstance(found.get("tensors"), list), "the list of its tensors"),
+        (isinstance(recent, list) and all(map(_is_number, recent)), "recent losses"),
+        (isinstance(curve, list) and all(_is_row(row) for row in curve), "the curve"),
+    ]
+    if wrong := [name for holds, name in table if not holds]:
+        raise ValueError(f"{wrong[0]} cannot be right")
+    return found
+
+
+def _is_row(row) -> bool:
+    return isinstance(row, list) and len(row) == len(COLUMNS) and all(map(_is_number, row))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _restore(tensors, model, optimizers) -> None:
+    """Put stored tensors into the model and its optimizers. Raises one of several errors if they do not fit."""
     model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict] = {}
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         for name, tensor in tensors.items():
             kind, *rest = name.split(".")
-            if kind == "optimizer" and rest[0] == str(i):
-                state.setdefault(int(rest[1]), {})[rest[2]] = tensor
+            if kind != "optimizer" or rest[0] != str(i):
+                continue
+            _, place, key = rest
+            if tensor.dim() and tensor.shape != weights[int(place)].shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(weights[int(place)].shape)}")
+            state.setdefault(int(place), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
