@@ -152,7 +152,7 @@ class TracedEngine(NumpyEngine):
                     mask = self.masks(codes)
                     self.row("mask", mask, ["B", "", ""], origin(segmentation.decode.__code__))
                     mask = segmentation.paste(mask[0], box.corners, image.width, image.height)
-                    self.row("mask in the picture", mask, ["", ""], origin(segmentation.paste.__code__))
+                    self.row("painted", mask, ["", ""], origin(segmentation.paste.__code__))
 
     def traced(self, stage: str, function, *arguments):
         """`paligemma.prefill` or `.decode`, with a heading where another block begins and a row for each value."""
