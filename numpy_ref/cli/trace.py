@@ -57,12 +57,12 @@ def shape_of(value, letters) -> str:
 def range_of(value) -> str:
     """The least and the largest number: "-2.31 … 2.06". What is not finite is counted: "0 … 1, 3 NOT FINITE"."""
     value = upcast(value) if value.dtype.kind not in "iub" else value.astype(int)
-    ends = value.min(), value.max()  # a NaN anywhere is both
-    if np.isfinite(ends).all():
-        return "{:.4g} … {:.4g}".format(*ends)
+    least, most = value.min(), value.max()  # a NaN anywhere is both
+    if np.isfinite([least, most]).all():
+        return f"{least:.4g} … {most:.4g}"
     finite = value[np.isfinite(value)]
-    ends = f"{finite.min():.4g} … {finite.max():.4g}, " if finite.size else ""
-    return f"{ends}{value.size - finite.size} NOT FINITE"
+    among = f"{finite.min():.4g} … {finite.max():.4g}, " if finite.size else ""
+    return f"{among}{value.size - finite.size} NOT FINITE"
 
 
 def origin(code, line: int | None = None) -> tuple[str, str]:
@@ -76,7 +76,7 @@ def origin(code, line: int | None = None) -> tuple[str, str]:
 def caller() -> tuple[str, str]:
     """The origin of a tapped value: the function on the stack that called the tap, `scoped` left out."""
     frame = sys._getframe(2)
-    while frame.f_code.co_qualname.startswith("scoped."):
+    while frame.f_back and frame.f_code.co_qualname.startswith("scoped."):
         frame = frame.f_back
     return origin(frame.f_code, frame.f_lineno)
 
