@@ -1,6 +1,6 @@
 """PaliGemma in NumPy: the definition that the other two implementations are measured against.
 
-Read the files leaf first:
+README.md in this folder walks one picture and one prompt through it. Read the files leaf first:
 
     model/layers.py      the leaf functions: linear, norms, softmax, rotary embedding, attention
     model/siglip.py      the vision tower: picture -> patch features

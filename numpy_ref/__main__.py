@@ -1,35 +1,44 @@
 """python -m numpy_ref [CHECKPOINT] IMAGE PROMPT: the reference answers."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from . import checkpoint, cli
 from .cli import heatmap
+from .cli.trace import TracedEngine
+from .errors import PaliGemmaError
 from .generate import NumpyEngine
 from .tokenizer import Tokenizer
 
 PROG = "python -m numpy_ref"
 
 
-def load(path):
+def load(path, traced=False):
     """A checkpoint, or the shipped one, as engine and tokenizer."""
     loaded = checkpoint.load(path or checkpoint.SHIPPED)
-    return NumpyEngine(loaded), Tokenizer.load(loaded.folder, loaded.config)
+    tokenizer = Tokenizer.load(loaded.folder, loaded.config)
+    return TracedEngine(loaded, tokenizer) if traced else NumpyEngine(loaded), tokenizer
 
 
 def main(argv=None):
     options = cli.parser(PROG, "CHECKPOINT", "Answer a prompt about a picture with the NumPy reference.")
     options.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw what each token of the answer looked at")
+    options.add_argument("--trace", action="store_true", help="print each intermediate value, and what made it")
     arguments = cli.parse(options, argv)
     cli.on_the_cpu(arguments, PROG)
+    if arguments.trace and arguments.json:
+        raise PaliGemmaError("--trace prints lines to read and --json one object; leave one of them out")
 
-    def draw_attention(engine, tokenizer, image, pixel_values, prompt, answer):
-        if answer:  # an empty one looked at nothing
+    def look(engine, tokenizer, image, pixel_values, prompt, answer):
+        if arguments.trace:
+            engine.print_answer(image, tokenizer.decode(answer), arguments.boxes)
+        if arguments.heatmap and answer:  # an empty one looked at nothing
             maps = heatmap.attention_over_picture(engine.params, engine.config, pixel_values, prompt, answer)
             words = [tokenizer.decode([token]).strip() or "·" for token in answer]
             cli.write_drawing(arguments.heatmap, heatmap.draw(image, maps, words))
 
-    return cli.answer(arguments, load, draw_attention if arguments.heatmap else None)
+    return cli.answer(arguments, partial(load, traced=arguments.trace), look, quiet=arguments.trace)
 
 
 if __name__ == "__main__":

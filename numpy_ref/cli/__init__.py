@@ -85,11 +85,12 @@ def parse(options: Parser, argv=None) -> argparse.Namespace:
     return arguments
 
 
-def answer(arguments, load, look=None) -> int:
-    """Load an engine and its tokenizer with `load(model path or None)`, generate, and print.
+def answer(arguments, load, look=None, quiet=False) -> int:
+    """Load an engine and its tokenizer with `load(model path or None)`, generate, and print unless `quiet`.
 
     `look(engine, tokenizer, image, pixel_values, prompt ids, answer ids)` is called with what was answered.
     """
+    streamed = not (arguments.json or quiet)
     image = open_image(arguments.image)  # before the model: the cheaper mistake first
     started = time.perf_counter()
     engine, tokenizer = load(arguments.model)
@@ -106,9 +107,9 @@ def answer(arguments, load, look=None) -> int:
         pixel_values = preprocess(image, config.vision.image_size, resize=engine.resize)
     for token in generate(engine, pixel_values, [prompt], tokenizer.known(), new_tokens, sampling, capacity, timings):
         tokens.append(token)
-        if not arguments.json and token[0] != config.eos:
+        if streamed and token[0] != config.eos:
             print(printable(stream.push(int(token[0]))), end="", flush=True)
-    if not arguments.json:
+    if streamed:
         print(printable(stream.close()))
 
     ids = answers(tokens, config.eos)[0]
