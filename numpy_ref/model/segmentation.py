@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import unflatten
+from ..checkpoint.npz import map_npz
+from ..checkpoint.tree import unflatten
 from ..errors import PaliGemmaError
-from ..storage import map_npz, within
+from ..files import within
 from .layers import conv, conv_transpose, relu
 
 #: The file beside a checkpoint's weights; big_vision's own is called by the second name.

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from numpy_ref import scenes
 from numpy_ref.checkpoint import flatten, unflatten
+from numpy_ref.checkpoint.npz import write_npz
+from numpy_ref.files import new_file
 from numpy_ref.model import segmentation
 from numpy_ref.model.segmentation import CELLS, CODES
-from numpy_ref.storage import new_file, write_npz
 
 from .layers import conv, conv_transpose, relu
 
