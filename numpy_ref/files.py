@@ -85,7 +85,7 @@ def _move_into_place(temporary, path, kind, move) -> None:
     try:
         move(temporary, path)
     except OSError:
-        os.rename(temporary, absent(path, kind))  # a disk without hard links, or an error to tell
+        os.rename(temporary, absent(path, kind))  # a disk without hard links, or an error to report
 
 
 @contextmanager

@@ -486,11 +486,11 @@ def test_folders_that_were_made_are_taken_away_again(tmp_path):
     for make in (new_directory, new_file):
         for error, expected in [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "no space"), PaliGemmaError)]:
             with pytest.raises(expected):
-                _begin(make, tmp_path / "old" / "new" / "newer" / "out", error)
+                _write_half(make, tmp_path / "old" / "new" / "newer" / "out", error)
             assert not list((tmp_path / "old").iterdir())
 
 
-def _begin(make, path, error):
+def _write_half(make, path, error):
     with make(path) as output:
         (output / "half" if output.is_dir() else output).write_text("half")
         raise error

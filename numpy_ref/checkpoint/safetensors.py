@@ -19,7 +19,7 @@ from ..errors import PaliGemmaError
 from ..files import read_json, within
 from .blocks import checked_blocks, dtypes
 
-SHARD = 5 * 10**9  # bytes of a file before the next one is begun
+SHARD = 5 * 10**9  # bytes of a file before the next one starts
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
