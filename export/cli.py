@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref import cli, storage
+from numpy_ref import cli, files
 from numpy_ref.errors import one_line
 from numpy_ref.model.sampling import Sampling
 
@@ -177,7 +177,7 @@ def run_onnx_batch(argv=None):
     cli.add_answer_options(options)
     _add_provider_options(options)
     arguments = options.parse_args(argv)
-    storage.absent(arguments.output, "file")
+    files.absent(arguments.output, "file")
     prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
 
     from . import batch

@@ -7,7 +7,7 @@ _QUOTED.maxlevel, _QUOTED.maxstring, _QUOTED.maxother, _QUOTED.maxlong = 3, 100,
 
 
 class PaliGemmaError(Exception):
-    """Bad input, told in one line: what was wrong, where, and what to do."""
+    """Bad input, in one line: what was wrong, where, and what to do."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .checkpoint import flatten
+from .checkpoint.blocks import all_finite, check_finite
 from .errors import PaliGemmaError
 from .model import paligemma, segmentation
 from .model.sampling import Sampling, sample
-from .storage import all_finite, check_finite
 
 #: What overflows in the reference is found in its logits, not told by NumPy in warnings of its own.
 _quietly = np.errstate(over="ignore", invalid="ignore")

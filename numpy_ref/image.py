@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import PaliGemmaError, quote
+from .errors import PaliGemmaError
 
 #: What is opened, by Pillow's names. It knows many more, some of which start other programs or are seldom looked after.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 #: What stands behind transparent pixels: white, as in transformers from 5.21 on, or the colours that the file happens
 #: to have there ("drop" the alpha channel), as in big_vision and in transformers before.
 TRANSPARENCIES = ("white", "drop")
-MOST_SIDE = 2**16  # pixels; a picture a pixel high can be short of Pillow's limit and still no picture
+MAX_SIDE = 2**16  # pixels; a picture a pixel high can be short of Pillow's limit and still no picture
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_ONE_AT_A_TIME = threading.Lock()  # what is done with warnings holds for all threads
+_WARNINGS_LOCK = threading.Lock()  # what is done with warnings holds for all threads
 
 
 def open_image(path, transparency: str = "white"):
@@ -45,7 +45,7 @@ def decode_image(file, name, transparency: str = "white"):
 
     formats = known_formats()
     try:
-        with _ONE_AT_A_TIME, warnings.catch_warnings():
+        with _WARNINGS_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities in its notes; what is drawn counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=formats) as image:
@@ -96,8 +96,8 @@ def _check(image) -> None:
 
     32-bit whole numbers are taken for 16-bit ones, but not where 255 is the largest: then they may as well be 8-bit.
     """
-    if max(image.size) > MOST_SIDE:
-        raise PaliGemmaError(f"{image.width} by {image.height} pixels; a side may have {MOST_SIDE}")
+    if max(image.size) > MAX_SIDE:
+        raise PaliGemmaError(f"{image.width} by {image.height} pixels; a side may have {MAX_SIDE}")
     wide = image.mode == "I" and image.format == "TIFF" and image.getextrema()[1] < 256
     if image.mode == "F" or wide:
         kind = "32-bit whole numbers below 256" if wide else "floating-point numbers"
@@ -151,53 +151,6 @@ def resize_bilinear(image, size: int) -> np.ndarray:
 
 #: The two preprocessings by name. Transformers' is the default; a big_vision checkpoint brings its own.
 RESIZES = {"bicubic": resize_bicubic, "bilinear": resize_bilinear}
-_PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}
-_KNOWN_SETTINGS = {
-    "do_convert_rgb": [True], "do_resize": [True], "do_center_crop": [False], "do_pad": [False],
-    "do_rescale": [True], "do_normalize": [True], "image_mean": [[0.5] * 3, 0.5], "image_std": [[0.5] * 3, 0.5],
-}  # fmt: skip
-
-
-def resize_from_hf(hf, size: int | None = None, source="preprocessor_config.json") -> str:
-    """The name of the preprocessing that the contents of a `preprocessor_config.json` describe.
-
-    Transformers' own bilinear filter rounds to bytes where big_vision's cuts off: up to one step of 255 lies between
-    them. With `size`, its pictures must be of this size. Raises PaliGemmaError for one that this project does not have.
-    """
-    if not isinstance(hf, dict):
-        raise PaliGemmaError(f"{source} does not hold a JSON object")
-    hf = {key: value for key, value in hf.items() if value is not None}  # null means the default
-    for key, allowed in _KNOWN_SETTINGS.items():
-        if key in hf and hf[key] not in allowed:
-            raise PaliGemmaError(f"{source}: {key} is {quote(hf[key])}; only {allowed[0]!r} is known")
-    factor = hf.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
-        raise PaliGemmaError(f"{source}: rescale_factor is {quote(factor)}; only 1/255 is known")
-    if size and hf.get("size", size) not in (size, {"height": size, "width": size}):
-        raise PaliGemmaError(f"{source}: size is {quote(hf['size'])}, but the model takes {size} by {size}")
-    resample = hf.get("resample", _PILLOW_FILTERS["bicubic"])
-    for name, number in _PILLOW_FILTERS.items():
-        if resample == number:
-            return name
-    raise PaliGemmaError(f"{source}: resample is {quote(resample)}; 3 (bicubic) and 2 (bilinear) are known")
-
-
-def resize_to_hf(resize: str, vision) -> dict:
-    """The `preprocessor_config.json` of a preprocessing, for a vision config."""
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "processor_class": "PaliGemmaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "resample": _PILLOW_FILTERS[resize],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "image_seq_length": vision.patches,
-    }
 
 
 def scale(pixels: np.ndarray, dtype=np.float32) -> np.ndarray:

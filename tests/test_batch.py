@@ -73,9 +73,9 @@ def refused(capsys, source, output, *options, **prompt):
     """The one line that the command stops with."""
     capsys.readouterr()
     assert run("run-onnx-batch", cli.run_onnx_batch, arguments(source, output, *options, **prompt)) == 1
-    told = capsys.readouterr()
-    assert not told.out
-    (line,) = told.err.splitlines()
+    captured = capsys.readouterr()
+    assert not captured.out
+    (line,) = captured.err.splitlines()
     return line
 
 
@@ -93,15 +93,15 @@ def drawn(rows, tmp_path_factory):
 
 
 def test_greedy_answers_are_those_of_run_onnx(rows, greedy, capsys):
-    for i, (told, asked) in enumerate(zip(greedy, read(rows), strict=True)):
+    for i, (result, asked) in enumerate(zip(greedy, read(rows), strict=True)):
         prompt = asked.get("prompt") or asked.get("prefix") or "detect cross"
         capsys.readouterr()
         assert run("run-onnx", cli.run_onnx, [str(rows.parent / asked["image"]), prompt, "--json"]) == 0
         alone = json.loads(capsys.readouterr().out)
-        assert told == {"row": i, "image": asked["image"], "prompt": prompt,
+        assert result == {"row": i, "image": asked["image"], "prompt": prompt,
                         **{name: alone[name] for name in ("text", "tokens", "boxes")}}  # fmt: skip
-    assert any(told["boxes"] for told in greedy)
-    assert any("codes" in box for told in greedy for box in told["boxes"])
+    assert any(result["boxes"] for result in greedy)
+    assert any("codes" in box for result in greedy for box in result["boxes"])
 
 
 @pytest.mark.parametrize("options", [["--batch-size", "1"], ["--batch-size", "64"], ["--workers", "2", "--batch-size", "3"]])  # fmt: skip
@@ -116,14 +116,14 @@ def test_each_row_draws_for_itself(greedy, drawn, rows, tmp_path):
     assert answer(rows, tmp_path / "out.jsonl", *DRAWN, "--seed", "8") != drawn
     same = tmp_path / "same.jsonl"
     write(same, [{"image": str(SHIPPED / "example.png")}] * 4)
-    told = answer(same, tmp_path / "out2.jsonl", *DRAWN, prompt="caption en")
-    assert len({tuple(each["tokens"]) for each in told}) > 1
+    results = answer(same, tmp_path / "out2.jsonl", *DRAWN, prompt="caption en")
+    assert len({tuple(each["tokens"]) for each in results}) > 1
 
 
 def test_a_folder_is_asked_one_prompt(rows, greedy, tmp_path):
-    told = answer(rows.parent, tmp_path / "out.jsonl", prompt="caption en")
-    assert [each["image"] for each in told] == [f"{i:02}.png" for i in range(COUNT)]
-    assert [told[i] for i in range(0, COUNT, len(PROMPTS))] == greedy[:: len(PROMPTS)]
+    results = answer(rows.parent, tmp_path / "out.jsonl", prompt="caption en")
+    assert [each["image"] for each in results] == [f"{i:02}.png" for i in range(COUNT)]
+    assert [results[i] for i in range(0, COUNT, len(PROMPTS))] == greedy[:: len(PROMPTS)]
 
 
 def test_parquet_holds_the_pictures_themselves(rows, greedy, tmp_path):
@@ -144,11 +144,11 @@ def test_answers_stop_where_the_model_does(tmp_path, rows):
         long = long.removesuffix("star ")
     prompts = (long, "caption en", long + "star " * 9)
     write(file, [{"image": str(rows.parent / "00.png"), "prompt": prompt} for prompt in prompts])
-    told = answer(file, tmp_path / "out.jsonl", "--temperature", "5")  # hot, so that nothing ends early
+    results = answer(file, tmp_path / "out.jsonl", "--temperature", "5")  # hot, so that nothing ends early
     alone = answer(file, tmp_path / "alone.jsonl", "--temperature", "5", "--batch-size", "1")
-    assert told == alone
-    assert 0 < len(told[0]["tokens"]) <= limit - len(tokenizer.prompt(long)) + 1 < len(told[1]["tokens"])
-    assert "exceeds the capacity" in told[2]["error"]
+    assert results == alone
+    assert 0 < len(results[0]["tokens"]) <= limit - len(tokenizer.prompt(long)) + 1 < len(results[1]["tokens"])
+    assert "exceeds the capacity" in results[2]["error"]
 
 
 def test_bad_rows_are_told_and_stop_nothing(rows, greedy, tmp_path, capsys):
@@ -164,13 +164,13 @@ def test_bad_rows_are_told_and_stop_nothing(rows, greedy, tmp_path, capsys):
     asked = [each for row in bad.values() for each in (row, good)]
     file = tmp_path / "rows.jsonl"
     write(file, asked)
-    told = answer(file, tmp_path / "out.jsonl", "--batch-size", "5")
+    results = answer(file, tmp_path / "out.jsonl", "--batch-size", "5")
     assert f"{2 * len(bad)} rows, {len(bad)} of them errors" in capsys.readouterr().out
-    assert [each["row"] for each in told] == list(range(len(asked)))
-    for words, each in zip(bad, told[::2], strict=True):
+    assert [each["row"] for each in results] == list(range(len(asked)))
+    for words, each in zip(bad, results[::2], strict=True):
         assert each.keys() == {"row", "image", "prompt", "error"}
         assert words.strip() in each["error"]
-    for each in told[1::2]:
+    for each in results[1::2]:
         assert each["tokens"] == greedy[0]["tokens"]
 
 
@@ -197,7 +197,7 @@ def test_what_a_folder_has_besides_pictures_is_named(tmp_path, capsys):
     ) in capsys.readouterr().err
 
 
-# --- killed and begun again --------------------------------------------------------------------------------
+# --- killed and started again ------------------------------------------------------------------------------
 
 
 def begin(source, output, *options):
@@ -238,7 +238,7 @@ def many(rows, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_killed_and_begun_again(many, tmp_path, workers, capsys):
+def test_killed_and_started_again(many, tmp_path, workers, capsys):
     file, expected = many
     output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     process = begin(file, output, *DRAWN, "--workers", workers, "--batch-size", "2")
@@ -255,8 +255,8 @@ def test_killed_and_begun_again(many, tmp_path, workers, capsys):
         stream.write('{"row": ')  # cut off in the middle of a line
     capsys.readouterr()
     assert answer(file, output, *DRAWN, "--batch-size", "8") == expected
-    begun = int(capsys.readouterr().err.split("going on from row ")[1].split()[0])
-    assert len(kept) - 8 < begun <= len(kept)
+    resumed = int(capsys.readouterr().err.split("going on from row ")[1].split()[0])
+    assert len(kept) - 8 < resumed <= len(kept)
 
 
 def test_interrupted_it_ends_without_a_word(many, tmp_path):
@@ -277,14 +277,14 @@ def test_interrupted_it_ends_without_a_word(many, tmp_path):
 def test_a_worker_that_is_killed(rows, greedy):
     job = batch.Job(dataset.open_dataset(rows, "detect cross"), bundle.shipped(), "detect cross", provider="cpu")
     with batch.workers(job, 2) as answers:
-        told = answers(range(0, COUNT, 2), 2)
+        results = answers(range(0, COUNT, 2), 2)
         victim = answers.args[0][1].process
         os.kill(victim.pid, signal.SIGSTOP)  # or it might be ahead of its turn, and done
-        assert next(told) == greedy[:2]
+        assert next(results) == greedy[:2]
         victim.kill()
         victim.join()
         with pytest.raises(PaliGemmaError, match=r"a worker stopped \(exit code -9\); the same command again goes on"):
-            list(told)
+            list(results)
 
 
 @pytest.mark.parametrize(
@@ -436,16 +436,16 @@ def test_one_ahead_and_no_more():
 
 
 def test_one_ahead_is_at_work_meanwhile():
-    begun = threading.Event()
+    started = threading.Event()
 
     def work(number):
         if number:
-            begun.set()
+            started.set()
         return number
 
     for number in batch.one_ahead(work, range(2)):
         if number == 0:
-            assert begun.wait(30)
+            assert started.wait(30)
 
 
 def test_measures(tmp_path):

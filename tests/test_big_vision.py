@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from numpy_ref import checkpoint, storage
-from numpy_ref.checkpoint import flatten, layouts, load, save_npz, unflatten
+from numpy_ref import checkpoint
+from numpy_ref.checkpoint import flatten, layouts, load, npz, save_npz, unflatten
+from numpy_ref.checkpoint.blocks import bfloat16
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import paligemma
@@ -87,7 +88,7 @@ def by_hand(config, params, dtype) -> dict[str, np.ndarray]:
 
 def model(name, dtype="float32"):
     config = as_big_vision(CONFIGS[name])
-    dtype = storage.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
+    dtype = bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
     params = unflatten({path: array.astype(dtype) for path, array in flatten(random_params(config)).items()})
     return config, params, by_hand(config, params, dtype)
 
@@ -312,8 +313,8 @@ def test_damaged_files(tmp_path, compressed):
 def test_compressed_arrays_need_room_on_disk(tmp_path, monkeypatch):
     _, _, arrays = model("paligemma1")
     file = write(tmp_path / "model.npz", arrays, compressed=True)
-    usage = storage.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = npz.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(npz.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(PaliGemmaError, match=r"model\.npz: its compressed arrays take .* TMPDIR"):
         load(file)
     load(write(tmp_path / "plain.npz", arrays))
@@ -419,7 +420,7 @@ def test_tokenizers_of_a_conversion(tmp_path):
 def test_arrays_are_mapped(tmp_path, compressed):
     """Also compressed ones, from a file without a name: a model that is read need not fit in memory."""
     _, _, arrays = model("paligemma1")
-    loaded = storage.map_npz(write(tmp_path / "model.npz", arrays, compressed=compressed))
+    loaded = npz.map_npz(write(tmp_path / "model.npz", arrays, compressed=compressed))
     for array in loaded.values():
         base = array
         while isinstance(base.base, np.ndarray):

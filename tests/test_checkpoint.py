@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from numpy_ref import checkpoint, storage
+from numpy_ref import checkpoint
 from numpy_ref.checkpoint import flatten, load, load_config, parameters, save, saved_name, unflatten
+from numpy_ref.checkpoint.blocks import bfloat16
+from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
 from numpy_ref.checkpoint.layouts import pooling_head
-from numpy_ref.config import VARIANTS, from_hf, to_hf
+from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.files import new_directory, new_file
 
 from . import make_goldens
 from .make_goldens import GOLDEN
@@ -271,10 +274,10 @@ def test_the_top_level_decides_whether_the_head_is_tied(tied, sub_config_says):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_dtypes_and_shards(tmp_path, monkeypatch, dtype, shards):
-    config, dtype = CONFIGS["paligemma2"], storage.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
+    config, dtype = CONFIGS["paligemma2"], bfloat16() if dtype == "bfloat16" else np.dtype(dtype)
     params = unflatten({path: array.astype(dtype) for path, array in flatten(random_params(config)).items()})
     total = sum(array.nbytes for array in flatten(params).values())
-    monkeypatch.setattr(storage, "SHARD", total // shards + 1 if shards > 1 else total)
+    monkeypatch.setattr("numpy_ref.checkpoint.safetensors.SHARD", total // shards + 1 if shards > 1 else total)
     save(tmp_path / "out", config, params)
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert (len(files) > 1) == (shards > 1)
@@ -342,7 +345,7 @@ def test_any_mutation_of_a_tensor_is_named(name, tensor, tmp_path):
 
 
 def sharded(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "SHARD", 100_000)
+    monkeypatch.setattr("numpy_ref.checkpoint.safetensors.SHARD", 100_000)
     config = CONFIGS["paligemma1"]
     save(tmp_path / "out", config, unflatten({k: v.astype("f4") for k, v in flatten(random_params(config)).items()}))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -480,14 +483,14 @@ def test_saving_refuses_what_config_json_cannot_say(tmp_path):
 def test_folders_that_were_made_are_taken_away_again(tmp_path):
     """Only those: what was there before stays."""
     (tmp_path / "old").mkdir()
-    for make in (storage.new_directory, storage.new_file):
+    for make in (new_directory, new_file):
         for error, expected in [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "no space"), PaliGemmaError)]:
             with pytest.raises(expected):
-                _begin(make, tmp_path / "old" / "new" / "newer" / "out", error)
+                _write_half(make, tmp_path / "old" / "new" / "newer" / "out", error)
             assert not list((tmp_path / "old").iterdir())
 
 
-def _begin(make, path, error):
+def _write_half(make, path, error):
     with make(path) as output:
         (output / "half" if output.is_dir() else output).write_text("half")
         raise error

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from export import bundle
-from numpy_ref import checkpoint, storage
+from numpy_ref import checkpoint, files
 from numpy_ref.errors import PaliGemmaError
 
 from . import faults
@@ -62,7 +62,7 @@ def test_the_look_at_what_is_left_can_fail(jobs, tmp_path):
         faults.finish_again(job, folder, alone)
 
 
-@pytest.mark.parametrize("make", [storage.new_directory, storage.new_file])
+@pytest.mark.parametrize("make", [files.new_directory, files.new_file])
 def test_left_overs_of_the_dead_are_removed(tmp_path, make):
     """Those of this output, and nothing that anybody else may have put there."""
     kept = [
@@ -94,7 +94,7 @@ def test_left_overs_do_not_take_the_room_of_the_next(jobs, tmp_path, monkeypatch
     assert seen == [False]
 
 
-@pytest.mark.parametrize("make", [storage.new_directory, storage.new_file])
+@pytest.mark.parametrize("make", [files.new_directory, files.new_file])
 def test_the_living_are_left_alone(tmp_path, make):
     """Who comes first with a whole output has the place; the other is told."""
 
@@ -113,10 +113,10 @@ def test_a_disk_without_hard_links(tmp_path, monkeypatch):
     def refuse(source, target):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(storage.os, "link", refuse)
-    fill(storage.new_file, tmp_path / "out", "first")
+    monkeypatch.setattr(files.os, "link", refuse)
+    fill(files.new_file, tmp_path / "out", "first")
     with pytest.raises(PaliGemmaError, match="exists already"):
-        fill(storage.new_file, tmp_path / "other", "second", (tmp_path / "other").touch)
+        fill(files.new_file, tmp_path / "other", "second", (tmp_path / "other").touch)
     assert (tmp_path / "out").read_text() == "first"
     assert (tmp_path / "other").read_text() == ""
 
@@ -130,7 +130,7 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / ".out.abcdefgh.part").mkdir()
-    fill(storage.new_directory, tmp_path / "out")
+    fill(files.new_directory, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {".out.abcdefgh.part", "out"}
 
 
@@ -138,7 +138,7 @@ def fill(make, path, contents="whole", meanwhile=lambda: None):
     """Write a folder with one file, or a file, and do something while it is not there yet."""
     with make(path) as output:
         meanwhile()
-        (output / "file" if make is storage.new_directory else output).write_text(contents)
+        (output / "file" if make is files.new_directory else output).write_text(contents)
 
 
 def test_three_exports_to_one_place(jobs, tmp_path):
@@ -187,12 +187,12 @@ def test_a_folder_that_may_not_be_written(jobs, name, tmp_path):
 def test_a_name_that_is_too_long(tmp_path):
     name = "long" * 99
     with pytest.raises(PaliGemmaError, match=f"{name}: cannot be written .File name too long"):
-        fill(storage.new_directory, tmp_path / name)
+        fill(files.new_directory, tmp_path / name)
     with pytest.raises(PaliGemmaError, match="cannot be written"):
         bundle.write(checkpoint.load(), tmp_path / name)
 
 
-@pytest.mark.parametrize("make", [storage.new_directory, storage.new_file])
+@pytest.mark.parametrize("make", [files.new_directory, files.new_file])
 def test_a_place_that_vanishes(tmp_path, make):
     place = tmp_path / "place"
     place.mkdir()

@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export import bundle, session
-from numpy_ref import checkpoint, cli, detection, storage
-from numpy_ref.config import from_hf, to_hf
+from numpy_ref import checkpoint, cli, detection
+from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
+from numpy_ref.checkpoint.npz import map_npz
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.files import MAX_JSON_BYTES
 from numpy_ref.tokenizer import Json, SentencePiece
 
 from .fuzz import __main__ as fuzz
@@ -124,7 +126,7 @@ def test_names_of_shards(tmp_path, name):
 
 
 def test_a_json_file_that_is_too_large(tmp_path):
-    (tmp_path / "config.json").write_bytes(b" " * (storage.JSON_MOST + 1))
+    (tmp_path / "config.json").write_bytes(b" " * (MAX_JSON_BYTES + 1))
     with pytest.raises(PaliGemmaError, match=r"config\.json has 16777217 bytes, more than"):
         checkpoint.load_config(tmp_path)
 
@@ -307,7 +309,7 @@ def test_a_bomb_is_not_inflated(tmp_path):
     file = archive(tmp_path / "model.npz", npy((2**24,)))
     assert file.stat().st_size < 70_000
     with small_memory(), pytest.raises(PaliGemmaError, match=r"unfold to 0\.1 GB, 100 times the file or more"):
-        storage.map_npz(file)
+        map_npz(file)
 
 
 def test_a_bomb_that_lies_about_its_size_is_cut_off(tmp_path):
@@ -318,32 +320,32 @@ def test_a_bomb_that_lies_about_its_size_is_cut_off(tmp_path):
     struct.pack_into("<I", contents, directory + 24, 4096)
     file.write_bytes(contents)
     with small_memory(), pytest.raises(PaliGemmaError, match=r"not a whole \.npz file"):
-        storage.map_npz(file)
+        map_npz(file)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compressions_are_refused(tmp_path, compression):
     """zipfile unfolds these without a bound on memory, and NumPy never writes them."""
     with pytest.raises(PaliGemmaError, match="compressed as NumPy never does"):
-        storage.map_npz(archive(tmp_path / "model.npz", npy((4,)), compression))
+        map_npz(archive(tmp_path / "model.npz", npy((4,)), compression))
 
 
 def test_long_headers_are_refused(tmp_path):
     with pytest.raises(PaliGemmaError, match=r"npy version \(2, 0\)"):
-        storage.map_npz(archive(tmp_path / "model.npz", npy((4,), version=(2, 0))))
+        map_npz(archive(tmp_path / "model.npz", npy((4,), version=(2, 0))))
 
 
 def test_what_numpy_compresses_loads(tmp_path):
     values = np.random.default_rng(0).standard_normal((50, 7), np.float32)
     np.savez_compressed(tmp_path / "model.npz", a=values)
-    assert np.array_equal(storage.map_npz(tmp_path / "model.npz")["a"], values)
+    assert np.array_equal(map_npz(tmp_path / "model.npz")["a"], values)
 
 
 def test_zeros_that_were_compressed_still_load(tmp_path):
     """A new model's biases: no more than a hundred times smaller, all in all."""
     arrays = {"a": np.zeros(10_000, np.float32), "b": np.random.default_rng(0).standard_normal(1000)}
     np.savez_compressed(tmp_path / "model.npz", **arrays)
-    assert storage.map_npz(tmp_path / "model.npz").keys() == arrays.keys()
+    assert map_npz(tmp_path / "model.npz").keys() == arrays.keys()
 
 
 def test_tiny_models_are_sound():

@@ -10,16 +10,15 @@ import pytest
 from PIL import Image
 
 from numpy_ref import checkpoint
+from numpy_ref.checkpoint.hugging_face import resize_from_hf, resize_to_hf
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import (
-    MOST_SIDE,
+    MAX_SIDE,
     RESIZES,
     TRANSPARENCIES,
     decode_image,
     open_image,
     preprocess,
-    resize_from_hf,
-    resize_to_hf,
 )
 
 from .make_goldens import GOLDEN
@@ -235,8 +234,8 @@ def test_sixteen_bits_of_every_format(tmp_path):
 
 
 def test_a_side_is_bounded_too(tmp_path):
-    (tmp_path / "thin.pgm").write_bytes(b"P5 %d 1 255\n" % (MOST_SIDE + 1) + bytes(MOST_SIDE + 1))
-    with pytest.raises(PaliGemmaError, match=f"{MOST_SIDE + 1} by 1 pixels; a side may have {MOST_SIDE}"):
+    (tmp_path / "thin.pgm").write_bytes(b"P5 %d 1 255\n" % (MAX_SIDE + 1) + bytes(MAX_SIDE + 1))
+    with pytest.raises(PaliGemmaError, match=f"{MAX_SIDE + 1} by 1 pixels; a side may have {MAX_SIDE}"):
         open_image(tmp_path / "thin.pgm")
 
 

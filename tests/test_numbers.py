@@ -8,9 +8,11 @@ import pytest
 from export import bundle, verify
 from export.bundle import weights
 from export.session import Session
-from numpy_ref import checkpoint, cli, storage
-from numpy_ref.checkpoint import Checkpoint, flatten, unflatten
+from numpy_ref import checkpoint, cli
+from numpy_ref.checkpoint import Checkpoint, blocks, flatten, unflatten
+from numpy_ref.checkpoint.npz import write_npz
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.files import new_file
 from numpy_ref.generate import NumpyEngine, generate
 from torch_impl.load import TorchEngine
 
@@ -18,7 +20,7 @@ from .models import CONFIGS, random_batch, random_params
 
 CONFIG = CONFIGS["paligemma1"]
 KERNEL = "text.blocks.1.mlp.up.kernel"
-DTYPES = [np.dtype("f8"), np.dtype("f4"), np.dtype("f2"), storage.bfloat16()]
+DTYPES = [np.dtype("f8"), np.dtype("f4"), np.dtype("f2"), blocks.bfloat16()]
 
 
 def model(tmp_path, dtype="f4", **changed) -> Checkpoint:
@@ -57,23 +59,23 @@ def test_the_first_that_is_none_is_found(dtype, value):
     array = np.random.default_rng(0).standard_normal((7, 5)).astype(dtype)
     largest = ml_dtypes.finfo(dtype).max
     array[0, 0], array[0, 1] = largest, -largest
-    assert storage.all_finite(array)
-    assert storage.first_not_finite(array) is None
-    storage.check_finite("x", array)
+    assert blocks.all_finite(array)
+    assert blocks.first_not_finite(array) is None
+    blocks.check_finite("x", array)
     array[3, 2] = array[5, 1] = value
     for view, place in ((array, (3, 2)), (array.T, (1, 5)), (array[::3], (1, 2)), (array[3, 2], ())):
-        assert not storage.all_finite(view)
-        assert storage.first_not_finite(view) == place
+        assert not blocks.all_finite(view)
+        assert blocks.first_not_finite(view) == place
     with pytest.raises(PaliGemmaError, match=r"tensor x holds -?(nan|inf) at \[3, 2\]"):
-        storage.check_finite("x", array)
-    assert storage.all_finite(array[:0])
+        blocks.check_finite("x", array)
+    assert blocks.all_finite(array[:0])
 
 
 def test_blocks_keep_count(monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK", 64)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
     array = put(np.nan, 31, 6)(np.zeros((37, 11), np.float32))
-    assert storage.first_not_finite(array) == (31, 6)
-    assert storage.first_not_finite(array.T) == (6, 31)
+    assert blocks.first_not_finite(array) == (31, 6)
+    assert blocks.first_not_finite(array.T) == (6, 31)
 
 
 # --- in a weight -------------------------------------------------------------------------------------------
@@ -106,9 +108,9 @@ def test_a_conversion_names_the_tensor(tmp_path):
     whole = np.zeros((7, 11), np.float32)
     with (
         pytest.raises(PaliGemmaError, match=r"tensor stacked holds inf at \[3, 5\]"),
-        storage.new_file(tmp_path / "out.npz") as file,
+        new_file(tmp_path / "out.npz") as file,
     ):
-        storage.write_npz(file, {"stacked": [whole, put(np.inf, 3, 5)(whole)]})
+        write_npz(file, {"stacked": [whole, put(np.inf, 3, 5)(whole)]})
     assert not list(tmp_path.iterdir())
 
 

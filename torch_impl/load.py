@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint.blocks import bfloat16, check_finite
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import FirstNotFinite, check_room
 from numpy_ref.model.segmentation import decoder_of
-from numpy_ref.storage import bfloat16, check_finite
 
 from .model.layers import upcast
 from .model.paligemma import PaliGemma

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from numpy_ref import cli, detection, generate, storage
+from numpy_ref import cli, detection, files, generate
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import preprocess
 from numpy_ref.model.sampling import Sampling
@@ -264,7 +264,7 @@ def work_file(output: Path, settings: dict):
 
     Raises PaliGemmaError, and touches nothing, if there is an output, other settings or another process at work.
     """
-    storage.absent(output, "file")
+    files.absent(output, "file")
     part = output.with_name(f"{output.name}.part")
     notes = output.with_name(f"{output.name}.part.json")
     with ExitStack() as stack:
@@ -318,7 +318,7 @@ class Work:
         """Give the file its name, once it holds an answer to each of `count` rows."""
         if self.rows != count:
             raise PaliGemmaError(f"{self.part}: {self.rows} answers to {count} rows; a worker lost some")
-        storage.absent(self.output, "file")
+        files.absent(self.output, "file")
         with _written(self.output):
             os.fsync(self.file.fileno())
             self.file.close()
@@ -337,7 +337,7 @@ def _answer(line: bytes) -> dict | None:
 
 def _check_settings(part, notes, settings) -> None:
     try:
-        before = storage.read_json(notes)
+        before = files.read_json(notes)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{part}: {error}, so it cannot go on; remove it to begin anew") from None
     changed = [name for name, value in settings.items() if not isinstance(before, dict) or before.get(name) != value]

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from numpy_ref import __version__, storage
+from numpy_ref import __version__
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import hub
-from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
+from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
+from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError, quote
+from numpy_ref.files import absent, new_directory, read_json, within
 from numpy_ref.image import RESIZES
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer, known_ids
@@ -99,7 +101,7 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None, re
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
     config, operators = checkpoint.config, _operators(checkpoint.config, precision, operators)
     residual, max_length = _residual(precision, operators, residual), _check_length(config, max_length)
-    files = {name: storage.within(checkpoint.folder, name) for name in TOKENIZER_FILES}
+    files = {name: within(checkpoint.folder, name) for name in TOKENIZER_FILES}
     copies = {name: file for name, file in files.items() if file.is_file()}
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
     placed = weights.plan(config, precision, operators)
@@ -146,11 +148,11 @@ def write(
     `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
-    output = storage.absent(output, "folder")
+    output = absent(output, "folder")
     if prepacked and weights.stream_dtype(precision) in HALF:
         raise PaliGemmaError(f"--prepack: it is for kernels of the CPU, and {precision} is for CUDA; leave it out")
     contents = prepare(checkpoint, precision, max_length, operators, residual)
-    with storage.new_directory(output) as folder:
+    with new_directory(output) as folder:
         needed = sum(contents.sizes.values()) * (4 if prepacked else 1)
         _check_space(output, folder, needed)  # what a killed export left is gone by now
         arrays = checkpoints.flatten(checkpoint.params)
@@ -196,9 +198,9 @@ def load_but_weights(path) -> Bundle:
     path = hub.directory(path)
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
-    file = storage.within(path, DESCRIPTION)
+    file = within(path, DESCRIPTION)
     try:
-        description = storage.read_json(file)
+        description = read_json(file)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}; is this a bundle written by export-onnx?") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -227,7 +229,7 @@ def load_but_weights(path) -> Bundle:
     if missing := {weights.FILE, *graphs_listed} - files.keys():
         raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
     for name, entry in files.items():
-        file = storage.within(path, name)
+        file = within(path, name)
         _check_size(file, entry["bytes"])
         if name != weights.FILE:
             _check_digest(file, entry["sha256"])

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from onnx_ir import DataType
 
 from numpy_ref.checkpoint import parameters
+from numpy_ref.checkpoint.blocks import BLOCK, all_finite, blocks, check_finite, first_not_finite
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.storage import BLOCK, all_finite, blocks, check_finite, first_not_finite
 
 from ..model import quantized
 from ..model.layers import FUSED, PORTABLE

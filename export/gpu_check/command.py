@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from numpy_ref import cli, storage
+from numpy_ref import cli, files
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
@@ -267,7 +267,7 @@ def main(argv=None):
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise PaliGemmaError(f"--stages {','.join(unknown)}: there are {', '.join(STAGES)}")
     if arguments.output:
-        storage.absent(arguments.output, "file")
+        files.absent(arguments.output, "file")
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="paligemma-gpu-check-"))
     started = time.monotonic()
     try:
@@ -280,6 +280,6 @@ def main(argv=None):
     result = json.dumps({**about, "seconds": round(time.monotonic() - started, 1), "stages": plain(answers)})
     print(f"\n{result}", flush=True)
     if arguments.output:
-        with storage.new_file(arguments.output) as file:
+        with files.new_file(arguments.output) as file:
             file.write_text(result + "\n")
     return int(any(answer["status"] in (FAILED, DIFFERS) for answer in answers.values()))

@@ -9,10 +9,10 @@ from functools import cache
 import numpy as np
 
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint.blocks import bfloat16
+from numpy_ref.checkpoint.hugging_face import to_hf
 from numpy_ref.checkpoint.layouts import canonical
-from numpy_ref.config import to_hf
 from numpy_ref.image import open_image, preprocess
-from numpy_ref.storage import bfloat16
 
 from ..benchmark import peers
 from . import models

@@ -18,7 +18,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from numpy_ref.config import PaliGemmaConfig, from_hf, to_hf
+from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
+from numpy_ref.config import PaliGemmaConfig
 
 from ..session.cuda import MissingError
 

@@ -35,7 +35,7 @@ def embed(op, p, config, ids, dtype):
 
 @replaceable
 def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
-    """Grouped-query attention with rotary positions: [B, T, D] -> [B, T, D] and its (key, value)."""
+    """Grouped-query attention, rotary positions: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
     query = rope(op, split_heads(op, linear(op, x, **p["query"]), config.heads), *rotary)
     query = op.Mul(query, config.query_scale)
     key = rope(op, split_heads(op, linear(op, x, **p["key"]), config.kv_heads), *rotary)
@@ -49,12 +49,12 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
 
 @replaceable
 def mlp(op, p, x):
-    """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
+    """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases: x [B, T, D] -> [B, T, D]."""
     return linear(op, op.Mul(gelu(op, linear(op, x, **p["gate"])), linear(op, x, **p["up"])), **p["down"])
 
 
 def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
-    """One decoder layer: x [B, T, D] -> [B, T, D] and its (key, value)."""
+    """One decoder layer: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
     normed = tap("attention_norm", rms_norm(op, x, **p["attention_norm"], eps=config.eps))
     update, cache = attention(op, p["attention"], config, normed, rotary, mask, cache, start, scoped(tap, "attention"))
     update = tap("attention", update)
@@ -69,7 +69,7 @@ def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
 
 @replaceable
 def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
-    """All layers and the final norm: x [B, T, D] -> [B, T, D] and one (key, value) a layer."""
+    """All layers and the final norm: x [B, T, D] -> [B, T, D] and one (key, value) a layer, each [B, K, S, H]."""
     rotary = rope_angles(op, positions, config.head_dim, config.rope_base, upcast(op, x).dtype)
     caches = []
     for i, weights in enumerate(p["blocks"]):

@@ -32,7 +32,7 @@ def replaceable(portable):
 
 
 def upcast(op, x):
-    """float16 and bfloat16 -> float32; float32 and float64 stay."""
+    """x [...] -> [...]: float16 and bfloat16 become float32, float32 and float64 stay."""
     return op.Cast(x, to=DataType.FLOAT) if x.dtype in HALF else x
 
 
@@ -42,7 +42,7 @@ def cast_to(op, x, dtype):
 
 
 def cast_like(op, weight, x):
-    """The weight in the dtype of x; no node if it already is."""
+    """The weight in the dtype of x, no node if it already is: weight [...] -> [...]."""
     return cast_to(op, weight, x.dtype)
 
 
@@ -75,7 +75,7 @@ def embedding(op, ids, table, dtype):
 
 @replaceable
 def gelu(op, x):
-    """GELU in its tanh form.
+    """GELU in its tanh form: x [...] -> [...].
 
     Spelled out because the Gelu operator's own expansion has float32 constants, 1e-8 off in float64. The runtime
     recognises this spelling and fuses it.
@@ -86,12 +86,12 @@ def gelu(op, x):
 
 
 def softmax(op, x):
-    """exp(x) / sum(exp(x)) over the last axis."""
+    """exp(x) / sum(exp(x)) over the last axis: x [..., S] -> [..., S]."""
     return op.Softmax(x, axis=-1)
 
 
 def softcap(op, x, cap):
-    """tanh(x / cap) * cap; x itself when cap is None."""
+    """tanh(x / cap) * cap; x itself when cap is None. x [...] -> [...]."""
     return x if cap is None else op.Mul(op.Tanh(op.Div(x, cap)), cap)
 
 
@@ -139,7 +139,7 @@ def rope_angles(op, positions, head_dim, base, dtype):
 
 @replaceable
 def rope(op, x, cos, sin):
-    """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
+    """Rotate x [B, N, T, H] by the angles of cos and sin [B, 1, T, H/2] -> [B, N, T, H], pairing the two halves."""
     first, second = op.Split(upcast(op, x), axis=-1, num_outputs=2, _outputs=2)
     rotated = op.Concat(
         op.Sub(op.Mul(first, cos), op.Mul(second, sin)), op.Add(op.Mul(second, cos), op.Mul(first, sin)), axis=-1
@@ -148,12 +148,12 @@ def rope(op, x, cos, sin):
 
 
 def split_heads(op, x, heads):
-    """[B, T, N*H] -> [B, N, T, H]."""
+    """x [B, T, N*H] -> [B, N, T, H]."""
     return op.Transpose(op.Reshape(x, [0, 0, heads, -1]), perm=[0, 2, 1, 3])
 
 
 def merge_heads(op, x):
-    """[B, N, T, H] -> [B, T, N*H]."""
+    """x [B, N, T, H] -> [B, T, N*H]."""
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, -1])
 
 
@@ -175,7 +175,7 @@ def attend(op, query, key, value, mask=None, cap=None, tap=identity):
 
 
 def write_cache(op, cache, update, start):
-    """Write update [B, K, T, H] into cache [B, K, C, H] at position start [B] of each row.
+    """cache [B, K, C, H], update [B, K, T, H] written at start [B] of each row -> [B, K, C, H].
 
     A host that binds the input and the output to one buffer gets this in place.
     """
@@ -186,7 +186,7 @@ def write_cache(op, cache, update, start):
 
 
 def relu(op, x):
-    """max(x, 0)."""
+    """max(x, 0): x [...] -> [...]."""
     return op.Relu(x)
 
 
@@ -201,7 +201,7 @@ def conv_transpose(op, x, kernel, bias, stride, padding):
 
 
 def batch_norm(op, x, scale, bias, mean, variance, eps):
-    """Batch normalisation at inference: x [B, D], the rest [D] -> [B, D]."""
+    """Batch normalisation at inference: x [B, D], scale, bias, mean and variance [D] -> [B, D]."""
     x32 = upcast(op, x)
     centred = op.Sub(x32, cast_like(op, mean, x32))
     normed = op.Div(centred, op.Sqrt(op.Add(cast_like(op, variance, x32), eps)))

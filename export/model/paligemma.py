@@ -20,7 +20,7 @@ def encode_image(op, p, config, pixel_values, tap=identity):
 
 
 def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
-    """The decoder's input [B, T, D]: the picture's features, then the ids after the P image tokens.
+    """The picture's features, then the ids after the P image tokens: input_ids [B, T] -> [B, T, D].
 
     Concatenated, not scattered by a comparison with the image token: the shapes depend on no data.
     """
@@ -54,7 +54,7 @@ def decode_mask(op, lengths, capacity, window=None):
 
 
 def hidden_states(op, p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
-    """The decoder's output at every position [B, T, D], and each layer's (key, value) [B, K, T, H]."""
+    """The decoder's output everywhere: input_ids [B, T] -> [B, T, D] and (key, value)s, each [B, K, T, H]."""
     x = embed_prefix(op, p, config, pixel_values, input_ids, tap)
     size = _length(op, input_ids, 1)
     positions = op.Unsqueeze(op.Range(0, size, 1), [0])
@@ -64,7 +64,7 @@ def hidden_states(op, p, config, pixel_values, input_ids, lengths, prefix_length
 
 
 def prefill(op, p, config, pixel_values, input_ids, lengths, capacity, tap=identity):
-    """Read picture and prompt: the logits after each row's last token [B, V], and the filled cache."""
+    """Read picture and prompt: input_ids [B, T] -> last logits [B, V] and the filled cache, each [B, K, C, H]."""
     lengths, pixel_values = op.Cast(lengths, to=DataType.INT64), cast_to(op, pixel_values, op.residual)
     x, cache = hidden_states(op, p, config, pixel_values, input_ids, lengths, lengths, tap)
     last = last_position(op, x, lengths)
@@ -79,7 +79,7 @@ def last_position(op, x, lengths):
 
 
 def pad_cache(op, array, capacity):
-    """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
+    """array [B, K, T, H] -> [B, K, C, H] with zeros behind."""
     behind = op.Unsqueeze(op.Sub(capacity, _length(op, array, 2)), [0])
     shape = op.Concat(op.Shape(array, end=2), behind, op.Shape(array, start=3), axis=0)
     # Concatenated, since Pad has no bfloat16 kernel.
@@ -87,7 +87,7 @@ def pad_cache(op, array, capacity):
 
 
 def decode(op, p, config, input_ids, lengths, cache, tap=identity):
-    """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
+    """One more token a row: input_ids [B, 1] at lengths [B] -> logits [B, V] and the cache, each [B, K, C, H]."""
     lengths = op.Cast(lengths, to=DataType.INT64)
     capacity = _length(op, cache[0][0], 2)
     x = tap("embed", gemma.embed(op, p["text"], config.text, input_ids, op.residual))

@@ -11,7 +11,7 @@ from .layers import softmax
 
 
 def sample(op, logits, known, temperature, top_k, top_p, uniform):
-    """Draw a token a row: logits [B, V], known [V] bool, numbers as scalars, uniform [B] in [0, 1) -> int64 [B]."""
+    """Draw a token a row: logits [B, V], uniform [B] in [0, 1), known [V] bool, numbers as scalars -> int64 [B]."""
     vocab = op.Shape(logits, start=1, end=2)
     greedy = op.Equal(temperature, 0.0)
     # Greedy is the likeliest alone; top_k 0, and any beyond the vocabulary, keeps all.

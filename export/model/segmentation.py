@@ -6,14 +6,14 @@ from .layers import conv, conv_transpose, relu
 
 
 def res_block(op, p, x):
-    """x + conv1(relu(conv3(relu(conv3(x))))): [B, C, h, w] -> the same."""
+    """x + conv1(relu(conv3(relu(conv3(x))))): x [B, C, h, w] -> [B, C, h, w]."""
     hidden = relu(op, conv(op, x, **p["conv_0"], padding=1))
     hidden = relu(op, conv(op, hidden, **p["conv_1"], padding=1))
     return op.Add(x, conv(op, hidden, **p["conv_2"]))
 
 
 def decoder(op, p, words):
-    """Code words to masks: [B, 4, 4, E] -> [B, 64, 64], positive inside."""
+    """Code words to masks: words [B, 4, 4, E] -> [B, 64, 64], positive inside."""
     x = relu(op, conv(op, op.Transpose(words, perm=[0, 3, 1, 2]), **p["input"]))
     for block in p["res"]:
         x = res_block(op, block, x)

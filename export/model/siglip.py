@@ -19,7 +19,7 @@ from .layers import (
 
 
 def patch_embed(op, p, config, pixel_values):
-    """Cut the picture into patches and project each: [B, 3, S, S] -> [B, P, D]."""
+    """Cut the picture into patches and project each: pixel_values [B, 3, S, S] -> [B, P, D]."""
     size, side = config.patch_size, config.image_size // config.patch_size
     cropped = op.Slice(pixel_values, [0, 0], [side * size, side * size], [2, 3])
     tiles = op.Reshape(cropped, [0, 3, side, size, side, size])
@@ -29,7 +29,7 @@ def patch_embed(op, p, config, pixel_values):
 
 @replaceable
 def attention(op, p, config, x, tap=identity):
-    """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]."""
+    """Multi-head attention of every patch to every patch: x [B, P, D] -> [B, P, D]."""
     query = op.Mul(split_heads(op, linear(op, x, **p["query"]), config.heads), 1 / math.sqrt(config.head_dim))
     key = split_heads(op, linear(op, x, **p["key"]), config.heads)
     value = split_heads(op, linear(op, x, **p["value"]), config.heads)
@@ -38,13 +38,13 @@ def attention(op, p, config, x, tap=identity):
 
 
 def mlp(op, p, x):
-    """[B, P, D] -> [B, P, D] through a hidden layer of width F."""
+    """x [B, P, D] -> [B, P, D] through a hidden layer of width F."""
     return linear(op, gelu(op, linear(op, x, **p["up"])), **p["down"])
 
 
 @replaceable
 def block(op, p, config, x, tap=identity):
-    """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Pre-norm transformer block. x [B, P, D] -> [B, P, D]: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(op, x, **p["attention_norm"], eps=config.eps))
     update = tap("attention", attention(op, p["attention"], config, normed, scoped(tap, "attention")))
     x, normed = add_layer_norm(op, x, update, **p["mlp_norm"], eps=config.eps)

@@ -1,9 +1,9 @@
 """Checkpoints on disk <-> the nested dict of arrays that the model runs on.
 
-Two families are read and written: Hugging Face directories, and big_vision `.npz` files (names in layouts.py,
-bytes in storage.py). Loading maps the files and takes views, so nothing is read before it is used (but for the
-attention kernels of a npz, whose axes have to be reordered). Both directions are strict: every missing, unexpected or
-misshapen tensor is named.
+Two families are read and written: Hugging Face directories, and big_vision `.npz` files. Tensors' names are in
+layouts.py, the configuration's in hugging_face.py, the bytes of files in safetensors.py and npz.py. Loading maps the
+files and takes views, so nothing is read before it is used (but for the attention kernels of a npz, whose axes have to
+be reordered). Both directions are strict: every missing, unexpected or misshapen tensor is named.
 
     python -m numpy_ref.checkpoint convert SRC DST      a DST that ends in .npz is written as big_vision's
 """
@@ -12,13 +12,16 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..config import PADDING, PaliGemmaConfig, check, from_hf, to_hf
+from ..config import PaliGemmaConfig, check
 from ..errors import PaliGemmaError
-from ..storage import map_npz, map_safetensors, new_directory, new_file, read_json, within, write_npz, write_safetensors
+from ..files import new_directory, new_file, read_json, within
 from . import hub
+from .blocks import dtypes
+from .hugging_face import PADDING, from_hf, resize_from_hf, resize_to_hf, to_hf
 from .layouts import (
     FUSED,
     KEY_VALUE,
@@ -31,6 +34,8 @@ from .layouts import (
     saved_name,
     split_fused,
 )
+from .npz import map_npz, write_npz
+from .safetensors import map_safetensors, write_safetensors
 from .tree import flatten, unflatten
 
 #: The trained model that ships with the package.
@@ -41,9 +46,6 @@ COMPANIONS = (
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "vae.npz", "vae-oid.npz",
 )  # fmt: skip
 _TOKENIZERS = COMPANIONS[:2]
-
-# --- nested dicts ------------------------------------------------------------------------------------------
-
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -127,8 +129,6 @@ def load_resize(path, size) -> str:
 
     As in transformers, `processor_config.json` counts where it describes the image processor.
     """
-    from ..image import resize_from_hf
-
     processor, preprocessor = (within(path, name) for name in ("processor_config.json", "preprocessor_config.json"))
     try:
         for file, key in [(processor, "image_processor"), (preprocessor, None)]:
@@ -178,8 +178,6 @@ def _drop_tied_head(path, config, stored) -> None:
 
 def _common_dtype(path, stored, spell=str) -> np.dtype:
     """The one dtype of a checkpoint; a tensor of another is named."""
-    from ..storage import dtypes
-
     counts = Counter(array.dtype for array in stored.values())
     common = counts.most_common(1)[0][0]
     odd = sorted(f"{spell(name)} is {array.dtype}" for name, array in stored.items() if array.dtype != common)
@@ -218,9 +216,9 @@ def save_npz(path, config: PaliGemmaConfig, params: dict, progress=None) -> None
     flat = _checked(config, params)
     rows = min(config.text.vocab, config.image_token)
     config = replace(config, text=replace(config.text, vocab=rows), image_token=rows)
-    _check_sayable(path, config, flat["text.embedding"].shape[0] - rows)
+    _check_representable(path, config, flat["text.embedding"].shape[0] - rows)
     flat["text.embedding"] = flat["text.embedding"][:rows]
-    arrays: dict[str, np.ndarray | list] = {}
+    arrays: dict[str, Any] = {}  # arrays, or lists of those that are stacked
     for p in parameters(config):
         piece = p.bv.layout.write(flat[p.path], p.bv.shape)
         if p.bv.index:
@@ -246,7 +244,7 @@ def npz_omits(checkpoint: Checkpoint) -> list[str]:
     return [f"{name} {value}" for name, value in omitted.items() if value]
 
 
-def _check_sayable(path, config, rows_cut) -> None:
+def _check_representable(path, config, rows_cut) -> None:
     """Raise if the shapes of a big_vision file would not bring back this config."""
     if not config.text.tied:
         raise PaliGemmaError(f"{path}: a big_vision file has no untied head")
@@ -254,8 +252,9 @@ def _check_sayable(path, config, rows_cut) -> None:
         raise PaliGemmaError(f"{path}: a big_vision file ends before the image token, but {rows_cut} rows follow it")
     read = config_of_npz(path, npz_shapes(config))
     text = replace(read.text, final_softcap=config.text.final_softcap, windows=config.text.windows)
-    read, ours = flatten(asdict(replace(read, text=text, max_length=config.max_length))), flatten(asdict(config))
-    odd = [f"{name} {ours[name]} (it means {read[name]})" for name in ours if ours[name] != read[name]]
+    read = replace(read, text=text, max_length=config.max_length)
+    theirs, ours = flatten(asdict(read)), flatten(asdict(config))
+    odd = [f"{name} {ours[name]} (it means {theirs[name]})" for name in ours if ours[name] != theirs[name]]
     if odd:
         raise PaliGemmaError(f"{path}: a big_vision file cannot say {', '.join(odd)}")
 
@@ -301,7 +300,6 @@ def convert(source, target, tokenizer=None) -> list[str]:
 
 def companions(checkpoint, tokenizer=None) -> dict[str, bytes]:
     """The files that go beside the weights of a directory, by name."""
-    from ..image import resize_to_hf
     from ..tokenizer import Json, SentencePiece, Tokenizer
 
     from_npz = checkpoint.path.suffix == ".npz"

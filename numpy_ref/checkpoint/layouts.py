@@ -1,4 +1,4 @@
-"""The names and layouts of other projects: the only file that knows them.
+"""The names and layouts of other projects' tensors: the only file that knows them.
 
 One line a tensor says its path and shape here, in a Hugging Face directory, and in a big_vision npz. Here a kernel
 is [in, out]; Hugging Face stores [out, in], big_vision stacks the layers and keeps the heads apart.

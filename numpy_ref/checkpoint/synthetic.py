@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import cli
-from ..config import VARIANTS, to_hf
-from ..storage import dtypes, new_directory, write_safetensors
-from . import parameters, saved_name
+from ..config import VARIANTS
+from ..files import new_directory
+from .blocks import dtypes
+from .hugging_face import to_hf
+from .layouts import parameters, saved_name
+from .safetensors import write_safetensors
 
 PROG = "python -m numpy_ref.checkpoint.synthetic"
 

@@ -62,7 +62,7 @@ def pool(p, config, x, tap=identity):
 
 
 def embed_image(p, config, pixel_values, tap=identity):
-    """Pictures to unit vectors: [B, 3, S, S] -> [B, D]."""
+    """Pictures to unit vectors: pixel_values [B, 3, S, S] -> [B, D]."""
     features = siglip.encoder(p["vision"], config.vision, pixel_values, scoped(tap, "vision"))
     return tap("image", normalize(pool(p["pool"], config.vision, features, scoped(tap, "pool"))))
 
@@ -114,5 +114,5 @@ def _cross_entropy(scores):
 
 
 def recall_at_1(image, text):
-    """Of all pictures, the share whose own caption is the nearest: image and text [B, D] -> number in [0, 1]."""
+    """Of all pictures, the share whose own caption is the nearest: image and text [B, D] -> one number in [0, 1]."""
     return float((np.argmax(image @ text.T, -1) == np.arange(len(image))).mean())

@@ -34,9 +34,9 @@ def embed(p, config, ids, dtype):
 def attention(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     """Grouped-query attention with rotary positions.
 
-    x [B, T, D], rotary (cos, sin) each [B, 1, T, H/2], mask [B, T, S] -> [B, T, D] and the (key, value) that
-    it attended to, each [B, K, S, H]. Without a cache S = T; with one, the new keys and values are first
-    written into it at `start` [B].
+    x [B, T, D], rotary (cos, sin) each [B, 1, T, H/2], mask [B, T, S], cache (key, value) each [B, K, S, H], start [B]
+    -> [B, T, D] and the (key, value) that it attended to, each [B, K, S, H]. Without a cache S = T; with one, the new
+    keys and values are first written into it at `start`.
     """
     query = rope(split_heads(linear(x, **p["query"]), config.heads), *rotary) * config.query_scale
     key = rope(split_heads(linear(x, **p["key"]), config.kv_heads), *rotary)
@@ -49,12 +49,15 @@ def attention(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
 
 
 def mlp(p, x):
-    """GeGLU (Shazeer 2020): gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
+    """GeGLU (Shazeer 2020): gelu(x @ gate) * (x @ up) @ down, without biases: x [B, T, D] -> [B, T, D]."""
     return linear(gelu(linear(x, **p["gate"])) * linear(x, **p["up"]), **p["down"])
 
 
 def block(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
-    """One decoder layer. x [B, T, D] -> [B, T, D] and its (key, value). Norms of version 2 in brackets.
+    """One decoder layer.
+
+    x [B, T, D], rotary (cos, sin) each [B, 1, T, H/2], mask [B, T, S], cache (key, value) each [B, K, S, H], start [B]
+    -> [B, T, D] and its (key, value), each [B, K, S, H]. With the norms of version 2 in brackets:
 
     x += [norm] attention(norm(x)); x += [norm] mlp(norm(x))
     """
@@ -74,7 +77,8 @@ def block(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
 def decoder(p, config, x, positions, masks, cache=None, start=None, tap=identity):
     """All layers and the final norm.
 
-    x [B, T, D], positions [B, T], masks {window: [B, T, S]} -> [B, T, D] and one (key, value) a layer.
+    x [B, T, D], positions [B, T], masks {window: [B, T, S]}, cache (a key and a value a layer) each [B, K, S, H],
+    start [B] -> [B, T, D] and one (key, value) a layer, each [B, K, S, H].
     """
     rotary = rope_angles(positions, config.head_dim, config.rope_base, np.promote_types(x.dtype, np.float32))
     caches = []

@@ -22,17 +22,17 @@ def scoped(tap, prefix):
 
 
 def upcast(x):
-    """float16 and bfloat16 -> float32; float32 and float64 stay."""
+    """x [...] -> [...]: float16 and bfloat16 become float32, float32 and float64 stay."""
     return x.astype(np.float32) if x.dtype.itemsize < 4 else x
 
 
 def cast_like(weight, x):
-    """The weight in the dtype of x, without a copy if it already is."""
+    """The weight in the dtype of x, without a copy if it already is: weight [...] -> [...]."""
     return weight.astype(x.dtype, copy=False)
 
 
 def matmul(x, y):
-    """x @ y in the dtype of x: NumPy's own product of bfloat16 is float32."""
+    """x [..., T, D] @ y [..., D, S] -> [..., T, S], in the dtype of x: NumPy's own product of bfloat16 is float32."""
     return (x @ y).astype(x.dtype, copy=False)
 
 
@@ -48,20 +48,20 @@ def embedding(ids, table, dtype):
 
 
 def gelu(x):
-    """GELU in its tanh form (Hendrycks & Gimpel 2016, eq. 2), which SigLIP and Gemma were trained with."""
+    """GELU in its tanh form (Hendrycks & Gimpel 2016, eq. 2), as SigLIP and Gemma have it: x [...] -> [...]."""
     x32 = upcast(x)
     inner = math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32 * x32 * x32)
     return (x32 * 0.5 * (1 + np.tanh(inner))).astype(x.dtype)
 
 
 def softmax(x):
-    """exp(x) / sum(exp(x)) over the last axis, shifted so that exp cannot overflow."""
+    """exp(x) / sum(exp(x)) over the last axis, shifted so that exp cannot overflow: x [..., S] -> [..., S]."""
     weights = np.exp(x - x.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
 def softcap(x, cap):
-    """tanh(x / cap) * cap (Gemma 2 report, section 2); x itself when cap is None."""
+    """tanh(x / cap) * cap (Gemma 2 report, section 2); x itself when cap is None. x [...] -> [...]."""
     return x if cap is None else np.tanh(x / cap) * cap
 
 
@@ -95,7 +95,7 @@ def rope_angles(positions, head_dim, base, dtype):
 
 
 def rope(x, cos, sin):
-    """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2].
+    """Rotate x [B, N, T, H] by the angles of cos and sin [B, 1, T, H/2] -> [B, N, T, H].
 
     Pairs are (x[i], x[i + H/2]), the two halves, as in Gemma; not neighbours as in the paper.
     """
@@ -105,13 +105,13 @@ def rope(x, cos, sin):
 
 
 def split_heads(x, heads):
-    """[B, T, N*H] -> [B, N, T, H]."""
+    """x [B, T, N*H] -> [B, N, T, H]."""
     batch, length, _ = x.shape
     return x.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
 
 
 def merge_heads(x):
-    """[B, N, T, H] -> [B, T, N*H]."""
+    """x [B, N, T, H] -> [B, T, N*H]."""
     batch, _, length, _ = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
@@ -137,7 +137,10 @@ def attend(query, key, value, mask=None, cap=None, tap=identity):
 
 
 def write_cache(cache, update, start):
-    """Write update [B, K, T, H] into cache [B, K, C, H] at position start [B] of each row; a new array."""
+    """A new cache with each row's update from position start on.
+
+    cache [B, K, C, H], update [B, K, T, H], start [B] -> [B, K, C, H].
+    """
     cache = cache.copy()
     for row, position in enumerate(start):
         cache[row, :, position : position + update.shape[2]] = update[row]
@@ -148,7 +151,7 @@ def write_cache(cache, update, start):
 
 
 def relu(x):
-    """max(x, 0)."""
+    """max(x, 0): x [...] -> [...]."""
     return np.maximum(x, 0)
 
 
@@ -181,7 +184,7 @@ def conv_transpose(x, kernel, bias, stride, padding):
 
 
 def batch_norm(x, scale, bias, mean, variance, eps):
-    """Batch normalisation at inference (Ioffe & Szegedy 2015): x [B, D], the rest [D] -> [B, D].
+    """Batch normalisation at inference (Ioffe & Szegedy 2015): x [B, D], scale, bias, mean and variance [D] -> [B, D].
 
     Mean and variance are fixed, gathered in training. PaliGemma has none: a row's result would hang on the rows that
     trained beside it, and rows of unequal length have no common statistics. Layer and RMS norm, which look along the
@@ -195,9 +198,9 @@ def batch_norm(x, scale, bias, mean, variance, eps):
 def batch_norm_training(x, scale, bias, mean, variance, eps, momentum):
     """Batch normalisation in training: by the batch's own statistics, which also move the running ones.
 
-    x [B, D], the rest [D] -> y [B, D], new mean [D], new variance [D]. The batch is normed by the variance that
-    divides by B; the running one takes in the unbiased one, which divides by B - 1. `momentum` is the weight of
-    the new value, as in PyTorch.
+    x [B, D], scale, bias, mean and variance [D] -> y [B, D], new mean [D], new variance [D]. The batch is normed by
+    the variance that divides by B; the running one takes in the unbiased one, which divides by B - 1. `momentum` is
+    the weight of the new value, as in PyTorch.
     """
     x32 = upcast(x)
     batch_mean = x32.mean(0)

@@ -58,14 +58,18 @@ def decode_mask(lengths, capacity, window=None):
 def forward(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
     """Logits of every position in one pass, as training uses it.
 
-    input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V].
+    pixel_values [B, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V].
     """
     x, _ = hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap)
     return tap("logits", gemma.logits(p["text"], config.text, x))
 
 
 def hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
-    """The decoder's output at every position [B, T, D], and each layer's (key, value) [B, K, T, H]."""
+    """The decoder's output at every position, and each layer's keys and values.
+
+    pixel_values [B, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B]
+    -> [B, T, D] and one (key, value) a layer, each [B, K, T, H].
+    """
     x = embed_prefix(p, config, pixel_values, input_ids, tap)
     size = input_ids.shape[1]
     positions = np.broadcast_to(np.arange(size)[None], input_ids.shape)
@@ -91,12 +95,16 @@ def last_position(x, lengths):
 
 
 def pad_cache(array, capacity):
-    """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
+    """array [B, K, T, H] -> [B, K, C, H] with zeros behind."""
     return np.pad(array, ((0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)))
 
 
 def decode(p, config, input_ids, lengths, cache, tap=identity):
-    """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
+    """One more token a row: its logits, and the new cache.
+
+    input_ids [B, 1] at position lengths [B], cache (a key and a value a layer) each [B, K, C, H]
+    -> [B, V] and one (key, value) a layer, each [B, K, C, H].
+    """
     capacity, dtype = cache[0][0].shape[2], cache[0][0].dtype
     x = tap("embed", gemma.embed(p["text"], config.text, input_ids, dtype))
     masks = {window: decode_mask(lengths, capacity, window) for window in {*config.text.windows, None}}

@@ -22,7 +22,7 @@ class Sampling:
 
 
 def sample(logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
-    """Draw a token a row: logits [B, V], known [V] bool, uniform [B] in [0, 1) -> int64 [B].
+    """Draw a token a row: logits [B, V], uniform [B] in [0, 1), known [V] bool -> int64 [B].
 
     Rows of the vocabulary that are not known are never drawn. Among equal logits the smaller id comes first. First
     top-k cuts, and what it leaves is a distribution of its own; then top-p cuts that.

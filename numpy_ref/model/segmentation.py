@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import unflatten
+from ..checkpoint.npz import map_npz
+from ..checkpoint.tree import unflatten
 from ..errors import PaliGemmaError
-from ..storage import map_npz, within
+from ..files import within
 from .layers import conv, conv_transpose, relu
 
 #: The file beside a checkpoint's weights; big_vision's own is called by the second name.
@@ -23,14 +24,14 @@ _NET = ("conv_0", "conv_1", "conv_2")
 
 
 def res_block(p, x):
-    """x + conv1(relu(conv3(relu(conv3(x))))): [B, C, h, w] -> the same."""
+    """x + conv1(relu(conv3(relu(conv3(x))))): x [B, C, h, w] -> [B, C, h, w]."""
     hidden = relu(conv(x, **p["conv_0"], padding=1))
     hidden = relu(conv(hidden, **p["conv_1"], padding=1))
     return x + conv(hidden, **p["conv_2"])
 
 
 def encoder(p, masks):
-    """Masks to vectors: [B, 64, 64] in [-1, 1] -> [B, 4, 4, E]."""
+    """Masks to vectors: masks [B, 64, 64] in [-1, 1] -> [B, 4, 4, E]."""
     x = masks[:, None]
     for stage in p["down"]:
         x = relu(conv(x, **stage, stride=2, padding=1))
@@ -40,7 +41,7 @@ def encoder(p, masks):
 
 
 def decoder(p, words):
-    """Code words to masks: [B, 4, 4, E] -> [B, 64, 64], positive inside."""
+    """Code words to masks: words [B, 4, 4, E] -> [B, 64, 64], positive inside."""
     x = relu(conv(words.transpose(0, 3, 1, 2), **p["input"]))
     for block in p["res"]:
         x = res_block(block, x)
@@ -56,7 +57,7 @@ def quantize(vectors, codebook):
 
 
 def encode(p, masks):
-    """Masks to tokens: [B, 64, 64] in [-1, 1] -> [B, 16] in 0 … 127."""
+    """Masks to tokens: masks [B, 64, 64] in [-1, 1] -> [B, 16] in 0 … 127."""
     return quantize(encoder(p["encoder"], masks), p["codebook"]).reshape(len(masks), -1)
 
 
@@ -69,7 +70,7 @@ def decode(p, codes):
 
 
 def crop(mask, box) -> np.ndarray:
-    """A mask of a whole picture as the encoder sees it: bool [S, S], box in fractions -> [64, 64] in [-1, 1].
+    """What the encoder sees of a picture's mask: mask [height, width] bool, box in fractions -> [64, 64] in [-1, 1].
 
     Antialiased bilinear, as in big_vision.
     """
@@ -83,7 +84,7 @@ def crop(mask, box) -> np.ndarray:
 
 
 def paste(mask, box, width: int, height: int) -> np.ndarray:
-    """A decoded mask in its place: [64, 64], box in pixels (x1, y1, x2, y2) -> bool [height, width].
+    """A decoded mask in its place: mask [64, 64], box in pixels (x1, y1, x2, y2) -> bool [height, width].
 
     Resized bilinearly to the box and cut at zero, as big_vision's evaluators do.
     """

@@ -6,7 +6,7 @@ from .layers import attend, cast_like, gelu, identity, layer_norm, linear, merge
 
 
 def patch_embed(p, config, pixel_values):
-    """Cut the picture into patches and project each: [B, 3, S, S] -> [B, P, D].
+    """Cut the picture into patches and project each: pixel_values [B, 3, S, S] -> [B, P, D].
 
     A convolution whose stride is its kernel size is one matrix product over the flattened patches.
     Rows and columns that do not fill a patch are dropped (padding VALID).
@@ -19,7 +19,7 @@ def patch_embed(p, config, pixel_values):
 
 
 def attention(p, config, x, tap=identity):
-    """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]."""
+    """Multi-head attention of every patch to every patch: x [B, P, D] -> [B, P, D]."""
     query = split_heads(linear(x, **p["query"]), config.heads) * (1 / math.sqrt(config.head_dim))
     key = split_heads(linear(x, **p["key"]), config.heads)
     value = split_heads(linear(x, **p["value"]), config.heads)
@@ -28,12 +28,12 @@ def attention(p, config, x, tap=identity):
 
 
 def mlp(p, x):
-    """[B, P, D] -> [B, P, D] through a hidden layer of width F."""
+    """x [B, P, D] -> [B, P, D] through a hidden layer of width F."""
     return linear(gelu(linear(x, **p["up"])), **p["down"])
 
 
 def block(p, config, x, tap=identity):
-    """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Pre-norm transformer block. x [B, P, D] -> [B, P, D]: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(x, **p["attention_norm"], eps=config.eps))
     x = x + tap("attention", attention(p["attention"], config, normed, scoped(tap, "attention")))
     normed = tap("mlp_norm", layer_norm(x, **p["mlp_norm"], eps=config.eps))

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ..config import PADDING, PaliGemmaConfig
+from ..checkpoint.hugging_face import PADDING
+from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
-from ..storage import within
+from ..files import within
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]

@@ -8,15 +8,17 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
 from export import bundle
-from numpy_ref import checkpoint, storage
+from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED, flatten, unflatten
-from numpy_ref.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig, to_hf
+from numpy_ref.checkpoint.hugging_face import resize_to_hf, to_hf
+from numpy_ref.config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.model import segmentation
 
 from ..models import random_params
@@ -37,12 +39,8 @@ def params(config) -> dict:
 
 def checkpoint_folder(folder: Path, config=TINY, shards=1) -> Path:
     """A Hugging Face directory of a tiny model, in as many shards."""
-    before = storage.SHARD
-    try:
-        storage.SHARD = before if shards == 1 else 1500
+    with patch("numpy_ref.checkpoint.safetensors.SHARD", 10**9 if shards == 1 else 1500):
         checkpoint.save(folder, config, params(config))
-    finally:
-        storage.SHARD = before
     return folder
 
 
@@ -93,8 +91,6 @@ def config() -> list[bytes]:
 
 
 def preprocessor() -> list[bytes]:
-    from numpy_ref.image import resize_to_hf
-
     settings = [resize_to_hf(name, TINY.vision) for name in ("bicubic", "bilinear")]
     return [json.dumps(each).encode() for each in [*settings, {"image_processor": settings[0]}]]
 

@@ -75,7 +75,7 @@ class Contrastive(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def embed_image(self, pixel_values, tap=identity):
-        """Pictures to unit vectors: [B, 3, S, S] -> [B, D]."""
+        """Pictures to unit vectors: pixel_values [B, 3, S, S] -> [B, D]."""
         features = self.vision(pixel_values, scoped(tap, "vision"))
         return tap("image", normalize(self.pool(features, scoped(tap, "pool"))))
 

@@ -25,7 +25,7 @@ from .layers import (
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: [B, T, D] -> [B, T, D] and its (key, value)."""
+    """Grouped-query attention, rotary positions: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
 
     def __init__(self, config):
         super().__init__()
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
+    """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases: x [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config):
         super().__init__()
@@ -60,7 +60,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: x [B, T, D] -> [B, T, D] and its (key, value)."""
+    """One decoder layer: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
 
     def __init__(self, config):
         super().__init__()
@@ -86,7 +86,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, all layers, the final norm, and the head."""
+    """Embedding, all layers, the final norm, and the head.
+
+    x [B, T, D] -> [B, T, D] and one (key, value) a layer, each [B, K, S, H].
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -9,12 +9,12 @@ from numpy_ref.model.layers import identity
 
 
 def upcast(x):
-    """float16 and bfloat16 -> float32; float32 and float64 stay."""
+    """x [...] -> [...]: float16 and bfloat16 become float32, float32 and float64 stay."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def cast_like(weight, x):
-    """The weight in the dtype of x, without a copy if it already is."""
+    """The weight in the dtype of x, without a copy if it already is: weight [...] -> [...]."""
     return weight.to(x.dtype)
 
 
@@ -30,17 +30,17 @@ def embedding(ids, table, dtype):
 
 
 def gelu(x):
-    """GELU in its tanh form."""
+    """GELU in its tanh form: x [...] -> [...]."""
     return nn.functional.gelu(upcast(x), approximate="tanh").to(x.dtype)
 
 
 def softmax(x):
-    """exp(x) / sum(exp(x)) over the last axis."""
+    """exp(x) / sum(exp(x)) over the last axis: x [..., S] -> [..., S]."""
     return torch.softmax(x, -1)
 
 
 def softcap(x, cap):
-    """tanh(x / cap) * cap; x itself when cap is None."""
+    """tanh(x / cap) * cap; x itself when cap is None. x [...] -> [...]."""
     return x if cap is None else torch.tanh(x / cap) * cap
 
 
@@ -68,20 +68,20 @@ def rope_angles(positions, head_dim, base, dtype):
 
 
 def rope(x, cos, sin):
-    """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
+    """Rotate x [B, N, T, H] by the angles of cos and sin [B, 1, T, H/2] -> [B, N, T, H], pairing the two halves."""
     x32 = upcast(x)
     first, second = x32.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def split_heads(x, heads):
-    """[B, T, N*H] -> [B, N, T, H]."""
+    """x [B, T, N*H] -> [B, N, T, H]."""
     batch, length, _ = x.shape
     return x.reshape(batch, length, heads, -1).transpose(1, 2)
 
 
 def merge_heads(x):
-    """[B, N, T, H] -> [B, T, N*H]."""
+    """x [B, N, T, H] -> [B, T, N*H]."""
     batch, _, length, _ = x.shape
     return x.transpose(1, 2).reshape(batch, length, -1)
 
@@ -103,7 +103,7 @@ def attend(query, key, value, mask=None, cap=None, tap=identity):
 
 
 def write_cache(cache, update, start):
-    """Write update [B, K, T, H] into cache [B, K, C, H] at position start [B] of each row; a new tensor."""
+    """cache [B, K, C, H], update [B, K, T, H] written at start [B] of each row -> [B, K, C, H], a new tensor."""
     length = update.shape[2]
     slots = start[:, None] + torch.arange(length, device=start.device)
     index = slots[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
@@ -111,7 +111,7 @@ def write_cache(cache, update, start):
 
 
 def relu(x):
-    """max(x, 0)."""
+    """max(x, 0): x [...] -> [...]."""
     return torch.relu(x)
 
 
@@ -126,12 +126,12 @@ def conv_transpose(x, kernel, bias, stride, padding):
 
 
 def batch_norm(x, scale, bias, mean, variance, eps):
-    """Batch normalisation at inference: x [B, D], the rest [D] -> [B, D]."""
+    """Batch normalisation at inference: x [B, D], scale, bias, mean and variance [D] -> [B, D]."""
     return nn.functional.batch_norm(x, mean, variance, scale, bias, training=False, eps=eps)
 
 
 def batch_norm_training(x, scale, bias, mean, variance, eps, momentum):
-    """Batch normalisation in training: y [B, D], new mean [D], new variance [D]."""
+    """Batch normalisation in training: x [B, D], mean and variance [D] -> y [B, D], new mean [D], new variance [D]."""
     mean, variance = mean.clone(), variance.clone()  # PyTorch moves them in place
     y = nn.functional.batch_norm(x, mean, variance, scale, bias, training=True, momentum=momentum, eps=eps)
     return y, mean, variance

@@ -34,7 +34,7 @@ def last_position(x, lengths):
 
 
 def pad_cache(array, capacity):
-    """[B, K, T, H] -> [B, K, C, H] with zeros behind."""
+    """array [B, K, T, H] -> [B, K, C, H] with zeros behind."""
     return nn.functional.pad(array, (0, 0, 0, capacity - array.shape[2]))
 
 
@@ -54,7 +54,7 @@ class PaliGemma(nn.Module):
         return tap("projector", self.projector(features))
 
     def embed_prefix(self, pixel_values, input_ids, tap=identity):
-        """The decoder's input [B, T, D]: the picture's features, then the ids after the P image tokens."""
+        """The picture's features, then the ids after the P image tokens: input_ids [B, T] -> [B, T, D]."""
         image = self.encode_image(pixel_values, tap)
         text = self.text.embed(input_ids[:, self.config.vision.patches :], image.dtype)
         return tap("embed_prefix", torch.cat([image, tap("embed", text)], dim=1))
@@ -65,7 +65,7 @@ class PaliGemma(nn.Module):
         return tap("logits", self.text.logits(x))
 
     def hidden_states(self, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
-        """The decoder's output at every position [B, T, D], and each layer's (key, value) [B, K, T, H]."""
+        """The decoder's output everywhere: input_ids [B, T] -> [B, T, D] and (key, value)s, each [B, K, T, H]."""
         x = self.embed_prefix(pixel_values, input_ids, tap)
         size = input_ids.shape[1]
         positions = torch.arange(size, device=x.device)[None].expand_as(input_ids)
@@ -74,14 +74,14 @@ class PaliGemma(nn.Module):
         return self.text(x, positions, masks, tap=scoped(tap, "text"))
 
     def prefill(self, pixel_values, input_ids, lengths, capacity, tap=identity):
-        """Read picture and prompt: the logits after each row's last token [B, V], and the filled cache."""
+        """Read picture and prompt: input_ids [B, T] -> last logits [B, V] and the filled cache, each [B, K, C, H]."""
         x, cache = self.hidden_states(pixel_values, input_ids, lengths, lengths, tap)
         last = last_position(x, lengths)
         cache = [tuple(pad_cache(tensor, capacity) for tensor in layer) for layer in cache]
         return tap("logits", self.text.logits(last)), cache
 
     def decode(self, input_ids, lengths, cache, tap=identity):
-        """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the new cache."""
+        """One more token a row: input_ids [B, 1] at lengths [B] -> logits [B, V] and the cache, each [B, K, C, H]."""
         capacity, dtype = cache[0][0].shape[2], cache[0][0].dtype
         x = tap("embed", self.text.embed(input_ids, dtype))
         windows = {*self.config.text.windows, None}

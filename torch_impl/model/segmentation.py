@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from numpy_ref import scenes
 from numpy_ref.checkpoint import flatten, unflatten
+from numpy_ref.checkpoint.npz import write_npz
+from numpy_ref.files import new_file
 from numpy_ref.model import segmentation
 from numpy_ref.model.segmentation import CELLS, CODES
-from numpy_ref.storage import new_file, write_npz
 
 from .layers import conv, conv_transpose, relu
 
@@ -60,7 +61,7 @@ class ConvTranspose(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv1(relu(conv3(relu(conv3(x))))): [B, C, h, w] -> the same."""
+    """x + conv1(relu(conv3(relu(conv3(x))))): x [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels):
         super().__init__()
@@ -72,7 +73,7 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Masks to vectors: [B, 64, 64] in [-1, 1] -> [B, 4, 4, E]."""
+    """Masks to vectors: masks [B, 64, 64] in [-1, 1] -> [B, 4, 4, E]."""
 
     def __init__(self, config):
         super().__init__()
@@ -92,7 +93,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Code words to masks: [B, 4, 4, E] -> [B, 64, 64], positive inside."""
+    """Code words to masks: words [B, 4, 4, E] -> [B, 64, 64], positive inside."""
 
     def __init__(self, config):
         super().__init__()
@@ -121,12 +122,12 @@ class Codec(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def encode(self, masks):
-        """Masks to tokens: [B, 64, 64] in [-1, 1] -> [B, 16]."""
+        """Masks to tokens: masks [B, 64, 64] in [-1, 1] -> [B, 16]."""
         vectors = self.encoder(masks)
         return quantize(vectors, self.codebook).reshape(len(masks), -1)
 
     def decode(self, codes):
-        """Tokens to masks: [B, 16] -> [B, 64, 64]."""
+        """Tokens to masks: codes [B, 16] -> [B, 64, 64]."""
         return self.decoder(self.codebook[codes].reshape(len(codes), CELLS, CELLS, -1))
 
 

@@ -11,7 +11,7 @@ from .layers import LayerNorm, Linear, attend, cast_like, gelu, merge_heads, spl
 
 
 class PatchEmbed(Linear):
-    """Cut the picture into patches and project each: [B, 3, S, S] -> [B, P, D]."""
+    """Cut the picture into patches and project each: pixel_values [B, 3, S, S] -> [B, P, D]."""
 
     def __init__(self, config):
         super().__init__(3 * config.patch_size**2, config.width)
@@ -26,7 +26,7 @@ class PatchEmbed(Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]."""
+    """Multi-head attention of every patch to every patch: x [B, P, D] -> [B, P, D]."""
 
     def __init__(self, config):
         super().__init__()
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """[B, P, D] -> [B, P, D] through a hidden layer of width F."""
+    """x [B, P, D] -> [B, P, D] through a hidden layer of width F."""
 
     def __init__(self, config):
         super().__init__()
@@ -54,7 +54,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Pre-norm transformer block. x [B, P, D] -> [B, P, D]: x += attention(norm(x)); x += mlp(norm(x))."""
 
     def __init__(self, config):
         super().__init__()

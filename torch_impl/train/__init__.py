@@ -18,9 +18,10 @@ import torch
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
+from numpy_ref.checkpoint.safetensors import map_safetensors
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.files import absent
 from numpy_ref.model import segmentation
-from numpy_ref.storage import absent, map_safetensors
 from numpy_ref.tokenizer import Tokenizer
 
 from ..load import load, to_params, to_tensor

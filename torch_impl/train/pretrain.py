@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from numpy_ref import checkpoint, cli
+from numpy_ref.checkpoint.safetensors import write_safetensors
 from numpy_ref.config import PaliGemmaConfig
+from numpy_ref.files import absent, new_directory
 from numpy_ref.model.contrastive import ContrastiveConfig, TextConfig, recall_at_1
 from numpy_ref.scenes import questions
-from numpy_ref.storage import absent, new_directory, write_safetensors
 from numpy_ref.tokenizer import Tokenizer
 
 from ..model import contrastive

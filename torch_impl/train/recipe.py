@@ -24,9 +24,9 @@ import torch
 from numpy_ref import checkpoint, cli, scenes
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.files import absent
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate
-from numpy_ref.storage import absent
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
 
 from ..load import ModuleEngine, to_params

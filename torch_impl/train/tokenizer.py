@@ -10,8 +10,8 @@ import json
 import numpy as np
 import sentencepiece
 
+from numpy_ref.checkpoint.hugging_face import resize_to_hf
 from numpy_ref.config import SiglipConfig
-from numpy_ref.image import resize_to_hf
 from numpy_ref.scenes import questions
 from numpy_ref.tokenizer import LOCATIONS, SEGMENTS, SentencePiece
 from numpy_ref.tokenizer.convert import tokenizer_json

@@ -1,0 +1,154 @@
+"""Files: reading those of a folder that may come from a stranger, and writing whole or not at all."""
+
+import glob
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import PaliGemmaError, quote
+
+MAX_JSON_BYTES = 16 * 2**20  # the largest JSON file that there is, an index of shards, has a tenth
+_PART = ".part"  # how the names of unfinished folders end
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def within(folder, name: str) -> Path:
+    """The path of a file of a folder that may come from a stranger; whether it exists is another question.
+
+    A link may not lead out of the folder, except as in a Hugging Face cache: from snapshots/<revision> to blobs.
+    Raises PaliGemmaError for a link that does, and for a name that is more than a name.
+    """
+    file = Path(folder) / name
+    try:
+        home, target = Path(folder).resolve(), file.resolve()
+        file.is_file()  # which a name that is too long fails
+    except (OSError, ValueError, RuntimeError):  # the last is a circle of links
+        target = None
+    if target is None or Path(name).name != name or name in ("", ".."):
+        raise PaliGemmaError(f"{folder}: {quote(name)} is not a file name of this folder")
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if target.parent not in homes:
+        raise PaliGemmaError(f"{file}: this link leads out of its folder; put a copy of the file in its place")
+    return file
+
+
+def read_json(file: Path):
+    """Parse a JSON file; PaliGemmaError if it is absent, larger than MAX_JSON_BYTES, or not JSON."""
+    try:
+        if (size := Path(file).stat().st_size) > MAX_JSON_BYTES:
+            raise PaliGemmaError(f"{Path(file).name} has {size} bytes, more than the {MAX_JSON_BYTES} that are read")
+        return json.loads(Path(file).read_bytes())
+    except FileNotFoundError:
+        raise PaliGemmaError(f"{Path(file).name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PaliGemmaError(f"{Path(file).name} is not readable JSON ({error})") from None
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_directory(path):
+    """Yield a temporary sibling that becomes `path` if all goes well, and vanishes if not.
+
+    What processes that were killed while making `path` left beside it is removed first. Raises PaliGemmaError if
+    `path` exists, be it only by the end, or cannot be made.
+    """
+    path = absent(path, "folder")
+    with _parents(path), _sibling(path) as temporary:
+        yield temporary
+        _move_into_place(temporary, path, "folder", os.rename)  # refused where another has put something
+
+
+@contextmanager
+def new_file(path):
+    """As `new_directory`, for one file."""
+    path = absent(path, "file")
+    with _parents(path), _sibling(path) as folder:
+        yield folder / path.name
+        _move_into_place(folder / path.name, path, "file", os.link)  # a rename would replace another process's file
+
+
+def absent(path, kind) -> Path:
+    """The path, if nothing is there yet; PaliGemmaError if there is."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise PaliGemmaError(f"{path}: output {kind} exists already; remove it or name another")
+    return path
+
+
+def _move_into_place(temporary, path, kind, move) -> None:
+    try:
+        move(temporary, path)
+    except OSError:
+        os.rename(temporary, absent(path, kind))  # a disk without hard links, or an error to report
+
+
+@contextmanager
+def _sibling(path):
+    """A folder beside `path`, locked while it is in use and removed at the end."""
+    _remove_leftovers(path)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+        with _locked(folder):
+            if not folder.exists():
+                continue  # another process took it for a left-over in the moment before it was locked
+            try:
+                folder.chmod(0o755)
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def _remove_leftovers(path) -> None:
+    """Remove the siblings that `_sibling` made for processes that have ended since.
+
+    The lock of a process ends with it, however it ends. Where there are no locks, left-overs stay, and do no harm.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{_PART}"):
+        with _locked(leftover, wait=False) as held:
+            if held:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder, wait=True):
+    """Lock a folder; yields whether that worked. It does not on Windows, and on some disks of other machines."""
+    descriptor = None
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except (ImportError, OSError):
+        held = False
+    try:
+        yield held
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def _parents(path):
+    """Make the folders above `path`, and take away again those that were made if what follows fails."""
+    made = []
+    try:
+        for parent in reversed(path.parents):
+            if not parent.exists():
+                parent.mkdir(exist_ok=True)
+                made.append(parent)
+        yield
+    except BaseException as error:
+        for parent in reversed(made):
+            with suppress(OSError):  # somebody else's file is in it by now
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise PaliGemmaError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise
