@@ -95,6 +95,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: ThreadingHTTPServer
     timeout = 30  # seconds that a silent connection is kept
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "run-onnx", ""

@@ -70,6 +70,12 @@ class PaliGemmaConfig:
     eos: int = 1
     bos: int = 2
     max_length: int = 8192
+    stops: tuple[int, ...] | None = None  # what ends an answer, where that is not eos alone; () for nothing
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return (self.eos,) if self.stops is None else self.stops
 
 
 def alternating_windows(depth: int, window: int | None) -> tuple[int | None, ...]:

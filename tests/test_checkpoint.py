@@ -114,7 +114,7 @@ def test_the_decoder_width_is_the_text_configs():
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act"),
         ({"vision_config": {"num_channels": 1}}, "num_channels"),
         ({"image_token_index": "x"}, "image_token_index"),
-        ({"eos_token_id": [1, 107]}, r"eos_token_id is \[1, 107\]; one such token"),
+        ({"bos_token_id": [1, 107]}, r"bos_token_id is \[1, 107\]; one such token"),
         ({"text_config": {"model_type": "gemma2", "hidden_activation": "gelu"}}, "hidden_activation is 'gelu'"),
     ],
 )  # fmt: skip
@@ -472,12 +472,19 @@ def test_json_that_is_none(folder):
 
 
 def test_saving_refuses_what_config_json_cannot_say(tmp_path):
-    """A softcap belongs to Gemma 2; a Gemma 1 directory would lose it without a word."""
+    """Attention's soft cap belongs to Gemma 2; a Gemma 1 directory would lose it without a word."""
     config = CONFIGS["paligemma1"]
-    config = replace(config, text=replace(config.text, final_softcap=30.0))
+    config = replace(config, text=replace(config.text, attn_softcap=30.0))
     with pytest.raises(PaliGemmaError, match=r"config\.json has no words"):
         save(tmp_path / "out", config, random_params(config))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_final_softcap_of_gemma_1_is_kept(tmp_path):
+    config = CONFIGS["paligemma1"]
+    config = replace(config, text=replace(config.text, final_softcap=30.0))
+    save(tmp_path / "out", config, random_params(config))
+    assert load(tmp_path / "out").config == config
 
 
 def test_folders_that_were_made_are_taken_away_again(tmp_path):

@@ -69,6 +69,7 @@ def open_dataset(path: Path, default_prompt: str | None):
     """The data set at a path. Raises PaliGemmaError if it is none, is empty, or lacks a prompt and the default too."""
     if not path.exists():
         raise PaliGemmaError(f"{path}: no such folder or file")
+    rows: Folder | JsonLines | Parquet
     if path.is_dir():
         rows = Folder(path, default_prompt)
     elif path.suffix == ".jsonl":

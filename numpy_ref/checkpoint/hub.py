@@ -15,11 +15,11 @@ from ..errors import PaliGemmaError, quote
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 #: What a repository may hold besides: weights in other formats, which are not read, and would be gigabytes more.
-PATTERNS = (
+PATTERNS = [
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "model*.safetensors", _INDEX, "vae.npz", "vae-oid.npz",
     "adapter_config.json", "adapter_model.safetensors", "bundle.json", "*.onnx", "weights.bin",
-)  # fmt: skip
+]  # fmt: skip
 
 
 def directory(name) -> Path:

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` and `preprocessor_config.json` <-> this project's configuration.
+"""Hugging Face's configuration files <-> this project's: `config.json`, and the two for generation and pictures.
 
 Their names and defaults are known here alone; the names of tensors are in layouts.py.
 Source: transformers `configuration_paligemma.py`, `configuration_gemma.py`, `configuration_gemma2.py`,
@@ -11,6 +11,27 @@ from dataclasses import replace
 
 from ..config import GemmaConfig, PaliGemmaConfig, SiglipConfig, alternating_windows, check
 from ..errors import PaliGemmaError, quote
+
+GENERATION = "generation_config.json"
+#: Its fields that are read, or change no greedy answer: how the work is done, and what is returned besides.
+_GENERATION_READ = {
+    "eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "_from_model_config", "use_cache",
+    "cache_implementation", "cache_config", "max_cache_len", "output_attentions", "output_hidden_states",
+    "output_scores", "output_logits", "return_dict_in_generate", "compile_config", "disable_compile", "low_memory",
+    "continuous_batching_config", "prefill_chunk_size", "use_mtp", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "prompt_lookup_num_tokens",
+    "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "speculation_type", "max_length", "early_stopping", "length_penalty",
+}  # fmt: skip
+#: Values of the others that ask for nothing.
+_GENERATION_NEUTRAL = {
+    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_return_sequences": 1,
+    "remove_invalid_values": False, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beam_groups": 1,
+    "diversity_penalty": 0.0, "renormalize_logits": False, "token_healing": False, "guidance_scale": 1.0,
+}  # fmt: skip
+_NEVER = object()  # equal to no value
 
 # --- config.json -------------------------------------------------------------------------------------------
 
@@ -45,13 +66,42 @@ _TEXT_DEFAULTS = {
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 #: Conversions to Hugging Face put at most this many rows behind the vocabulary: the image token, then noise.
 PADDING = 64
+#: Fields of config.json that are read by nobody here, and why that changes no answer.
+IGNORED = {
+    "architectures": "what class wrote it; model_type says what it is",
+    "_name_or_path": "where it was",
+    "transformers_version": "what wrote it",
+    "dtype": "the tensors have their own",
+    "torch_dtype": "the tensors have their own",
+    "hidden_size": "of the top level: text_config's counts, and this one is wrong in PaliGemma 2",
+    "vocab_size": "of the top level: text_config's counts",
+    "_vocab_size": "an old name of that",
+    "projection_dim": "the projector's shape is that of its tensors",
+    "num_image_tokens": "follows from the picture's and the patches' size",
+    "num_hidden_layers": "of the top level: the towers' count",
+    "initializer_range": "for training from nothing",
+    "attention_dropout": "for training",
+    "use_cache": "whether the cache is used changes no answer",
+    "cache_implementation": "whatever it is, the answer is the same",
+    "output_attentions": "what is returned besides",
+    "output_hidden_states": "what is returned besides",
+    "return_dict": "what is returned besides",
+    "chunk_size_feed_forward": "how the work is cut up",
+    "is_encoder_decoder": "PaliGemma is none",
+    "id2label": "for classifiers",
+    "label2id": "for classifiers",
+    "problem_type": "for classifiers",
+    "vision_use_head": "the pooling head is no part of PaliGemma",
+    "ignore_index": "for the loss of old versions",
+}
 _MAX_LAYERS = 1000  # the largest release has 46; a damaged number must not be worked through layer by layer
 
 
-def from_hf(hf: Mapping) -> PaliGemmaConfig:
-    """Translate the contents of a Hugging Face `config.json`.
+def from_hf(hf: Mapping, generation: object = None) -> PaliGemmaConfig:
+    """Translate the contents of a Hugging Face `config.json`, and of the `generation_config.json` beside it, if any.
 
-    Raises PaliGemmaError for anything whose mathematics this project does not have.
+    As in transformers, the second says what ends an answer wherever it exists, and the first where it does not. Raises
+    PaliGemmaError for anything whose mathematics this project does not have.
     """
     _require(isinstance(hf, Mapping), "it is not a JSON object")
     _require(hf.get("model_type") == "paligemma", f"model_type is {quote(hf.get('model_type'))}, not 'paligemma'")
@@ -68,15 +118,42 @@ def from_hf(hf: Mapping) -> PaliGemmaConfig:
         text=_text_from_hf(text, kind, tied),
         image_token=_image_token(hf),
         pad=_token_id(hf, text, "pad_token_id", 0),
-        eos=_token_id(hf, text, "eos_token_id", 1),
         bos=_token_id(hf, text, "bos_token_id", 2),
+        **_ends(_first(hf, text, "eos_token_id"), generation),
         max_length=_integer(text, "max_position_embeddings"),
     )
     check(config)
     return config
 
 
+def _ends(eos: object, generation: object) -> dict:
+    """The fields eos and stops, from config.json's eos_token_id and the contents of generation_config.json."""
+    own = _ids("config.json", eos)
+    if generation is None:
+        stops = [1] if own is None else own  # 1 is that of every release
+    else:
+        _require(isinstance(generation, Mapping), "not a JSON object", GENERATION)
+        stops = _ids(GENERATION, generation.get("eos_token_id")) or []
+    eos = next((token for token in own or [1] if token in stops or not stops), stops[0] if stops else 1)
+    return {"eos": eos, "stops": None if stops == [eos] else tuple(stops)}
+
+
+def _ids(source: str, value: object) -> list[int] | None:
+    """A token id, or a list of them, as a list; None if there is none."""
+    if value is None:
+        return None
+    return [_id("eos_token_id", each, source) for each in (value if isinstance(value, list) else [value])]
+
+
+def not_done(generation: Mapping) -> list[str]:
+    """What a `generation_config.json` asks for that this project does not do: each field and its value."""
+    asked = {name: value for name, value in generation.items() if name not in _GENERATION_READ and value is not None}
+    return [f"{name} {quote(value)}" for name, value in asked.items() if value != _GENERATION_NEUTRAL.get(name, _NEVER)]
+
+
 def _vision_from_hf(vision: Mapping) -> SiglipConfig:
+    kind = vision.get("model_type", "siglip_vision_model")
+    _require(kind == "siglip_vision_model", f"vision_config.model_type is {quote(kind)}, not 'siglip_vision_model'")
     activation = vision["hidden_act"]
     _require(
         activation in _GELU_TANH, f"vision_config.hidden_act is {quote(activation)}; only gelu_pytorch_tanh is known"
@@ -102,10 +179,12 @@ def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
         f"text_config.{key} is {quote(activation)}; only gelu_pytorch_tanh is known",
     )
     _require(not text.get("attention_bias"), "text_config.attention_bias is true; Gemma has no attention bias")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    _require(isinstance(rope, Mapping), f"text_config.rope_parameters is {quote(rope)}, not an object")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    _require(rope_type == "default", f"text_config rope type is {quote(rope_type)}; only 'default' is known")
+    both_ways = text.get("use_bidirectional_attention")
+    _require(
+        both_ways in (None, True),
+        "text_config.use_bidirectional_attention is false; PaliGemma's prefix is bidirectional",
+    )
+    rope = _rope(text)
     depth, head_dim = _integer(text, "num_hidden_layers", maximum=_MAX_LAYERS), _integer(text, "head_dim")
     config = GemmaConfig(
         vocab=_integer(text, "vocab_size"),
@@ -119,6 +198,7 @@ def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
         eps=_number(text, "rms_norm_eps"),
         tied=tied,
         query_scalar=float(head_dim),
+        final_softcap=_softcap(text, "final_logit_softcapping"),  # Gemma 1 has none, but what is there is applied
     )
     if kind == "gemma":
         return config
@@ -126,10 +206,24 @@ def _text_from_hf(text: Mapping, kind: str, tied: bool) -> GemmaConfig:
         config,
         query_scalar=_number(text, "query_pre_attn_scalar"),
         attn_softcap=_softcap(text, "attn_logit_softcapping"),
-        final_softcap=_softcap(text, "final_logit_softcapping"),
         post_norms=True,
         windows=_windows_from_hf(text, depth),
     )
+
+
+def _rope(text: Mapping) -> Mapping:
+    """What is said of the rotary embedding; like transformers, `rope_scaling` counts before `rope_parameters`."""
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    _require(isinstance(rope, Mapping), f"text_config.rope_parameters is {quote(rope)}, not an object")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    _require(rope_type == "default", f"text_config rope type is {quote(rope_type)}; only 'default' is known")
+    for name, value in rope.items():
+        _require(
+            not isinstance(value, Mapping), f"text_config.rope_parameters has {quote(name)} for itself; one is known"
+        )
+    part = rope.get("partial_rotary_factor", text.get("partial_rotary_factor"))
+    _require(part in (None, 1), f"text_config.partial_rotary_factor is {quote(part)}; only 1 is known")
+    return rope
 
 
 def _windows_from_hf(text: Mapping, depth: int) -> tuple[int | None, ...]:
@@ -147,6 +241,7 @@ def _windows_from_hf(text: Mapping, depth: int) -> tuple[int | None, ...]:
 def to_hf(config: PaliGemmaConfig) -> dict:
     """The inverse of `from_hf`: a `config.json` that transformers loads as the same model."""
     vision, text = config.vision, config.text
+    eos = config.eos if config.stops is None else [*config.stops]
     hf_text: dict[str, object] = {
         "model_type": "gemma2" if text.post_norms else "gemma",
         "vocab_size": text.vocab,
@@ -164,9 +259,9 @@ def to_hf(config: PaliGemmaConfig) -> dict:
         "num_image_tokens": vision.patches,
         "tie_word_embeddings": text.tied,
         "pad_token_id": config.pad,
-        "eos_token_id": config.eos,
+        "eos_token_id": eos,
         "bos_token_id": config.bos,
-    }
+    } | ({"final_logit_softcapping": text.final_softcap} if text.final_softcap else {})
     if text.post_norms:
         scalar = text.query_scalar
         window = next((window for window in text.windows if window), None)
@@ -184,7 +279,7 @@ def to_hf(config: PaliGemmaConfig) -> dict:
         "model_type": "paligemma",
         "image_token_index": config.image_token,
         "pad_token_id": config.pad,
-        "eos_token_id": config.eos,
+        "eos_token_id": eos,
         "bos_token_id": config.bos,
         "hidden_size": text.width,
         "projection_dim": text.width,
@@ -208,9 +303,9 @@ def to_hf(config: PaliGemmaConfig) -> dict:
     }
 
 
-def _require(holds: bool, problem: str) -> None:
+def _require(holds: bool, problem: str, source: str = "config.json") -> None:
     if not holds:
-        raise PaliGemmaError(f"config.json: {problem}")
+        raise PaliGemmaError(f"{source}: {problem}")
 
 
 def _section(hf: Mapping, key: str, absent: Mapping) -> Mapping:
@@ -228,11 +323,18 @@ def _integer(section: Mapping, key: str, maximum: int = 2**31 - 1) -> int:
 
 def _image_token(hf: Mapping) -> int:
     names = ("image_token_index", "image_token_id")  # the second is transformers' newer spelling
-    return _id("image_token_index", next((hf[name] for name in names if hf.get(name) is not None), 256000))
+    found = [hf[name] for name in names if hf.get(name) is not None]
+    _require(found[1:] in ([], found[:1]), f"{' and '.join(names)} differ: {quote(found)}")
+    return _id("image_token_index", found[0] if found else 256000)
+
+
+def _first(hf: Mapping, text: Mapping, key: str) -> object:
+    """A field of the top level, or of the text's section where that is silent."""
+    return hf[key] if hf.get(key) is not None else text.get(key)
 
 
 def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
-    value = hf.get(key) if hf.get(key) is not None else text.get(key)
+    value = _first(hf, text, key)
     if isinstance(value, list):
         _require(len(value) == 1, f"{key} is {quote(value)}; one such token is known, not several")
         value = value[0]
@@ -242,9 +344,9 @@ def _token_id(hf: Mapping, text: Mapping, key: str, default: int) -> int:
     return _id(key, value)
 
 
-def _id(key: str, value: object) -> int:
+def _id(key: str, value: object, source: str = "config.json") -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise PaliGemmaError(f"config.json: {key} must be a token id, not {quote(value)}")
+        raise PaliGemmaError(f"{source}: {key} must be a token id, not {quote(value)}")
     return value
 
 
@@ -256,7 +358,7 @@ def _number(section: Mapping, key: str) -> float:
 
 
 def _softcap(section: Mapping, key: str) -> float | None:
-    return _number(section, key) if section.get(key) else None  # big_vision writes 0 for "none"
+    return None if section.get(key) is None else _number(section, key)
 
 
 # --- preprocessor_config.json ------------------------------------------------------------------------------
