@@ -70,6 +70,7 @@ LIVE = {
     "gemma, a pooling head that nobody calls": {"kind": "gemma", "pooling": True},
     "gemma2, vocabulary 257216": {"kind": "gemma2", "vocab": 257216},
     "gemma2, untied": {"kind": "gemma2", "tie_word_embeddings": False, "image_size": 35},
+    "gemma, a final cap": {"kind": "gemma", "text": {"final_logit_softcapping": 0.5}},
     "gemma2, no caps": {"kind": "gemma2", "text": {"final_logit_softcapping": None, "attn_logit_softcapping": None}},
 }
 
