@@ -225,11 +225,11 @@ def test_python_by_the_host_graphs(golden, shipped):
     """Pictures and draws by the bundle's graphs, in Python."""
     engine, tokenizer = HostSession(shipped, "cpu"), Tokenizer.load(shipped.path, shipped.config)
     for case in golden:
-        asked, pixels = case["asked"], engine.preprocess(open_image(case["asked"]["picture"]))
+        asked, image = case["asked"], open_image(case["asked"]["picture"])
         seed = int(Path(asked["picture"]).stem) if asked["temperature"] else 0
         sampling = Sampling(asked["temperature"], asked["topK"], asked["topP"], seed)
-        rows = list(generate(engine, pixels, [tokenizer.prompt(asked["prompt"])], tokenizer.known(), 64, sampling))
-        assert answers(rows, engine.config.eos)[0] == case["tokens"], asked
+        found = answer(engine, tokenizer, image, asked["prompt"], max_new_tokens=64, sampling=sampling)
+        assert found.tokens == case["tokens"], asked
 
 
 # --- pictures and text -------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def workers(job: Job, count: int = 1, threads: int = 0):
     if count == 1:
         yield Worker(job, threads).answers
         return
-    share = max(1, (threads or os.cpu_count()) // count)
+    share = max(1, (threads or os.cpu_count() or 1) // count)
     with ExitStack() as stack:
         processes = [stack.enter_context(Process(job, share)) for _ in range(count)]
         for process in processes:
