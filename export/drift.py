@@ -18,7 +18,6 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref import cli
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import choose_capacity, pad_prompts
-from numpy_ref.image import preprocess
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer
 
@@ -60,7 +59,7 @@ def follow(reference, engine, pixel_values, prompts, known, drift: Drift, new_to
     """Let both engines answer prompts, each fed the greedy answer of `reference`; what differs goes into `drift`."""
     config = reference.config
     input_ids, lengths = pad_prompts(prompts, config.pad)
-    capacity = choose_capacity(config, lengths, new_tokens)
+    capacity = choose_capacity(reference, lengths, new_tokens)
     states = [each.prefill(pixel_values, input_ids, lengths, capacity) for each in (reference, engine)]
     alive = np.ones(len(prompts), bool)
     for step in range(new_tokens):
@@ -77,18 +76,17 @@ def follow(reference, engine, pixel_values, prompts, known, drift: Drift, new_to
 
 def on_scenes(reference, engine, tokenizer, scenes: int, seed: int) -> dict:
     """Drift over the answers to held-out scenes of every task, and both accuracies."""
-    drift, known, size = Drift(), tokenizer.known(), reference.config.vision.image_size
-    accuracy = {}
+    drift, known, accuracy = Drift(), tokenizer.known(), {}
     for task, name in evaluate.SCORES.items():
         asked = evaluate.held_out(seed, scenes, task)
         for start in tqdm(range(0, scenes, BATCH), desc=task, leave=False, disable=None):
-            batch = asked[start : start + BATCH]
-            pixels = np.concatenate([preprocess(evaluate.picture(each), size, resize=engine.resize) for each in batch])
-            follow(reference, engine, pixels, [tokenizer.prompt(each.prefix) for each in batch], known, drift)
+            batch = [evaluate.prepare(engine, tokenizer, question) for question in asked[start : start + BATCH]]
+            pixel_values = np.concatenate([question.pixel_values for question in batch])
+            follow(reference, engine, pixel_values, [question.prompt for question in batch], known, drift)
         accuracy[name] = {}
         for label, each in (("float32", reference), ("bundle", engine)):
-            texts = evaluate.answer_all(each, tokenizer, asked, task)
-            accuracy[name][label] = round(evaluate.score(task, texts, asked, each.masks), 4)
+            answers = evaluate.answer_questions(each, tokenizer, asked, task)
+            accuracy[name][label] = round(evaluate.score(task, answers, asked), 4)
     return {**drift.figures(), "accuracy": accuracy}
 
 

@@ -1,11 +1,12 @@
 """python -m export.gallery OUT.png: what the model answers to held-out scenes, drawn side by side."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from numpy_ref import cli, detection, scenes
+from numpy_ref import cli, scenes
 from numpy_ref.scenes import evaluate, questions
 
 from .evaluate import opened
@@ -19,8 +20,8 @@ def gallery(engine, tokenizer, seed: int, columns: int, compositional=False) -> 
     rows = []
     for task in questions.TASKS:
         asked = evaluate.held_out(seed, columns, task, compositional)
-        texts = evaluate.answer_all(engine, tokenizer, asked)
-        rows.append([_tile(engine, question, text) for question, text in zip(asked, texts, strict=True)])
+        answers = evaluate.answer_questions(engine, tokenizer, asked)
+        rows.append([_tile(question, answer) for question, answer in zip(asked, answers, strict=True)])
     heights = [max(tile.height for tile in row) for row in rows]
     width = columns * TILE + (columns - 1) * GAP
     canvas = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) - 1)), "white")
@@ -32,11 +33,9 @@ def gallery(engine, tokenizer, seed: int, columns: int, compositional=False) -> 
     return canvas
 
 
-def _tile(engine, question, text):
+def _tile(question, answer):
     picture = scenes.draw(question.scene, TILE)
-    boxes = detection.parse(text, picture.width, picture.height)
-    masks = cli.paint(engine.masks, boxes, picture.width, picture.height)
-    return detection.draw(picture, boxes, cli.caption(question.prefix, text, boxes), masks)
+    return cli.draw(picture, question.prefix, replace(answer, width=picture.width, height=picture.height))
 
 
 def main(argv=None):

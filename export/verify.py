@@ -18,8 +18,9 @@ import onnxruntime
 from tqdm import tqdm
 
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import NumpyEngine, pad_prompts
+from numpy_ref.generate import pad_prompts
 from numpy_ref.model import layers, paligemma, segmentation
 from numpy_ref.tokenizer import known_ids
 

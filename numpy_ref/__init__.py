@@ -6,7 +6,9 @@ README.md in this folder walks one picture and one prompt through it. Read the f
     model/siglip.py      the vision tower: picture -> patch features
     model/gemma.py       the decoder: token embeddings -> hidden states -> logits
     model/paligemma.py   the two joined: prefix-LM mask, prefill, decode, the training forward
-    generate.py          the sampling loop over any engine that has prefill and decode
+    engine.py            what an engine is: prefill, decode and what a caller must know of it; the reference as one
+    generate.py          the sampling loop over any engine
+    answer.py            from a picture and a prompt to text, boxes and masks
 
 Axis letters, used in every docstring of the project:
 

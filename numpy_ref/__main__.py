@@ -7,8 +7,9 @@ from pathlib import Path
 from . import checkpoint, cli
 from .cli import heatmap
 from .cli.trace import TracedEngine
+from .engine import NumpyEngine
 from .errors import PaliGemmaError
-from .generate import NumpyEngine
+from .image import preprocess
 from .tokenizer import Tokenizer
 
 PROG = "python -m numpy_ref"
@@ -30,12 +31,14 @@ def main(argv=None):
     if arguments.trace and arguments.json:
         raise PaliGemmaError("--trace prints lines to read and --json one object; leave one of them out")
 
-    def look(engine, tokenizer, image, pixel_values, prompt, answer):
+    def look(engine, tokenizer, image, answer):
         if arguments.trace:
-            engine.print_answer(image, tokenizer.decode(answer), arguments.boxes)
-        if arguments.heatmap and answer:  # an empty one looked at nothing
-            maps = heatmap.attention_over_picture(engine.params, engine.config, pixel_values, prompt, answer)
-            words = [tokenizer.decode([token]).strip() or "·" for token in answer]
+            engine.print_answer(answer)
+        if arguments.heatmap and answer.tokens:  # an empty one looked at nothing
+            pixel_values = preprocess(image, engine.config.vision.image_size, resize=engine.resize)
+            prompt = tokenizer.prompt(arguments.prompt)
+            maps = heatmap.attention_over_picture(engine.params, engine.config, pixel_values, prompt, answer.tokens)
+            words = [tokenizer.decode([token]).strip() or "·" for token in answer.tokens]
             cli.write_drawing(arguments.heatmap, heatmap.draw(image, maps, words))
 
     return cli.answer(arguments, partial(load, traced=arguments.trace), look, quiet=arguments.trace)

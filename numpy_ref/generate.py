@@ -1,71 +1,13 @@
-"""The generation loop, over any engine.
-
-An engine has two functions (`paligemma.prefill` and `paligemma.decode` with their weights bound, the torch
-twin, or the two ONNX sessions):
-
-    prefill(pixel_values [B, 3, S, S], input_ids [B, T], lengths [B], capacity) -> logits [B, V], cache
-    decode(input_ids [B, 1], lengths [B], cache) -> logits [B, V], cache
-
-and says what else a caller must know: `config`, `resize` (its preprocessing) and `masks` (mask codes [B, 16] ->
-[B, 64, 64], or None where no mask codec came with the weights). It may bring a `preprocess` and a `sample` of its own,
-which then take the place of `image.preprocess` and `sampling.sample`, and a `first_not_finite` (as `NumpyEngine` has),
-which is asked where logits that are no numbers come from.
-"""
+"""The generation loop, over any engine."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from .checkpoint import flatten
-from .checkpoint.blocks import all_finite, check_finite
+from .engine import Engine
 from .errors import PaliGemmaError
-from .model import paligemma, segmentation
-from .model.sampling import Sampling, sample
-
-#: What overflows in the reference is found in its logits, not told by NumPy in warnings of its own.
-_quietly = np.errstate(over="ignore", invalid="ignore")
-
-
-class FirstNotFinite:
-    """A tap that keeps the first name that comes with a NaN or an infinity."""
-
-    def __init__(self, finite=all_finite):
-        self.finite, self.name = finite, None
-
-    def __call__(self, name, value):
-        if self.name is None and not self.finite(value):
-            self.name = name
-        return value
-
-
-class NumpyEngine:
-    """The reference as an engine. Raises PaliGemmaError that names a weight with a NaN or an infinity."""
-
-    name = "numpy"
-
-    def __init__(self, checkpoint):
-        for path, array in flatten(checkpoint.params).items():
-            check_finite(path, array)
-        self.config, self.resize, self.masks = checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint)
-        self.params = checkpoint.params
-
-    @_quietly
-    def prefill(self, pixel_values, input_ids, lengths, capacity):
-        check_room(input_ids.shape[1], capacity)
-        return paligemma.prefill(self.params, self.config, pixel_values, input_ids, lengths, capacity)
-
-    @_quietly
-    def decode(self, input_ids, lengths, cache):
-        check_room(lengths.max() + 1, cache[0][0].shape[2])
-        return paligemma.decode(self.params, self.config, input_ids, lengths, cache)
-
-    @_quietly
-    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths):
-        """The first tap of one pass over prompts and answers that is not finite, None if all are."""
-        tap = FirstNotFinite()
-        paligemma.forward(self.params, self.config, pixel_values, input_ids, lengths, prefix_lengths, tap)
-        return tap.name
+from .model.sampling import Sampling
 
 
 @dataclass
@@ -74,7 +16,7 @@ class Timings:
 
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    decode_tokens: int = field(default=0)
+    decode_tokens: int = 0
 
     def add_wait(self, step: int, seconds: float) -> None:
         """Seconds waited for the logits of a step, which prefill gave, or decode."""
@@ -97,80 +39,67 @@ def pad_prompts(prompts, pad):
     return input_ids, lengths
 
 
-def choose_capacity(config, lengths, max_new_tokens, limit=None):
+def choose_capacity(engine: Engine, lengths, max_new_tokens) -> int:
     """Cache slots for the longest prompt and answer (the last token is never fed back); lengths [B].
 
-    `max_new_tokens` is one number, or [B]. Raises PaliGemmaError if that is more than the model, or the bundle, has
-    positions for.
+    `max_new_tokens` is one number, or [B]. Raises PaliGemmaError if that is more than the engine has positions for.
     """
-    limit, new_tokens = limit or config.max_length, np.broadcast_to(max_new_tokens, lengths.shape)
+    patches, new_tokens = engine.config.vision.patches, np.broadcast_to(max_new_tokens, lengths.shape)
     longest = int((lengths + new_tokens).argmax())
     needed = int(lengths[longest] + new_tokens[longest]) - 1
-    if needed > limit:
+    if needed > engine.max_length:
         raise PaliGemmaError(
-            f"the prompt has {lengths[longest]} tokens ({config.vision.patches} of them the picture), which with "
-            f"{new_tokens[longest]} new ones exceeds the capacity of {limit}; shorten the prompt or lower "
+            f"the prompt has {lengths[longest]} tokens ({patches} of them the picture), which with "
+            f"{new_tokens[longest]} new ones exceeds the capacity of {engine.max_length}; shorten the prompt or lower "
             "--max-new-tokens"
         )
     return needed
 
 
-def check_room(needed, capacity) -> None:
-    """Raise PaliGemmaError unless a cache of `capacity` slots holds `needed` positions."""
-    if needed > capacity:
-        raise PaliGemmaError(f"a cache of {capacity} slots is too small for {needed} positions")
+def check_logits(engine: Engine, logits, alive, pixel_values, prompts, generated) -> None:
+    """Raise PaliGemmaError if a row that is alive has logits [B, V] that are not finite, and say where they arose.
 
-
-def check_logits(engine, logits, alive, pixel_values, prompts, said) -> None:
-    """Raise PaliGemmaError if a row that is alive has logits [B, V] that are no numbers, and say where they arose.
-
-    `said` are the tokens [B] of the steps before. An engine that has taps runs that row again with one. Logits that
-    stay on a device are not looked at: that would be one more wait a token.
+    `generated` are the tokens [B] of the steps before. An engine that has taps runs that row again with one. Logits
+    that stay on a device are not looked at: that would be one more wait a token.
     """
     if not isinstance(logits, np.ndarray):
         return
     rows = np.flatnonzero(alive & ~np.isfinite(logits).all(-1))
     if not rows.size:
         return
-    row, tap = rows[0], None
-    if hasattr(engine, "first_not_finite"):
-        sequence = [*prompts[row], *(int(token[row]) for token in said)]
-        input_ids, lengths = pad_prompts([sequence], engine.config.pad)
-        prefix = np.array([len(prompts[row])], np.int32)
-        tap = engine.first_not_finite(pixel_values[row : row + 1], input_ids, lengths, prefix)
+    row = rows[0]
+    sequence = [*prompts[row], *(int(token[row]) for token in generated)]
+    input_ids, lengths = pad_prompts([sequence], engine.config.pad)
+    prefix = np.array([len(prompts[row])], np.int32)
+    tap = engine.first_not_finite(pixel_values[row : row + 1], input_ids, lengths, prefix)
     where = f"the first value that is not is {tap}" if tap else "export-onnx --verify says in which layer they arise"
-    raise PaliGemmaError(f"the logits for token {len(said) + 1} of the answer are not finite numbers; {where}")
+    raise PaliGemmaError(f"the logits for token {len(generated) + 1} of the answer are not finite numbers; {where}")
 
 
-def generate(
-    engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, capacity=None, timings=None, seeds=None
-):
+def generate(engine: Engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, timings=None, seeds=None):
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens, one number or one a row.
 
     A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
-    place of the sampling's own, a row draws the same in any company. Raises PaliGemmaError if `capacity`, or the
-    engine, has too few positions, or if its logits are no numbers.
+    place of the sampling's own, a row draws the same in any company. Raises PaliGemmaError if the engine has too few
+    positions, or if its logits are not finite.
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
-    needed = choose_capacity(config, lengths, max_new_tokens, getattr(engine, "max_length", None))
-    if capacity is not None:
-        check_room(needed, capacity)
-    capacity = capacity or needed
-    draws, draw = uniforms(len(prompts), sampling.seed, seeds), getattr(engine, "sample", sample)
-    alive, said = np.ones(len(prompts), bool), []
+    capacity = choose_capacity(engine, lengths, max_new_tokens)
+    draws = uniforms(len(prompts), sampling.seed, seeds)
+    alive, generated = np.ones(len(prompts), bool), []
 
     started = time.perf_counter()
     logits, cache = engine.prefill(pixel_values, input_ids, lengths, capacity)
     timings.prefill_s = time.perf_counter() - started
     for step in range(np.max(max_new_tokens)):
-        check_logits(engine, logits, alive, pixel_values, prompts, said)
+        check_logits(engine, logits, alive, pixel_values, prompts, generated)
         started = time.perf_counter()
-        token = draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
+        token = engine.sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
         if not isinstance(logits, np.ndarray):  # a device was still at work on them, and this the wait for it
             timings.add_wait(step, time.perf_counter() - started)
         token = np.where(alive, token, config.pad)
-        said.append(token)
+        generated.append(token)
         yield token
         alive = alive & (token != config.eos) & (step + 1 < np.asarray(max_new_tokens))
         if not alive.any():

@@ -39,7 +39,7 @@ def generations(engine, tokenizer, image, count):
     for i in range(count):
         pixel_values, prompt = engine.preprocess(image), tokenizer.prompt(PROMPTS[i % len(PROMPTS)])
         sampling = Sampling(temperature=i % 2, seed=i)
-        for _ in generate(engine, pixel_values, [prompt], known, 4 + i % 13, sampling, len(prompt) + 16 + i % 7):
+        for _ in generate(engine, pixel_values, [prompt], known, 4 + i % 13, sampling):
             pass
         if engine.masks:
             engine.masks(np.full((1, 16), i % 128))

@@ -399,7 +399,7 @@ def test_a_model_that_fails_names_its_rows(rows, tmp_path, capsys, monkeypatch):
         raise RuntimeError("bad allocation")
         yield
 
-    monkeypatch.setattr(batch.generate, "generate", fail)
+    monkeypatch.setattr(batch.answering, "generate", fail)
     line = refused(capsys, rows, tmp_path / "out.jsonl", "--batch-size", "4")
     assert "rows 0 to 3: the model failed (bad allocation)" in line
     assert "--batch-size" in line

@@ -8,8 +8,9 @@ import pytest
 from export import bundle
 from export.session import Session
 from numpy_ref import checkpoint
+from numpy_ref.engine import Engine, NumpyEngine
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import NumpyEngine, Timings, answers, choose_capacity, generate, pad_prompts
+from numpy_ref.generate import Timings, answers, choose_capacity, generate, pad_prompts
 from numpy_ref.model.sampling import Sampling
 from torch_impl.load import TorchEngine
 
@@ -19,12 +20,11 @@ CONFIG = replace(CONFIGS["paligemma1"], eos=1)
 KNOWN = np.ones(53, bool)
 
 
-class Script:
-    """An engine that says what it was told to, and checks what it is fed."""
-
-    config = CONFIG
+class Script(Engine):
+    """An engine that answers the given tokens, and checks what it is fed."""
 
     def __init__(self, *rows):
+        super().__init__(CONFIG)
         self.rows, self.lengths = rows, []
 
     def logits(self, step):
@@ -95,10 +95,10 @@ def test_a_row_with_a_seed_draws_the_same_in_any_company():
 
 
 def test_capacity():
-    assert choose_capacity(CONFIG, np.array([12, 20]), 5) == 24
-    assert choose_capacity(CONFIG, np.array([12, 20]), np.array([15, 5])) == 26
+    assert choose_capacity(Script(), np.array([12, 20]), 5) == 24
+    assert choose_capacity(Script(), np.array([12, 20]), np.array([15, 5])) == 26
     with pytest.raises(PaliGemmaError, match=r"the prompt has 90 tokens .9 of them the picture.*capacity of 97"):
-        choose_capacity(CONFIG, np.array([90]), 9)
+        choose_capacity(Script(), np.array([90]), 9)
 
 
 def test_padding():
@@ -120,5 +120,5 @@ def test_a_cache_that_is_too_small(tmp_path):
         _, cache = engine.prefill(pixels, ids, lengths, size)
         with pytest.raises(PaliGemmaError, match=f"{size} slots is too small for {size + 1}"):
             engine.decode(ids[:, -1:], np.full_like(lengths, size), cache)
-        with pytest.raises(PaliGemmaError, match="is too small"):
-            list(generate(engine, pixels[:1], [ids[0].tolist()], np.ones(CONFIG.text.vocab, bool), 5, capacity=size))
+        with pytest.raises(PaliGemmaError, match="exceeds the capacity of 97"):
+            list(generate(engine, pixels[:1], [ids[0].tolist()], KNOWN, 97))

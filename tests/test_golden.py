@@ -7,7 +7,8 @@ from safetensors.numpy import load_file
 from export import bundle
 from export.session import Session
 from numpy_ref import checkpoint
-from numpy_ref.generate import NumpyEngine, generate, pad_prompts
+from numpy_ref.engine import NumpyEngine
+from numpy_ref.generate import generate, pad_prompts
 from torch_impl.load import TorchEngine
 
 from . import make_goldens

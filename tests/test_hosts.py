@@ -19,8 +19,8 @@ from PIL import Image
 
 from export import bundle, serve
 from export.session import HostSession, Session
-from numpy_ref import checkpoint, cli, detection
-from numpy_ref.generate import answers, generate
+from numpy_ref import checkpoint
+from numpy_ref.answer import answer
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.model import segmentation
 from numpy_ref.model.sampling import Sampling
@@ -84,20 +84,14 @@ def golden(shipped, tmp_path_factory):
 def case(engine, tokenizer, picture, prompt, sampling):
     """What a host is asked, and what Python answers."""
     image = open_image(picture)
-    pixels = preprocess(image, engine.config.vision.image_size)
-    rows = list(generate(engine, pixels, [tokenizer.prompt(prompt)], tokenizer.known(), 64, sampling))
-    tokens = answers(rows, engine.config.eos)[0]
-    text = tokenizer.decode(tokens)
-    boxes = detection.parse(text, image.width, image.height)
-    masks = cli.paint(engine.masks, boxes, image.width, image.height)
+    found = answer(engine, tokenizer, image, prompt, max_new_tokens=64, sampling=sampling)
     uniforms = np.random.default_rng(sampling.seed).random(64, np.float32).tolist()
     return {
         "asked": {
             "picture": str(picture), "prompt": prompt, "temperature": sampling.temperature, "topK": sampling.top_k,
             "topP": sampling.top_p, "uniforms": uniforms,
         },
-        "tokens": tokens, "text": text, "boxes": json.loads(json.dumps([box.as_json() for box in boxes])),
-        "masks": [mask for mask in masks if mask is not None],
+        **json.loads(json.dumps(found.as_json())), "masks": [mask for mask in found.masks if mask is not None],
     }  # fmt: skip
 
 
@@ -231,11 +225,11 @@ def test_python_by_the_host_graphs(golden, shipped):
     """Pictures and draws by the bundle's graphs, in Python."""
     engine, tokenizer = HostSession(shipped, "cpu"), Tokenizer.load(shipped.path, shipped.config)
     for case in golden:
-        asked, pixels = case["asked"], engine.preprocess(open_image(case["asked"]["picture"]))
+        asked, image = case["asked"], open_image(case["asked"]["picture"])
         seed = int(Path(asked["picture"]).stem) if asked["temperature"] else 0
         sampling = Sampling(asked["temperature"], asked["topK"], asked["topP"], seed)
-        rows = list(generate(engine, pixels, [tokenizer.prompt(asked["prompt"])], tokenizer.known(), 64, sampling))
-        assert answers(rows, engine.config.eos)[0] == case["tokens"], asked
+        found = answer(engine, tokenizer, image, asked["prompt"], max_new_tokens=64, sampling=sampling)
+        assert found.tokens == case["tokens"], asked
 
 
 # --- pictures and text -------------------------------------------------------------------------------------

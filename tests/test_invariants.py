@@ -9,7 +9,7 @@ import torch
 from export import bundle
 from export.session import Session
 from numpy_ref import checkpoint
-from numpy_ref.generate import NumpyEngine
+from numpy_ref.engine import NumpyEngine
 from numpy_ref.model import paligemma
 from torch_impl.load import TorchEngine, to_tensor
 

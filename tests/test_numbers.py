@@ -11,9 +11,10 @@ from export.session import Session
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import Checkpoint, blocks, flatten, unflatten
 from numpy_ref.checkpoint.npz import write_npz
+from numpy_ref.engine import Engine, NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.files import new_file
-from numpy_ref.generate import NumpyEngine, generate
+from numpy_ref.generate import generate
 from torch_impl.load import TorchEngine
 
 from .models import CONFIGS, random_batch, random_params
@@ -161,9 +162,7 @@ def test_generation_stops_at_the_step(tmp_path, engine):
 def test_rows_that_have_ended_may_say_anything(tmp_path):
     """What a row computes after its end is nobody's answer."""
 
-    class Ended:
-        config = replace(CONFIG, eos=1)
-
+    class Ended(Engine):
         def prefill(self, pixel_values, input_ids, lengths, capacity):
             return np.eye(2, CONFIG.text.vocab, 1, dtype=np.float32), None
 
@@ -172,14 +171,14 @@ def test_rows_that_have_ended_may_say_anything(tmp_path):
             logits[0] = np.nan
             return logits, None
 
-    assert len(ask_rows(Ended(), 2)) == 3
-    Ended.config = replace(CONFIG, eos=9)
+    assert len(ask_rows(Ended(replace(CONFIG, eos=1)), 2)) == 3
     with pytest.raises(PaliGemmaError, match=r"token 2 .* export-onnx --verify"):
-        ask_rows(Ended(), 2)
+        ask_rows(Ended(replace(CONFIG, eos=9)), 2)
 
 
 def ask_rows(engine, rows):
-    return list(generate(engine, None, [[5]] * rows, np.ones(CONFIG.text.vocab, bool), 3))
+    pixel_values = np.zeros((rows, 3, *[CONFIG.vision.image_size] * 2), np.float32)
+    return list(generate(engine, pixel_values, [[5]] * rows, np.ones(CONFIG.text.vocab, bool), 3))
 
 
 def test_a_float16_bundle_that_overflows(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from numpy_ref import detection, scenes
+from numpy_ref.answer import Answer
 from numpy_ref.scenes import Scene, Thing, evaluate, questions
 
 
@@ -198,9 +199,13 @@ def test_mask_iou_of_right_and_wrong_answers():
     masks = partial(segmentation.decode, codec)
     rng = np.random.default_rng(8)
     asked = [questions.random_question(rng, Speller(codec), "segment") for _ in range(20)]
-    right = [evaluate.mask_iou(question.suffix, question, masks) for question in asked]
+
+    def iou(text, question, decode=masks):
+        return evaluate.mask_iou(Answer(text, [], 1, 1, decode_masks=decode), question)
+
+    right = [iou(question.suffix, question) for question in asked]
     assert np.mean(right) > 0.95  # what the codec itself can do
-    shifted = [evaluate.mask_iou(b.suffix, a, masks) for a, b in itertools.pairwise(asked)]
+    shifted = [iou(b.suffix, a) for a, b in itertools.pairwise(asked)]
     assert np.mean(shifted) < 0.3
-    assert evaluate.mask_iou("", asked[0], masks) == 0
-    assert evaluate.mask_iou(asked[0].suffix, asked[0], None) == 0
+    assert iou("", asked[0]) == 0
+    assert iou(asked[0].suffix, asked[0], None) == 0

@@ -10,7 +10,8 @@ from export import bundle
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED
-from numpy_ref.generate import NumpyEngine, answers, generate
+from numpy_ref.engine import NumpyEngine
+from numpy_ref.generate import answers, generate
 from numpy_ref.image import preprocess
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate
@@ -94,8 +95,9 @@ def test_it_answers_as_well_as_recorded(shipped, tokenizer):
 
 def test_a_batch_of_scenes_answers_as_its_rows(tokenizer, asked, reference):
     engine = Session(bundle.shipped(), "cpu")
-    texts = evaluate.answer_all(engine, tokenizer, asked)
-    assert texts == [tokenizer.decode(row) for row in reference]
+    found = evaluate.answer_questions(engine, tokenizer, asked)
+    assert [answer.tokens for answer in found] == reference
+    assert [answer.text for answer in found] == [tokenizer.decode(row) for row in reference]
 
 
 def test_masks_are_the_same_in_the_bundle(codec):

@@ -13,8 +13,9 @@ from numpy_ref.__main__ import main
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli import trace
 from numpy_ref.cli.trace import AXES, TracedEngine
+from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import NumpyEngine, generate
+from numpy_ref.generate import generate
 from numpy_ref.model import paligemma
 
 from .models import CONFIGS, random_batch, random_params

@@ -5,8 +5,8 @@ import torch
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint.blocks import bfloat16, check_finite
+from numpy_ref.engine import Engine, FirstNotFinite, check_room
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import FirstNotFinite, check_room
 from numpy_ref.model.segmentation import decoder_of
 
 from .model.layers import upcast
@@ -59,13 +59,14 @@ def to_tensor(array) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-class ModuleEngine:
-    """A module as an engine of `numpy_ref.generate`: NumPy arrays in, NumPy logits out."""
+class ModuleEngine(Engine):
+    """A module as an engine: NumPy arrays in, NumPy logits out."""
 
     name = "torch"
 
     def __init__(self, model: PaliGemma, resize: str = "bicubic", masks=None):
-        self.config, self.model, self.resize, self.masks = model.config, model, resize, masks
+        super().__init__(model.config, resize, masks)
+        self.model = model
 
     @torch.inference_mode()
     def prefill(self, pixel_values, input_ids, lengths, capacity):
@@ -82,7 +83,6 @@ class ModuleEngine:
 
     @torch.inference_mode()
     def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths):
-        """The first tap of one pass over prompts and answers that is not finite, None if all are."""
         tap = FirstNotFinite(lambda value: bool(torch.isfinite(value).all()))
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         self.model(pixels, *map(torch.from_numpy, (input_ids, lengths, prefix_lengths)), tap)

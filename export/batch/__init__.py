@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from numpy_ref import cli, detection, files, generate
+from numpy_ref import answer as answering
+from numpy_ref import files
+from numpy_ref.answer import Answer, Question
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.image import preprocess
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ _BAR = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to do, as every worker is told it."""
+    """What to do, as every worker gets it."""
 
     rows: Folder | JsonLines | Parquet
     bundle: Bundle
@@ -68,11 +68,11 @@ def run(job: Job, output: Path, batch_size: int, start_workers) -> tuple[int, in
     """
     count = len(job.rows)
     with work_file(output, job.settings()) as work:
-        begun = work.keep(count, batch_size)
-        if begun:
-            print(f"{PROG}: going on from row {begun} of {count}", file=sys.stderr)
-        with start_workers(job) as answer, tqdm(total=count, initial=begun, **_BAR) as bar:
-            for answers in answer(range(begun, count, batch_size), batch_size):
+        first = work.keep(count, batch_size)
+        if first:
+            print(f"{PROG}: going on from row {first} of {count}", file=sys.stderr)
+        with start_workers(job) as answer, tqdm(total=count, initial=first, **_BAR) as bar:
+            for answers in answer(range(first, count, batch_size), batch_size):
                 work.write(answers)
                 bar.update(len(answers))
         work.finish(count)
@@ -83,16 +83,12 @@ def run(job: Job, output: Path, batch_size: int, start_workers) -> tuple[int, in
 
 
 @dataclass(frozen=True)
-class Question:
-    """A row that can be asked: its prompt as text and ids, its picture as pixel values [1, 3, S, S]."""
+class Asked:
+    """A row that can be asked, and its question."""
 
     row: Row
     prompt: str
-    ids: list[int]
-    new_tokens: int
-    pixel_values: np.ndarray
-    width: int
-    height: int
+    question: Question
 
 
 class Worker:
@@ -101,55 +97,45 @@ class Worker:
     def __init__(self, job: Job, threads: int):
         self.job, self.engine = job, make(job.bundle, job.provider, threads, provider_options=job.provider_options)
         self.tokenizer = Tokenizer.load(job.bundle.path, job.bundle.config)
-        self.known = self.tokenizer.known()
 
     def answers(self, begins, size):
         """Yield the answers of each batch, a list of dict. The next one's pictures are read meanwhile."""
         for prepared in one_ahead(lambda begin: self.prepare(begin, size), begins):
             yield self.answer(prepared)
 
-    def prepare(self, begin: int, size: int) -> list[Question | dict]:
+    def prepare(self, begin: int, size: int) -> list[Asked | dict]:
         """The questions of a batch; in place of one that cannot be asked, the answer that says why."""
         return [self._prepare(row) for row in self.job.rows.read(begin, begin + size)]
 
     def answer(self, prepared) -> list[dict]:
         """The answers of a batch that was prepared."""
-        asked = [each for each in prepared if isinstance(each, Question)]
-        answered = iter(self._generate(asked) if asked else [])
-        return [self._told(each, next(answered)) if isinstance(each, Question) else each for each in prepared]
+        asked = [each for each in prepared if isinstance(each, Asked)]
+        answers = iter(self._answer(asked) if asked else [])
+        return [
+            _head(each.row, each.prompt) | next(answers).as_json() if isinstance(each, Asked) else each
+            for each in prepared
+        ]
 
-    def _prepare(self, row: Row) -> Question | dict:
+    def _prepare(self, row: Row) -> Asked | dict:
         try:
             prompt = row.question(self.job.prompt)
-            ids = self.tokenizer.prompt(prompt)
-            new_tokens, _ = cli.budget(self.engine, ids, self.job.max_new_tokens)
+            fitted = answering.fit(self.engine, self.tokenizer, prompt, self.job.max_new_tokens)
             image = row.picture()
         except PaliGemmaError as error:
-            prompt = self.job.prompt if row.prompt is None else row.prompt
-            return _head(row, prompt if isinstance(prompt, str) else None) | {"error": " ".join(str(error).split())}
-        pixel_values = preprocess(image, self.engine.config.vision.image_size, resize=self.engine.resize)
-        return Question(row, prompt, ids, new_tokens, pixel_values, image.width, image.height)
+            text = self.job.prompt if row.prompt is None else row.prompt
+            return _head(row, text if isinstance(text, str) else None) | {"error": " ".join(str(error).split())}
+        return Asked(row, prompt, answering.ask(self.engine, image, *fitted))
 
-    def _generate(self, asked) -> list[list[int]]:
-        """The ids of each answer."""
-        sampling, first, last = self.job.sampling, asked[0].row.number, asked[-1].row.number
-        pixel_values = np.concatenate([question.pixel_values for question in asked])
-        prompts = [question.ids for question in asked]
-        new_tokens = np.array([question.new_tokens for question in asked])
-        seeds = [[sampling.seed, question.row.number] for question in asked]
-        tokens = generate.generate(self.engine, pixel_values, prompts, self.known, new_tokens, sampling, seeds=seeds)
+    def _answer(self, asked: list[Asked]) -> list[Answer]:
+        questions, rows = [each.question for each in asked], [each.row.number for each in asked]
+        sampling, seeds = self.job.sampling, [[self.job.sampling.seed, row] for row in rows]
         try:
-            rows = generate.answers(list(tokens), self.engine.config.eos)
+            return answering.answer_all(
+                self.engine, self.tokenizer, questions, sampling=sampling, boxes=self.job.boxes, seeds=seeds
+            )
         except Exception as error:  # the runtime's exceptions have no common class
-            reason = f"rows {first} to {last}: the model failed ({error})"
+            reason = f"rows {rows[0]} to {rows[-1]}: the model failed ({error})"
             raise PaliGemmaError(f"{reason}; if memory is short, a smaller --batch-size takes less") from error
-        return [row[:most] for row, most in zip(rows, new_tokens, strict=True)]
-
-    def _told(self, question: Question, ids) -> dict:
-        text = self.tokenizer.decode(ids)
-        boxes = detection.parse(text, question.width, question.height, self.job.boxes)
-        found = {"text": text, "tokens": ids, "boxes": [box.as_json() for box in boxes]}
-        return _head(question.row, question.prompt) | found
 
 
 def _head(row: Row, prompt) -> dict:
@@ -175,28 +161,28 @@ def one_ahead(function, items):
 @contextmanager
 def workers(job: Job, count: int = 1, threads: int = 0):
     """One worker in this process, or `count` in a process each that share `threads` (0: all cores) evenly."""
-    # Said once, not by every worker.
+    # Chosen here, so that what there is to say about it is printed once and not by every worker.
     job = replace(job, provider="cpu" if place(job.bundle, job.provider, job.provider_options) == CPU else "cuda")
     if count == 1:
         yield Worker(job, threads).answers
         return
-    share = max(1, (threads or os.cpu_count()) // count)
+    share = max(1, (threads or os.cpu_count() or 1) // count)
     with ExitStack() as stack:
-        crew = [stack.enter_context(Process(job, share)) for _ in range(count)]
-        for process in crew:
-            process.hear()
-        yield partial(in_turn, crew)
+        processes = [stack.enter_context(Process(job, share)) for _ in range(count)]
+        for process in processes:
+            process.receive()
+        yield partial(in_turn, processes)
 
 
-def in_turn(crew, begins, size):
+def in_turn(processes, begins, size):
     """Yield the answers of each batch; of n workers the first has batches 0, n, 2n, …
 
     A worker that is ahead of its turn is stopped by its pipe when that is full, so nothing piles up.
     """
-    for i, process in enumerate(crew):
-        process.tell(begins[i :: len(crew)], size)
+    for i, process in enumerate(processes):
+        process.send(begins[i :: len(processes)], size)
     for i in range(len(begins)):
-        yield crew[i % len(crew)].hear()
+        yield processes[i % len(processes)].receive()
 
 
 class Process:
@@ -204,23 +190,23 @@ class Process:
 
     def __init__(self, job: Job, threads: int):
         context = multiprocessing.get_context("spawn")  # a fork would copy the runtime's locks
-        self.line, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, job, threads), daemon=True)
+        self.connection, other_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(other_end, job, threads), daemon=True)
         self.process.start()
-        theirs.close()
+        other_end.close()
 
-    def tell(self, begins, size) -> None:
+    def send(self, begins, size) -> None:
         """Which batches to answer."""
         with self._alive():
-            self.line.send((begins, size))
+            self.connection.send((begins, size))
 
-    def hear(self):
-        """What it says next: None once it is ready, then the answers of its batches."""
+    def receive(self):
+        """What it sends next: None once it is ready, then the answers of its batches. Raises its PaliGemmaError."""
         with self._alive():
-            told = self.line.recv()
-        if isinstance(told, PaliGemmaError):
-            raise told
-        return told
+            received = self.connection.recv()
+        if isinstance(received, PaliGemmaError):
+            raise received
+        return received
 
     @contextmanager
     def _alive(self):
@@ -235,24 +221,24 @@ class Process:
         return self
 
     def __exit__(self, *error):
-        self.line.close()
+        self.connection.close()
         self.process.terminate()
         self.process.join()
         self.process.close()
 
 
-def _work(line, job, threads):
-    """What the process of a worker does until the line is closed."""
+def _work(connection, job, threads):
+    """What the process of a worker does until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one answers it
     with suppress(EOFError, ConnectionError):  # the first process is gone
         try:
             worker = Worker(job, threads)
-            line.send(None)
+            connection.send(None)
             while True:
-                for answers in worker.answers(*line.recv()):
-                    line.send(answers)
+                for answers in worker.answers(*connection.recv()):
+                    connection.send(answers)
         except PaliGemmaError as error:
-            line.send(error)
+            connection.send(error)
 
 
 # --- the work file -----------------------------------------------------------------------------------------

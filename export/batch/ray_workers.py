@@ -67,12 +67,12 @@ def _answers(ray, job, count, share, card, begins, size):
         num_cpus=share, num_gpus=card,
     )  # fmt: skip
     try:
-        for task, told in zip(tasks, answered.iter_rows(), strict=True):
-            if told["error"]:
-                raise PaliGemmaError(told["error"])
-            if told["begin"] != task.start:
-                raise PaliGemmaError(f"Ray gave the answers from row {told['begin']} in place of row {task.start}")
-            yield from json.loads(told["answers"])
+        for task, result in zip(tasks, answered.iter_rows(), strict=True):
+            if result["error"]:
+                raise PaliGemmaError(result["error"])
+            if result["begin"] != task.start:
+                raise PaliGemmaError(f"Ray gave the answers from row {result['begin']} in place of row {task.start}")
+            yield from json.loads(result["answers"])
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]
         raise PaliGemmaError(f"Ray stopped: {reason}; the same command again goes on") from None
@@ -81,7 +81,7 @@ def _answers(ray, job, count, share, card, begins, size):
 class Actor:
     """A worker that Ray hands one task at a time, as columns of one row.
 
-    A PaliGemmaError is an answer: an exception Ray would try again, and tell in a hundred lines.
+    A PaliGemmaError is an answer: an exception Ray would try again, and report in a hundred lines.
     """
 
     def __init__(self, job: Job, threads: int):

@@ -259,7 +259,7 @@ def timed(answer, tokens: int) -> dict:
 def _ours(folder, threads):
     """`answer`, by the bundle, from the picture file to the tokens; and what else it can be asked."""
     from numpy_ref.generate import Timings
-    from numpy_ref.image import open_image, preprocess
+    from numpy_ref.image import open_image
     from numpy_ref.tokenizer import Tokenizer
 
     from ..session import Session
@@ -268,7 +268,7 @@ def _ours(folder, threads):
     tokenizer = Tokenizer.load(SHIPPED, load_config(SHIPPED))  # the synthetic checkpoint has none
 
     def answer(count, first, timings=None):
-        picture = preprocess(open_image(SHIPPED / "example.png"), engine.config.vision.image_size)
+        picture = engine.preprocess(open_image(SHIPPED / "example.png"))
         tokenizer.prompt("answer en how many shapes are there?")
         generate(picture, count, first, timings)
 

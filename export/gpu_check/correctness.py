@@ -5,7 +5,8 @@ from functools import cache
 import numpy as np
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref.generate import NumpyEngine, answers, generate, pad_prompts
+from numpy_ref.engine import NumpyEngine
+from numpy_ref.generate import answers, generate, pad_prompts
 from numpy_ref.model import paligemma
 from numpy_ref.model.sampling import sample
 from numpy_ref.tokenizer import Tokenizer, known_ids

@@ -16,7 +16,7 @@ import numpy as np
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint.synthetic import scale_of
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.image import open_image, preprocess
+from numpy_ref.image import open_image
 from numpy_ref.tokenizer import known_ids
 
 from .. import bundle as bundles
@@ -185,8 +185,7 @@ def opened(bundle, settings: Settings, captured: bool = False):
 
 def picture(engine, batch: int = 1) -> np.ndarray:
     """The example's pixel values, once a row."""
-    pixels = preprocess(open_image(PICTURE), engine.config.vision.image_size, resize=engine.resize)
-    return np.repeat(pixels, batch, 0)
+    return np.repeat(engine.preprocess(open_image(PICTURE)), batch, 0)
 
 
 def endless(config) -> np.ndarray:

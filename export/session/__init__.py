@@ -1,4 +1,4 @@
-"""A bundle opened with ONNX Runtime, as an engine of `numpy_ref.generate`."""
+"""A bundle opened with ONNX Runtime, as an engine."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 from onnx.external_data_helper import ExternalDataInfo
 
-from numpy_ref.generate import check_room
+from numpy_ref.engine import check_room
 
 from ..bundle.weights import FILE
 from . import cuda
@@ -52,7 +52,7 @@ class DeviceSession(Session):
         for name, number in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
             if draw.is_new(name, number):
                 self._put(np.asarray(number, np.float32), draw.inputs[name])
-        with self._told("sample_device"):
+        with self._errors_as_line("sample_device"):
             self._sample.run_with_iobinding(draw.binding, self._options_for(draw, candidates))
             return draw.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
 

@@ -11,8 +11,8 @@ from functools import cached_property, partial
 import numpy as np
 import onnxruntime
 
+from numpy_ref.engine import Engine, check_room
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import check_room
 from numpy_ref.image import to_rgb
 from numpy_ref.model.segmentation import CELLS, SIDE
 
@@ -32,8 +32,8 @@ MAPPED_FROM = 2 * 2**30
 _FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
 
-class Session:
-    """A bundle's graphs as an engine of `numpy_ref.generate`.
+class Session(Engine):
+    """A bundle's graphs as an engine.
 
     Threads may share one: each generation has a cache, and buffers, of its own.
     """
@@ -43,8 +43,9 @@ class Session:
     can_capture = False  # which takes logits and tokens that stay where they are
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
-        self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
-        self.resize = bundle.description["image"]["resize"]
+        masks = self._paint if "masks" in bundle.description["graphs"] else None
+        super().__init__(bundle.config, bundle.description["image"]["resize"], masks, bundle.max_length)
+        self.bundle = bundle
         self.provider_options = {name: str(value) for name, value in (provider_options or {}).items()}
         self.provider = place(bundle, provider, self.provider_options)
         self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
@@ -67,7 +68,6 @@ class Session:
             self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
         if self.provider == CUDA:
             self._check_placement()
-        self.masks = self._paint if "masks" in bundle.description["graphs"] else None
 
     @property
     def captures(self) -> bool:
@@ -91,7 +91,7 @@ class Session:
         binding.bind_ortvalue_output("logits", cache.logits)
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_output(f"present.{name}", buffer)
-        with self._told("prefill"):
+        with self._errors_as_line("prefill"):
             self._prefill.run_with_iobinding(binding)
         return self._logits(cache), cache
 
@@ -100,7 +100,7 @@ class Session:
         check_room(lengths.max() + 1, cache.capacity)
         self._put(np.ascontiguousarray(input_ids, np.int64), cache.input_ids)
         self._put(np.ascontiguousarray(lengths, np.int32), cache.lengths)
-        with self._told("decode"):
+        with self._errors_as_line("decode"):
             self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
         return self._logits(cache), cache
 
@@ -137,7 +137,7 @@ class Session:
         options.intra_op_num_threads = threads
         on_device = self.provider == CUDA and name in ON_DEVICE
         providers = [(CUDA, self._provider_options_of(name)), CPU] if on_device else [CPU]
-        with self._told(name):
+        with self._errors_as_line(name):
             opened = onnxruntime.InferenceSession(self._file(name), options, providers=providers)
         found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
         for value, shape in self._io(name).items():
@@ -170,14 +170,14 @@ class Session:
 
     def _run(self, name, opened, feeds):
         """The one output of a graph."""
-        with self._told(name):
+        with self._errors_as_line(name):
             return opened.run(None, feeds)[0]
 
     def _file(self, name):
         return self.bundle.path / self.bundle.description["graphs"][name]["file"]
 
     @contextmanager
-    def _told(self, name):
+    def _errors_as_line(self, name):
         """Turn what ONNX Runtime raises, which has no common class, into a line that names the graph."""
         try:
             yield

@@ -10,18 +10,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
+from .. import answer as answering
 from .. import detection
+from ..answer import Answer
 from ..errors import PaliGemmaError
-from ..generate import Timings, answers, choose_capacity, generate
-from ..image import open_image, preprocess
+from ..image import open_image
 from ..model import segmentation
 from ..model.sampling import Sampling
-from ..tokenizer import Stream
 from .options import Parser
 
-DEFAULT_NEW_TOKENS = 64
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -86,51 +83,33 @@ def parse(options: Parser, argv=None) -> argparse.Namespace:
 
 
 def answer(arguments, load, look=None, quiet=False) -> int:
-    """Load an engine and its tokenizer with `load(model path or None)`, generate, and print unless `quiet`.
+    """Load an engine and its tokenizer with `load(model path or None)`, answer, and print unless `quiet`.
 
-    `look(engine, tokenizer, image, pixel_values, prompt ids, answer ids)` is called with what was answered.
+    `look(engine, tokenizer, image, answer)` is called with what was answered.
     """
     streamed = not (arguments.json or quiet)
     image = open_image(arguments.image)  # before the model: the cheaper mistake first
     started = time.perf_counter()
     engine, tokenizer = load(arguments.model)
     load_s = time.perf_counter() - started
-
-    config = engine.config
-    prompt = tokenizer.prompt(arguments.prompt)
-    new_tokens, capacity = budget(engine, prompt, arguments.max_new_tokens)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    timings, stream, tokens = Timings(), Stream(tokenizer), []
-    if hasattr(engine, "preprocess"):
-        pixel_values = engine.preprocess(image)
-    else:
-        pixel_values = preprocess(image, config.vision.image_size, resize=engine.resize)
-    for token in generate(engine, pixel_values, [prompt], tokenizer.known(), new_tokens, sampling, capacity, timings):
-        tokens.append(token)
-        if streamed and token[0] != config.eos:
-            print(printable(stream.push(int(token[0]))), end="", flush=True)
+    answered = answering.answer(
+        engine, tokenizer, image, arguments.prompt, max_new_tokens=arguments.max_new_tokens, sampling=sampling,
+        boxes=arguments.boxes, on_text=_print_piece if streamed else None,
+    )  # fmt: skip
     if streamed:
-        print(printable(stream.close()))
-
-    ids = answers(tokens, config.eos)[0]
-    text = tokenizer.decode(ids)
-    boxes = detection.parse(text, image.width, image.height, arguments.boxes)
-    shown = arguments.draw or arguments.json
-    masks = paint(engine.masks, boxes, image.width, image.height) if shown else []
+        print()
     if arguments.draw:
-        write_drawing(arguments.draw, detection.draw(image, boxes, caption(arguments.prompt, text, boxes), masks))
+        write_drawing(arguments.draw, draw(image, arguments.prompt, answered))
     if look:
-        look(engine, tokenizer, image, pixel_values, prompt, ids)
+        look(engine, tokenizer, image, answered)
     if arguments.json:
-        times = {
-            "load_s": round(load_s, 4),
-            "prefill_s": round(timings.prefill_s, 4),
-            "decode_tokens_per_s": round(timings.decode_tokens_per_s, 2),
-        }
-        found = [box.as_json() for box in boxes]
-        outlined = [{**box, **_run_lengths(mask)} for box, mask in zip(found, masks, strict=True) if "codes" in box]
-        print(json.dumps({"text": text, "tokens": ids, "boxes": found, "masks": outlined, "timings": times}))
+        print(json.dumps(as_json(answered, load_s)))
     return 0
+
+
+def _print_piece(text: str) -> None:
+    print(printable(text), end="", flush=True)
 
 
 def printable(text: str) -> str:
@@ -138,16 +117,17 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def paint(decode, boxes, width, height) -> list:
-    """The mask of each box in the picture, bool [height, width]; None for a box without codes, or without a codec.
-
-    `decode` is an engine's `masks`: codes [B, 16] -> [B, 64, 64], or None.
-    """
-
-    def place(box):
-        return segmentation.paste(decode(np.array([box.codes]))[0], box.corners, width, height)
-
-    return [place(box) if decode and box.codes else None for box in boxes]
+def as_json(answered: Answer, load_s: float) -> dict:
+    """An answer as `--json` has it."""
+    plain = answered.as_json()
+    boxes = zip(plain["boxes"], answered.masks, strict=True)
+    masks = [{**box, **_run_lengths(mask)} for box, mask in boxes if "codes" in box]
+    times = {
+        "load_s": round(load_s, 4),
+        "prefill_s": round(answered.timings.prefill_s, 4),
+        "decode_tokens_per_s": round(answered.timings.decode_tokens_per_s, 2),
+    }
+    return {**plain, "masks": masks, "timings": times}
 
 
 def _run_lengths(mask) -> dict:
@@ -169,22 +149,10 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def budget(engine, prompt, max_new_tokens):
-    """How many tokens to generate for a prompt of ids, and the cache slots that takes.
-
-    Raises PaliGemmaError if the prompt, or what was asked for, does not fit.
-    """
-    lengths = np.array([len(prompt)])
-    limit = getattr(engine, "max_length", engine.config.max_length)
-    if max_new_tokens is None:
-        choose_capacity(engine.config, lengths, 1, limit)  # the prompt itself must fit
-        max_new_tokens = min(DEFAULT_NEW_TOKENS, limit - len(prompt) + 1)
-    return max_new_tokens, choose_capacity(engine.config, lengths, max_new_tokens, limit)
-
-
-def caption(prompt, text, boxes) -> str:
-    """What is written below a drawing: the prompt, and the answer unless the boxes show it."""
-    return f"{prompt}: {len(boxes)} found" if boxes else f"{prompt}: {text}"
+def draw(image, prompt: str, answered: Answer):
+    """The picture with what was answered about it, the prompt below, and the text unless the boxes show it."""
+    found = f"{len(answered.boxes)} found" if answered.boxes else answered.text
+    return detection.draw(image, answered.boxes, f"{prompt}: {found}", answered.masks)
 
 
 def write_drawing(path: Path, drawing) -> None:

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import detection
-from ..generate import NumpyEngine, generate
+from ..answer import Answer
+from ..engine import NumpyEngine
+from ..generate import generate
 from ..image import open_image, preprocess
 from ..model import paligemma, sampling, segmentation
 from ..model.layers import softmax, upcast
@@ -138,21 +140,19 @@ class TracedEngine(NumpyEngine):
         )  # fmt: skip
         return token
 
-    def print_answer(self, image, text: str, convention: str) -> None:
+    def print_answer(self, answer: Answer) -> None:
         """Print an answer's text, its boxes in pixels of the picture, and its masks."""
         self.heading("answer")
-        self.write(repr(text))
-        for box in detection.parse(text, image.width, image.height, convention):
+        self.write(repr(answer.text))
+        for box, painted in zip(answer.boxes, answer.masks, strict=True):
             self.heading(f"box: {box.label!r}")
             self.row("corners", np.array(box.corners), [""], origin(detection.parse.__code__))
             if box.codes:
                 codes = np.array([box.codes])
                 self.row("codes", codes, ["B", ""], origin(detection.parse.__code__))
-                if self.masks:
-                    mask = self.masks(codes)
-                    self.row("mask", mask, ["B", "", ""], origin(segmentation.decode.__code__))
-                    mask = segmentation.paste(mask[0], box.corners, image.width, image.height)
-                    self.row("painted", mask, ["", ""], origin(segmentation.paste.__code__))
+                if painted is not None:
+                    self.row("mask", self.masks(codes), ["B", "", ""], origin(segmentation.decode.__code__))
+                    self.row("painted", painted, ["", ""], origin(segmentation.paste.__code__))
 
     def traced(self, stage: str, function, *arguments):
         """`paligemma.prefill` or `.decode`, with a heading where another block begins and a row for each value."""

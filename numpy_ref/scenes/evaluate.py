@@ -4,12 +4,12 @@ Two splits: pairs of color and shape as in training, and the compositional split
 never showed.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from .. import detection, scenes
-from ..cli import paint
-from ..generate import answers, generate
-from ..image import preprocess
+from ..answer import Answer, Question, answer_all, ask, fit
 from . import questions
 
 BATCH = 50
@@ -36,25 +36,26 @@ def measure(engine, tokenizer, seed: int, count: int) -> dict:
         results = {}
         for task, name in SCORES.items():
             asked = held_out(seed, count, task, compositional)
-            texts = answer_all(engine, tokenizer, asked, task)
-            results[name] = round(score(task, texts, asked, engine.masks), 4)
+            results[name] = round(score(task, answer_questions(engine, tokenizer, asked, task), asked), 4)
         return results
 
     return {**split(False), "compositional": split(True)}
 
 
-def answer_all(engine, tokenizer, asked, label="") -> list[str]:
+def answer_questions(engine, tokenizer, asked: list[questions.Question], label="") -> list[Answer]:
     """The engine's greedy answers, in batches."""
     from tqdm import tqdm
 
-    size, texts = engine.config.vision.image_size, []
+    found = []
     for start in tqdm(range(0, len(asked), BATCH), desc=label, leave=False, disable=None):
-        batch = asked[start : start + BATCH]
-        pixels = np.concatenate([preprocess(picture(question), size, resize=engine.resize) for question in batch])
-        prompts = [tokenizer.prompt(question.prefix) for question in batch]
-        tokens = list(generate(engine, pixels, prompts, tokenizer.known(), NEW_TOKENS))
-        texts += [tokenizer.decode(row) for row in answers(tokens, engine.config.eos)]
-    return texts
+        batch = [prepare(engine, tokenizer, question) for question in asked[start : start + BATCH]]
+        found += answer_all(engine, tokenizer, batch)
+    return found
+
+
+def prepare(engine, tokenizer, question: questions.Question) -> Question:
+    """A question about a scene as the engine takes it."""
+    return ask(engine, picture(question), *fit(engine, tokenizer, question.prefix, NEW_TOKENS))
 
 
 def picture(question):
@@ -62,21 +63,21 @@ def picture(question):
     return scenes.draw(question.scene, DRAWN_AT)
 
 
-def score(task, texts, asked, masks) -> float:
-    """The score of a task's answers, in [0, 1]; `masks` is an engine's painter of masks."""
+def score(task, answers: list[Answer], asked) -> float:
+    """The score of a task's answers, in [0, 1]."""
     if task == "detect":
-        return f1(texts, [question.suffix for question in asked])
+        return f1([answer.text for answer in answers], [question.suffix for question in asked])
+    pairs = zip(answers, asked, strict=True)
     if task == "segment":
-        pairs = zip(texts, asked, strict=True)
-        return float(np.mean([mask_iou(text, question, masks) for text, question in pairs]))
-    return float(np.mean([text == question.suffix for text, question in zip(texts, asked, strict=True)]))
+        return float(np.mean([mask_iou(answer, question) for answer, question in pairs]))
+    return float(np.mean([answer.text == question.suffix for answer, question in pairs]))
 
 
-def mask_iou(text, question, masks) -> float:
+def mask_iou(answer: Answer, question) -> float:
     """Overlap over union of the first mask in an answer with what is to be seen of the thing asked for."""
     truth = scenes.visible(question.scene, question.target, MASKED_AT)
-    found = [box for box in detection.parse(text, MASKED_AT, MASKED_AT) if box.codes]
-    (mask,) = paint(masks, found[:1], MASKED_AT, MASKED_AT) or [None]
+    masks = replace(answer, width=MASKED_AT, height=MASKED_AT).masks
+    mask = next((mask for mask in masks if mask is not None), None)
     if mask is None:
         return 0.0
     return float((mask & truth).sum() / max(1, (mask | truth).sum()))

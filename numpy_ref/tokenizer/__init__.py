@@ -62,7 +62,7 @@ class Json:
         import tokenizers
 
         self.source = source
-        with _told(source):
+        with _errors_as_line(source):
             self.library = tokenizers.Tokenizer.from_buffer(contents)
         # "<bos>" in a text is spelled, not obeyed. So is "<start_of_turn>", which tokenizer.model takes for text.
         self.library.encode_special_tokens = True
@@ -75,7 +75,7 @@ class Json:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos."""
-        with _told(self.source):
+        with _errors_as_line(self.source):
             return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
@@ -92,7 +92,7 @@ class Json:
 
 
 @contextmanager
-def _told(source):
+def _errors_as_line(source):
     """Turn what the `tokenizers` library raises into a line: bare Exception, and panics that are not even that."""
     try:
         yield

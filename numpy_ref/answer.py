@@ -1,0 +1,149 @@
+"""From a picture and a prompt to an answer, by any engine: text, boxes, masks and how long it took.
+
+Every command answers through `answer`, or through its three steps, where many questions share a batch: `fit` makes ids
+of a prompt, `ask` joins them to a picture, and `answer_all` answers what was asked.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from . import detection
+from .detection import Box
+from .engine import Engine, MaskDecoder
+from .generate import Timings, answers, choose_capacity, generate
+from .model import segmentation
+from .model.sampling import Sampling
+from .tokenizer import Stream, Tokenizer
+
+DEFAULT_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt about a picture, as an engine takes it."""
+
+    prompt: list[int]  # ids
+    new_tokens: int  # at most, of the answer
+    pixel_values: np.ndarray  # [1, 3, S, S]
+    width: int  # of the picture, in pixels
+    height: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine said about a picture of `width` x `height` pixels.
+
+    `dataclasses.replace(answer, width=..., height=...)` is the same answer about the picture in another size.
+    """
+
+    text: str
+    tokens: list[int]  # without eos
+    width: int
+    height: int
+    convention: str = "big_vision"  # one of detection.CONVENTIONS
+    decode_masks: MaskDecoder | None = field(default=None, repr=False)
+    timings: Timings = field(default_factory=Timings)  # of the batch that it was answered in
+
+    @cached_property
+    def boxes(self) -> list[Box]:
+        """The boxes in the text, in pixels of the picture."""
+        return detection.parse(self.text, self.width, self.height, self.convention)
+
+    @cached_property
+    def masks(self) -> list[np.ndarray | None]:
+        """The mask of each box in the picture, bool [height, width]; None for a box without codes, or without a codec.
+
+        They are painted when first asked for.
+        """
+        return [paint(self.decode_masks, box, self.width, self.height) for box in self.boxes]
+
+    def as_json(self) -> dict:
+        """Text, tokens and boxes as plain values."""
+        return {"text": self.text, "tokens": self.tokens, "boxes": [box.as_json() for box in self.boxes]}
+
+
+def paint(decode_masks: MaskDecoder | None, box: Box, width: int, height: int) -> np.ndarray | None:
+    """The mask of a box in the picture, bool [height, width]; None without codes, or without a codec."""
+    if decode_masks is None or not box.codes:
+        return None
+    return segmentation.paste(decode_masks(np.array([box.codes]))[0], box.corners, width, height)
+
+
+def fit(engine: Engine, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None) -> tuple[list[int], int]:
+    """The ids of a prompt, and how many tokens its answer may have.
+
+    Those are as many as asked for; else DEFAULT_NEW_TOKENS, or what the prompt leaves of the engine's positions.
+    Raises PaliGemmaError if the prompt, or what was asked for, does not fit.
+    """
+    ids = tokenizer.prompt(prompt)
+    if max_new_tokens is None:
+        room = engine.max_length - len(ids) + 1  # the last token takes no position
+        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+    choose_capacity(engine, np.array([len(ids)]), max_new_tokens)
+    return ids, max_new_tokens
+
+
+def ask(engine: Engine, image, prompt: list[int], new_tokens: int) -> Question:
+    """A Pillow image and what `fit` gave -> a question."""
+    return Question(prompt, new_tokens, engine.preprocess(image), image.width, image.height)
+
+
+def answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    image,
+    prompt: str,
+    *,
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    boxes: str = "big_vision",
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Answer a prompt about a Pillow image.
+
+    `on_text` is called with each piece of the text as it comes. `sampling` is greedy if left out, `boxes` one of
+    detection.CONVENTIONS. Raises PaliGemmaError if the prompt does not fit, or if the logits are not finite.
+    """
+    question = ask(engine, image, *fit(engine, tokenizer, prompt, max_new_tokens))
+    if on_text is None:
+        return answer_all(engine, tokenizer, [question], sampling=sampling, boxes=boxes)[0]
+    stream = Stream(tokenizer)
+
+    def show(tokens):
+        if tokens[0] != engine.config.eos:
+            on_text(stream.push(int(tokens[0])))
+
+    (found,) = answer_all(engine, tokenizer, [question], sampling=sampling, boxes=boxes, on_tokens=show)
+    on_text(stream.close())
+    return found
+
+
+def answer_all(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    sampling: Sampling | None = None,
+    boxes: str = "big_vision",
+    seeds: Sequence | None = None,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
+) -> list[Answer]:
+    """Answer questions in one batch; `seeds` as in `generate`, `on_tokens` is called with each step's tokens [B]."""
+    pixel_values = np.concatenate([question.pixel_values for question in questions])
+    prompts = [question.prompt for question in questions]
+    new_tokens = np.array([question.new_tokens for question in questions])
+    timings, steps = Timings(), []
+    for tokens in generate(
+        engine, pixel_values, prompts, tokenizer.known(), new_tokens, sampling, timings=timings, seeds=seeds
+    ):
+        steps.append(tokens)
+        if on_tokens:
+            on_tokens(tokens)
+    rows = [ids[:most] for ids, most in zip(answers(steps, engine.config.eos), new_tokens, strict=True)]
+    return [
+        Answer(tokenizer.decode(ids), ids, question.width, question.height, boxes, engine.masks, timings)
+        for ids, question in zip(rows, questions, strict=True)
+    ]

@@ -1,0 +1,118 @@
+"""What answers: the contract of every engine, and the reference as one.
+
+`generate` drives any engine; the others are `torch_impl.load.ModuleEngine` and the sessions of `export.session`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .checkpoint import flatten
+from .checkpoint.blocks import all_finite, check_finite
+from .config import PaliGemmaConfig
+from .errors import PaliGemmaError
+from .image import preprocess
+from .model import paligemma, segmentation
+from .model.sampling import sample
+
+#: What overflows in the reference is found in its logits; NumPy's own warnings would come beside it.
+_quietly = np.errstate(over="ignore", invalid="ignore")
+
+#: Mask codes [B, 16] -> [B, 64, 64], positive inside.
+MaskDecoder = Callable[[np.ndarray], np.ndarray]
+
+
+class Engine(ABC):
+    """A model with its weights: `prefill` and `decode`, and what else a caller must know.
+
+    `resize` is how its pictures are resized, one of `image.RESIZES`; `masks` decodes mask codes and is None where no
+    mask codec came with the weights; `max_length` is how many positions it has for a prompt and its answer. The cache
+    is the engine's own affair: a caller hands back the one that it was given.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        config: PaliGemmaConfig,
+        resize: str = "bicubic",
+        masks: MaskDecoder | None = None,
+        max_length: int | None = None,
+    ):
+        self.config, self.resize, self.masks = config, resize, masks
+        self.max_length = max_length or config.max_length
+
+    @abstractmethod
+    def prefill(self, pixel_values, input_ids, lengths, capacity) -> tuple[Any, Any]:
+        """Read the prompts; pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache.
+
+        `capacity` is for how many positions a row the cache has slots. The logits are those of each row's last token.
+        Raises PaliGemmaError if the prompts take more slots than that.
+        """
+
+    @abstractmethod
+    def decode(self, input_ids, lengths, cache) -> tuple[Any, Any]:
+        """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the cache.
+
+        Raises PaliGemmaError if the cache is full.
+        """
+
+    def preprocess(self, image) -> np.ndarray:
+        """A Pillow image of any size -> pixel values [1, 3, S, S]."""
+        return preprocess(image, self.config.vision.image_size, resize=self.resize)
+
+    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None) -> np.ndarray:
+        """Draw a token a row as `sampling.sample` does: logits [B, V], known [V], uniform [B] -> int64 [B]."""
+        return sample(logits, known, temperature, top_k, top_p, uniform)
+
+    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths) -> str | None:
+        """The first tap of one pass over prompts and answers that is not finite; None if all are, or without taps."""
+        return None
+
+
+class FirstNotFinite:
+    """A tap that keeps the first name that comes with a NaN or an infinity."""
+
+    def __init__(self, finite=all_finite):
+        self.finite, self.name = finite, None
+
+    def __call__(self, name, value):
+        if self.name is None and not self.finite(value):
+            self.name = name
+        return value
+
+
+def check_room(needed, capacity) -> None:
+    """Raise PaliGemmaError unless a cache of `capacity` slots holds `needed` positions."""
+    if needed > capacity:
+        raise PaliGemmaError(f"a cache of {capacity} slots is too small for {needed} positions")
+
+
+class NumpyEngine(Engine):
+    """The reference as an engine. Raises PaliGemmaError that names a weight with a NaN or an infinity."""
+
+    name = "numpy"
+
+    def __init__(self, checkpoint):
+        for path, array in flatten(checkpoint.params).items():
+            check_finite(path, array)
+        super().__init__(checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint))
+        self.params = checkpoint.params
+
+    @_quietly
+    def prefill(self, pixel_values, input_ids, lengths, capacity):
+        check_room(input_ids.shape[1], capacity)
+        return paligemma.prefill(self.params, self.config, pixel_values, input_ids, lengths, capacity)
+
+    @_quietly
+    def decode(self, input_ids, lengths, cache):
+        check_room(lengths.max() + 1, cache[0][0].shape[2])
+        return paligemma.decode(self.params, self.config, input_ids, lengths, cache)
+
+    @_quietly
+    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths):
+        tap = FirstNotFinite()
+        paligemma.forward(self.params, self.config, pixel_values, input_ids, lengths, prefix_lengths, tap)
+        return tap.name
