@@ -49,7 +49,7 @@ def rope(op, x, cos, sin):
     return like(op.RotaryEmbedding(x, cos, sin), x)
 
 
-def in_line(op, x, rows):
+def flatten_rows(op, x, rows):
     """x [B, T, D] -> [1, B * T, D]: all rows along one axis, as kernels that scale each row want them.
 
     `rows` is what to call that axis.
@@ -59,7 +59,7 @@ def in_line(op, x, rows):
 
 def patch_block(op, p, config, x, tap=identity):
     """A block of the vision tower: [B, P, D] -> [B, P, D]."""
-    line = siglip.block.portable(op, p, config, in_line(op, x, "patches of all"), tap)
+    line = siglip.block.portable(op, p, config, flatten_rows(op, x, "patches of all"), tap)
     return like(op.Reshape(line, [-1, config.patches, config.width]), x)
 
 
@@ -199,7 +199,7 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     rotary = layers.rope_angles(op, each, config.head_dim, config.rope_base, dtype)
     mask = masks[config.window(0)]  # all the same
     padding = _padding(op, config, mask, p["blocks"][0]["attention"]["key"]["kernel"].dtype)
-    x = in_line(op, x, "tokens of all")
+    x = flatten_rows(op, x, "tokens of all")
     for weights in p["blocks"][:-1]:
         x, layer_cache = gemma.block(op, weights, config, x, rotary, padding)
         caches.append(layer_cache)
@@ -209,6 +209,7 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     return layers.rms_norm(op, x, **p["norm"], eps=config.eps), [*caches, layer_cache]
 
 
+@layers.named
 def _last_block(op, p, config, x, rotary, there, padding, last):
     """A layer whose output is wanted at one position a row, last [B]: x [1, B * T, D] -> [1, B, D], keys and values."""
     normed = layers.rms_norm(op, x, **p["attention_norm"], eps=config.eps)
@@ -254,7 +255,7 @@ def pack(op, kernels) -> Blocks | None:
     joined = [_joined([getattr(kernel, name) for kernel in kernels]) for name in ("values", "scales")]
     if None in joined:
         return None
-    values, scales = (op.initializer(tensor, tensor.name) for tensor in joined)
+    values, scales = (op.builder.initializer(tensor, tensor.name, qualify=False) for tensor in joined)
     return Blocks(values, None, scales, kernels[0].bits)
 
 
