@@ -8,7 +8,7 @@ with `operators="fused"`: `fused.py` and `fused_half.py` say which.
 import math
 from collections.abc import Iterator
 from functools import wraps
-from os.path import commonprefix
+from itertools import takewhile
 
 import onnx_ir as ir
 from onnx_ir import DataType
@@ -40,7 +40,9 @@ def named(function):
 
 def module_path(paths, arguments) -> str:
     """The path of the smallest module that has all of the weights among nested arguments; "" if there are none."""
-    return ".".join(commonprefix([paths[weight].split(".")[:-1] for weight in _leaves(arguments) if weight in paths]))
+    modules = [paths[weight].split(".")[:-1] for weight in _leaves(arguments) if weight in paths]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*modules, strict=False))
+    return ".".join(names[0] for names in shared)
 
 
 def _leaves(tree) -> Iterator:
