@@ -115,14 +115,12 @@ def check(checkpoint, precision) -> None:
 def rows(bundle, checkpoint) -> list[Row]:
     """Both views of a bundle: its parts, and, where this machine has the kernels, end to end.
 
-    A quantized one is seen end to end alone, against the weights before they were rounded.
+    A quantized one is compared with the weights before they were rounded.
     """
     precision = bundle.description["precision"]
     half = weights.stream_dtype(precision) != ir.DataType.FLOAT
     provider = choose_provider("auto") if half else CPU
     check(checkpoint, precision)
-    if precision in weights.QUANTIZED:
-        return compare_stages(checkpoint, bundle, provider)
     rounded = _rounded(checkpoint, precision)
     compared, answered = compare_parts(rounded, bundle, provider)
     if precision != "bfloat16" or provider == CUDA:
@@ -137,8 +135,8 @@ def compare_parts(checkpoint, bundle, provider=CPU) -> tuple[list[Row], list]:
     """One row a part of prefill and of a decode step; and what the reference answered to both, as `answers` has it."""
     config, inputs = checkpoint.config, example(checkpoint.config)
     feeds = dict(zip(("pixel_values", "input_ids", "lengths", "capacity"), inputs.prefill(np.float32), strict=True))
-    prefill = Comparison("prefill", bundle, provider, feeds)
-    decode = Comparison("decode", bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths})
+    prefill = Comparison("prefill", config, bundle, provider, feeds)
+    decode = Comparison("decode", config, bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths})
     total = len(prefill.parts) + len(decode.parts)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
         prefill.progress = decode.progress = bar.update
@@ -156,12 +154,12 @@ class Comparison:
     A part is given the reference's values, in float64, where it is cut off. They are dropped when no part takes them.
     """
 
-    def __init__(self, stage, bundle, provider, inputs):
+    def __init__(self, stage, config, bundle, provider, inputs):
         self.stage, self.values = stage, dict(inputs)
         # Without a device nothing but ONNX's own evaluator multiplies bfloat16, and it has standard operators alone.
         self.by_evaluator = bundle.description["precision"] == "bfloat16" and provider != CUDA
         self.operators = PORTABLE if self.by_evaluator else bundle.operators
-        self.parts = cut(tapped_model(bundle, stage, self.operators))
+        self.parts = cut(tapped_model(config, bundle, stage, self.operators))
         self.bundle, self.provider, self.progress = bundle, provider, lambda: None
         self.lengths, self.size = inputs["lengths"], inputs["input_ids"].shape[1]
         self.rows, self.cache, self.recorded = [], {}, {}
@@ -191,12 +189,12 @@ class Comparison:
         expected, actual = {}, {}
         for name in part.taps:
             value, reference = found[f"tap.{name}"], self.recorded[name]
-            self.values[name] = as_in_graph(reference, value.shape, self.lengths, self.size)
-            real = as_in_graph(
-                _is_token(reference.shape, self.lengths, self.size), value.shape, self.lengths, self.size
+            token = is_token(reference.shape, self.lengths, self.size)
+            self.values[name], token = (
+                as_in_graph(array, value.shape, self.lengths, self.size) for array in (reference, token)
             )
-            expected[_within(part.name, name)] = np.where(real, self.values[name], 0)
-            actual[_within(part.name, name)] = np.where(real, value, 0).astype(np.float64)
+            expected[_within(part.name, name)] = np.where(token, self.values[name], 0)
+            actual[_within(part.name, name)] = np.where(token, value, 0).astype(np.float64)
         self.cache |= {name.removeprefix("present."): array for name, array in found.items() if "present." in name}
         self.rows.append(_row(self.stage, part.name, self.operators, expected, actual, unseen))
         needed = {name for later in self.parts for name in later.inputs.values()}
@@ -208,18 +206,17 @@ def _within(part, name) -> str:
     return "output" if name == part else name.removeprefix(f"{part}.")
 
 
-def tapped_model(bundle, graph, operators) -> ir.Model:
+def tapped_model(config, bundle, graph, operators) -> ir.Model:
     """The bundle's prefill or decode over its weights, with every tap as an output; or the same of other operators."""
-    precision, residual = bundle.description["precision"], bundle.description.get("residual")
-    placed, own = weights.plan(bundle.config, precision, bundle.operators), operators == bundle.operators
-    return {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph](
-        bundle.config,
-        weights.initializer(placed, bundle.path, graph) if own else weights.apart(bundle.config, placed, bundle.path),
-        weights.stream_dtype(precision),
-        taps=True,
-        operators=operators,
-        residual=weights.FLOATS[residual] if own and residual else None,
-    )
+    precision, residual = bundle.description["precision"], None
+    placed = weights.plan(config, precision, bundle.operators)
+    if operators == bundle.operators:
+        initializer = weights.initializer(placed, bundle.path, graph)
+        residual = weights.FLOATS.get(bundle.description.get("residual"))
+    else:
+        initializer = weights.apart(config, placed, bundle.path)
+    build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
+    return build(config, initializer, weights.stream_dtype(precision), True, operators, residual)
 
 
 def cut(model) -> list[Part]:
@@ -256,7 +253,7 @@ def as_in_graph(array, shape, lengths, size):
     return np.take_along_axis(by_position, lengths[:, None, None, None] - 1, 2).reshape(shape)
 
 
-def _is_token(shape, lengths, size):
+def is_token(shape, lengths, size):
     """Where a value of the reference stands at a token: False at padding, where graphs may compute what they like."""
     if len(shape) < 3 or shape[-2] % size:
         return np.ones(shape, bool)  # it has no positions of the text, or but one
@@ -305,10 +302,10 @@ def compare_stages(checkpoint, bundle, provider=CPU, answered=()) -> list[Row]:
     logits, buffers = session.prefill(*inputs.prefill(np.float32))
     rows = [row("prefill logits", {"logits": expected}, {"logits": logits})]
     rows.append(row("prefill cache", *_caches(cache, buffers.numpy(), inputs.lengths)))
-    for step, (expected, cache) in enumerate(steps):  # noqa: B007
+    for step, (expected, _) in enumerate(steps):
         logits, buffers = session.decode(inputs.steps[step], inputs.lengths + step, buffers)
         rows.append(row(f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
-    rows.append(row(f"decode {STEPS} cache", *_caches(cache, buffers.numpy(), inputs.lengths + STEPS)))
+    rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     if session.masks:
         codes = np.random.default_rng(0).integers(0, segmentation.CODES, (4, segmentation.CELLS**2))
         expected = segmentation.decoder_of(checkpoint)(codes)
@@ -384,7 +381,7 @@ def notes(rows, bundle) -> list[str]:
     lines = []
     unseen = {(row.stage, re.sub(r"\d+", "*", row.part)): row.unseen for row in rows if row.unseen}
     if unseen:
-        lines.append(f"not apart in {bundle.operators} graphs, so seen end to end alone:")
+        lines.append(f"not apart in {bundle.operators} graphs, seen in what is made of them and end to end:")
         lines += [f"{stage:<12}{part:<27}{', '.join(names)}" for (stage, part), names in unseen.items()]
     if bundle.description["precision"] == "bfloat16" and not any(row.stage == "end to end" for row in rows):
         lines.append(
@@ -395,8 +392,8 @@ def notes(rows, bundle) -> list[str]:
 
 
 def _rounded(checkpoint, precision):
-    """The checkpoint as its bundle stores it: what rounding does to the weights is not an error of the graph."""
-    if precision == "float32":
+    """The checkpoint as its bundle stores it: what half precision does to the weights is not an error of the graph."""
+    if precision == "float32" or precision in weights.QUANTIZED:
         return checkpoint
     dtype = weights.FLOATS[precision].numpy()
     flat = {path: array.astype(dtype, copy=False) for path, array in checkpoints.flatten(checkpoint.params).items()}
