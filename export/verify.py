@@ -121,10 +121,10 @@ def rows(bundle, checkpoint) -> list[Row]:
     half = weights.stream_dtype(precision) != ir.DataType.FLOAT
     provider = choose_provider("auto") if half else CPU
     check(checkpoint, precision)
-    rounded = _rounded(checkpoint, precision)
-    compared, answered = compare_parts(rounded, bundle, provider)
+    stored = as_stored(checkpoint, precision)
+    compared, answered = compare_parts(stored, bundle, provider)
     if precision != "bfloat16" or provider == CUDA:
-        compared += compare_stages(rounded, bundle, provider, answered)
+        compared += compare_stages(stored, bundle, provider, answered)
     return compared
 
 
@@ -391,7 +391,7 @@ def notes(rows, bundle) -> list[str]:
     return lines
 
 
-def _rounded(checkpoint, precision):
+def as_stored(checkpoint, precision):
     """The checkpoint as its bundle stores it: what half precision does to the weights is not an error of the graph."""
     if precision == "float32" or precision in weights.QUANTIZED:
         return checkpoint
