@@ -1,14 +1,15 @@
 """Proof that a bundle is the model, against the NumPy reference in float64.
 
-Two views of it. Part by part: every function of the forward pass and of one decode step is built as a graph over
-the bundle's own weights, given the reference's input, and compared at every tap; one layer is in memory at a time,
-and an error stays where it arises. End to end: the shipped, optimised graphs run as a host runs them, prefill and
-several decode steps that feed on each other, and logits and cache are compared.
+Two views of it. Part by part: the bundle's own graphs are cut at their taps, and each part, a layer for instance, is
+given the reference's values where it was cut off and compared at all of its taps; one part is in memory at a time, and
+an error stays where it arises. End to end: the shipped, optimised graphs run as a host runs them, prefill and several
+decode steps that feed on each other, and logits and cache are compared.
 """
 
-import importlib
-from collections.abc import Iterator
+import math
+import re
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import onnx
@@ -21,13 +22,14 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
-from numpy_ref.model import layers, paligemma, segmentation
+from numpy_ref.model import paligemma, segmentation
 from numpy_ref.tokenizer import known_ids
 
 from . import drift
 from .bundle import weights
 from .model import graphs
-from .session import CPU, CUDA, Session, choose_provider
+from .model.layers import PORTABLE
+from .session import CPU, CUDA, Session, choose_provider, cuda
 
 #: Largest |a - b| / max|reference| of any tap, by precision of the weights. Worst of 20 random models
 #: (python -m tests.calibrate): float32 1.1e-6, float16 2.1e-3, bfloat16 2.1e-2, int8 and int4 7.6e-2.
@@ -40,6 +42,8 @@ DIVERGENCES = {"int8": 0.05, "int4": 0.5, "int4-float16": 0.5, "int4-bfloat16": 
 STEPS, EXAMPLES = 4, 3
 # The slow evaluator of the onnx package stands in where the runtime has no kernel: bfloat16 without a GPU.
 SMALL = 20_000_000
+# Taps inside of a layer are compared together; every other tap is a part of its own.
+_LAYER = re.compile(r"(.*\bblocks\.\d+)\..*")
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,11 @@ class Row:
 
     stage: str
     part: str
+    operators: str  # of the graph that was run
     taps: int
     error: float
     worst: str
+    unseen: tuple[str, ...] = ()  # taps of the reference whose values that graph does not have
     trouble: str = ""  # what is not finite, if anything is
 
     def figures(self) -> dict:
@@ -60,21 +66,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """One call of the forward pass: `numpy_ref.<module>.<function>(p, **arguments)` and its namesake."""
+    """A layer of a graph, or what lies between layers: cut off at taps of the parts before it."""
 
-    stage: str
     name: str
-    module: str
-    function: str
-    weights: str  # the path of p
-    arguments: dict
-    taps: bool = False
-    leaf: bool = False  # p is spread as keyword arguments
-
-    def call(self, package: str, *first, p=None, **arguments):
-        """Call the function of `numpy_ref` or `export`."""
-        function = getattr(importlib.import_module(f"{package}.model.{self.module}"), self.function)
-        return function(*first, **(p if self.leaf else {"p": p}), **arguments)
+    taps: list[str]
+    model: ir.Model  # outputs are tap.{name}, and present.{i}.key and value of a decoder layer
+    inputs: dict[str, str]  # name of the model's input -> the tap, or input of the whole graph, that it is
 
 
 def verify(bundle, checkpoint) -> list[dict]:
@@ -85,6 +82,8 @@ def verify(bundle, checkpoint) -> list[dict]:
     budget = BUDGETS[bundle.description["precision"]]
     compared = rows(bundle, checkpoint)
     print(table(compared, budget))
+    for line in notes(compared, bundle):
+        print(line)
     failed = [
         f"{row.stage} {row.part} {row.trouble or f'{row.error:.1e}'}" for row in compared if not row.error <= budget
     ]
@@ -94,8 +93,8 @@ def verify(bundle, checkpoint) -> list[dict]:
         other = "--residual float32" if bundle.description.get("residual") == "float16" else "bfloat16 or float32"
         overflow = half and any(row.trouble for row in compared)
         advice = f"; float16 ends at {np.finfo(np.float16).max}, export {other}" if overflow else ""
-        told = f"the bundle differs from the reference by more than {budget:.0e}"
-        raise PaliGemmaError(f"{told}: {'; '.join(failed)}{advice}")
+        difference = f"the bundle differs from the reference by more than {budget:.0e}"
+        raise PaliGemmaError(f"{difference}: {'; '.join(failed)}{advice}")
     results = [{**row.figures(), "budget": budget} for row in compared]
     if (precision := bundle.description["precision"]) in DIVERGENCES:
         found = drift_of(bundle, checkpoint)
@@ -117,114 +116,211 @@ def check(checkpoint, precision) -> None:
 def rows(bundle, checkpoint) -> list[Row]:
     """Both views of a bundle: its parts, and, where this machine has the kernels, end to end.
 
-    A quantized one is seen end to end alone, against the weights before they were rounded.
+    A quantized one is compared with the weights before they were rounded.
     """
     precision = bundle.description["precision"]
     half = weights.stream_dtype(precision) != ir.DataType.FLOAT
     provider = choose_provider("auto") if half else CPU
     check(checkpoint, precision)
-    if precision in weights.QUANTIZED:
-        return compare_stages(checkpoint, bundle, provider)
-    rounded = _rounded(checkpoint, precision)
-    compared = list(compare_parts(rounded, bundle, provider))
+    stored = as_stored(checkpoint, precision)
+    compared, answered = compare_parts(stored, bundle, provider)
     if precision != "bfloat16" or provider == CUDA:
-        compared += compare_stages(rounded, bundle, provider)
+        compared += compare_stages(stored, bundle, provider, answered)
     return compared
 
 
-def compare_parts(checkpoint, bundle, provider=CPU) -> Iterator[Row]:
-    """One row a part: its worst tap."""
-    precision = bundle.description["precision"]
-    config, dtype = checkpoint.config, weights.FLOATS[precision]
-    tensors = weights.apart(config, weights.plan(config, precision, bundle.operators), bundle.path)
-    total = 2 + config.vision.depth + 2 * (config.text.depth + 2) + 2
-    walk = parts(checkpoint)
+# --- part by part ------------------------------------------------------------------------------------------
+
+
+def compare_parts(checkpoint, bundle, provider=CPU) -> tuple[list[Row], list]:
+    """One row a part of prefill and of a decode step; and what the reference answered to both, as `answers` has it."""
+    config, inputs = checkpoint.config, example(checkpoint.config)
+    feeds = dict(zip(("pixel_values", "input_ids", "lengths", "capacity"), inputs.prefill(np.float32), strict=True))
+    prefill = Comparison("prefill", config, bundle, provider, feeds)
+    decode = Comparison("decode", config, bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths})
+    total = len(prefill.parts) + len(decode.parts)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
-        part = next(walk)
-        while part:
-            recorder = _Recorder()
-            taps = {"tap": recorder} if part.taps else {}
-            p = _at(checkpoint.params, part.weights)
-            result = part.call("numpy_ref", p=p, **part.arguments, **taps)
-            reference = {**recorder.values, **_named(result)}
-            actual = _run_part(part, p, tensors, dtype, bundle.path, provider)
-            yield _row(part.stage, part.name, reference, actual)
-            bar.update()
-            try:
-                part = walk.send(result)
-            except StopIteration:
-                part = None
+        prefill.progress = decode.progress = bar.update
+        first = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), prefill)
+        for i, layer in enumerate(first[1]):
+            decode.values |= {f"past_key_values.{i}.{kind}": a for kind, a in zip(("key", "value"), layer, strict=True)}
+        second = paligemma.decode(checkpoint.params, config, inputs.steps[0], inputs.lengths, first[1], decode)
+    compared = [*prefill.finish(first[1], inputs.lengths), *decode.finish(second[1], inputs.lengths + 1)]
+    return compared, [first, second]
 
 
-def parts(checkpoint):
-    """The calls of prefill and of one decode step, in order: yields a Part, is sent the reference's result."""
-    config, inputs = checkpoint.config, example(checkpoint.config)
-    vision, text, pixels = config.vision, config.text, inputs.pixel_values.astype(np.float64)
+class Comparison:
+    """A tap for the reference: each part of a graph is run, and compared, once the reference has come that far.
 
-    x = yield Part("prefill", "vision.patch_embed", "siglip", "patch_embed", "vision.patch_embed",
-                   {"config": vision, "pixel_values": pixels})  # fmt: skip
-    x = x + checkpoint.params["vision"]["position_embedding"].astype(np.float64)
-    for i in range(vision.depth):
-        path = f"vision.blocks.{i}"
-        x = yield Part("prefill", path, "siglip", "block", path, {"config": vision, "x": x}, taps=True)
-    x = yield Part(
-        "prefill", "vision.norm", "layers", "layer_norm", "vision.norm", {"x": x, "eps": vision.eps}, leaf=True
-    )
-    image = yield Part("prefill", "projector", "layers", "linear", "projector", {"x": x}, leaf=True)
+    A part is given the reference's values, in float64, where it is cut off. They are dropped when no part takes them.
+    """
 
-    def embed(stage, ids):
-        return Part(stage, "text.embedding", "gemma", "embed", "text",
-                    {"config": text, "ids": ids, "dtype": np.float64})  # fmt: skip
+    def __init__(self, stage, config, bundle, provider, inputs):
+        self.stage, self.values = stage, dict(inputs)
+        # Without a device nothing but ONNX's own evaluator multiplies bfloat16, and it has standard operators alone.
+        self.by_evaluator = bundle.description["precision"] == "bfloat16" and provider != CUDA
+        self.operators = PORTABLE if self.by_evaluator else bundle.operators
+        self.parts = cut(tapped_model(config, bundle, stage, self.operators))
+        self.bundle, self.provider, self.progress = bundle, provider, lambda: None
+        self.lengths, self.size = inputs["lengths"], inputs["input_ids"].shape[1]
+        self.rows, self.cache, self.recorded = [], {}, {}
 
-    words = yield embed("prefill", inputs.input_ids[:, vision.patches :])
-    size = inputs.input_ids.shape[1]
-    positions = np.broadcast_to(np.arange(size)[None], inputs.input_ids.shape)
-    masks = {w: paligemma.prefix_mask(inputs.lengths, inputs.lengths, size, w) for w in {*text.windows, None}}
-    x, cache = yield from _decoder("prefill", text, np.concatenate([image, words], 1), positions, masks)
-    cache = [tuple(paligemma.pad_cache(array, inputs.capacity) for array in layer) for layer in cache]
-    yield Part("prefill", "logits", "gemma", "logits", "text",
-               {"config": text, "x": x[np.arange(len(x)), inputs.lengths - 1]})  # fmt: skip
+    def __call__(self, name, value):
+        """Take in a value of the reference, and run the next part if there now is all that it is compared with."""
+        self.recorded[name] = value
+        if self.parts and self.recorded.keys() >= set(self.parts[0].taps):
+            self._compare(self.parts.pop(0))
+            self.recorded = {}
+            self.progress()
+        return value
 
-    x = yield embed("decode", inputs.steps[0])
-    masks = {w: paligemma.decode_mask(inputs.lengths, inputs.capacity, w) for w in {*text.windows, None}}
-    x, _ = yield from _decoder("decode", text, x, inputs.lengths[:, None], masks, cache, inputs.lengths)
-    yield Part("decode", "logits", "gemma", "logits", "text", {"config": text, "x": x[:, 0]})
+    def finish(self, cache, lengths) -> list[Row]:
+        """The rows of all parts, and one of what they wrote into the cache, each row up to its length."""
+        if self.parts:
+            raise PaliGemmaError(f"{self.stage}: the graph has taps that the reference lacks: {self.parts[0].taps}")
+        return [*self.rows, _row(self.stage, "cache", self.operators, *_caches(cache, self.cache, lengths))]
+
+    def _compare(self, part):
+        unseen = tuple(_within(part.name, name) for name in self.recorded if name not in part.taps)
+        if unseen and self.operators == PORTABLE:
+            raise PaliGemmaError(f"{self.stage} {part.name}: the graph lacks the taps {', '.join(unseen)}")
+        feeds = {value.name: (self.values[part.inputs[value.name]], value.dtype) for value in part.model.graph.inputs}
+        run = _evaluate if self.by_evaluator else _run
+        found = run(part.model, _cast(feeds), self.bundle.path, self.provider)
+        expected, actual = {}, {}
+        for name in part.taps:
+            value, reference = found[f"tap.{name}"], self.recorded[name]
+            token = is_token(reference.shape, self.lengths, self.size)
+            self.values[name], token = (
+                as_in_graph(array, value.shape, self.lengths, self.size) for array in (reference, token)
+            )
+            expected[_within(part.name, name)] = np.where(token, self.values[name], 0)
+            actual[_within(part.name, name)] = np.where(token, value, 0).astype(np.float64)
+        self.cache |= {name.removeprefix("present."): array for name, array in found.items() if "present." in name}
+        self.rows.append(_row(self.stage, part.name, self.operators, expected, actual, unseen))
+        needed = {name for later in self.parts for name in later.inputs.values()}
+        self.values = {name: value for name, value in self.values.items() if name in needed}
 
 
-def _decoder(stage, config, x, positions, masks, cache=None, start=None):
-    rotary = layers.rope_angles(positions, config.head_dim, config.rope_base, np.float64)
-    caches = []
-    for i in range(config.depth):
-        arguments = {"config": config, "x": x, "rotary": rotary, "mask": masks[config.window(i)]}
-        if cache is not None:
-            arguments |= {"cache": cache[i], "start": start}
-        path = f"text.blocks.{i}"
-        x, layer = yield Part(stage, path, "gemma", "block", path, arguments, taps=True)
-        caches.append(layer)
-    x = yield Part(stage, "text.norm", "layers", "rms_norm", "text.norm", {"x": x, "eps": config.eps}, leaf=True)
-    return x, caches
+def _within(part, name) -> str:
+    """What a tap is called within its part."""
+    return "output" if name == part else name.removeprefix(f"{part}.")
 
 
-def compare_stages(checkpoint, bundle, provider=CPU) -> list[Row]:
-    """Logits and cache of the shipped graphs, run as a host runs them."""
-    config, inputs = checkpoint.config, example(checkpoint.config)
+def tapped_model(config, bundle, graph, operators) -> ir.Model:
+    """The bundle's prefill or decode over its weights, with every tap as an output; or the same of other operators."""
+    precision, residual = bundle.description["precision"], None
+    placed = weights.plan(config, precision, bundle.operators)
+    if operators == bundle.operators:
+        initializer = weights.initializer(placed, bundle.path, graph)
+        residual = weights.FLOATS.get(bundle.description.get("residual"))
+    else:
+        initializer = weights.apart(config, placed, bundle.path)
+    build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
+    return build(config, initializer, weights.stream_dtype(precision), True, operators, residual)
+
+
+def cut(model) -> list[Part]:
+    """The parts of a model with taps, in order. Each begins at taps of those before it and ends at its own."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    taps = {name.removeprefix("tap."): value for name, value in outputs.items() if name.startswith("tap.")}
+    known, parts = {value: value.name for value in model.graph.inputs}, []
+    for name, own in groupby(taps, key=lambda tap: _LAYER.sub(r"\1", tap)):
+        own = list(own)
+        ends = [taps[tap] for tap in own]
+        if name.startswith("text.blocks."):
+            ends += [outputs[f"present.{name.rpartition('.')[2]}.{kind}"] for kind in ("key", "value")]
+        graph = ir.convenience.extract(model.graph, list(known), ends)
+        for value in [value for value in graph.inputs if not value.uses()]:
+            graph.inputs.remove(value)
+        names = {value.name: name for value, name in known.items()}
+        inputs = {value.name: names[value.name] for value in graph.inputs}
+        parts.append(Part(name, own, ir.Model(graph, ir_version=model.ir_version), inputs))
+        known |= {taps[tap].producer().inputs[0]: tap for tap in own}
+    return parts
+
+
+def as_in_graph(array, shape, lengths, size):
+    """A value of the reference in the shape that a fused graph has it in; unchanged if it does not fit.
+
+    All rows may lie along one axis, [1, B * T, D] for [B, T, D]; or there may be each row's last position alone, [1, B,
+    D] for [B, T, D] and [B, N, 1, H] for [B, N, T, H]. `size` is T.
+    """
+    if array.size == math.prod(shape):
+        return array.reshape(shape)
+    if array.ndim < 3 or array.size != math.prod(shape) * size:
+        return array
+    by_position = array.reshape(len(array), -1, size, array.shape[-1])
+    return np.take_along_axis(by_position, lengths[:, None, None, None] - 1, 2).reshape(shape)
+
+
+def is_token(shape, lengths, size):
+    """Where a value of the reference stands at a token: False at padding, where graphs may compute what they like."""
+    if len(shape) < 3 or shape[-2] % size:
+        return np.ones(shape, bool)  # it has no positions of the text, or but one
+    token = (np.arange(size) < lengths[:, None])[:, None, :, None]
+    return np.broadcast_to(token, (len(lengths), math.prod(shape[1:-1]) // size, size, shape[-1])).reshape(shape)
+
+
+def _run(model, feeds, directory, provider) -> dict:
+    """Run a model whose weights lie in `directory`, unoptimised."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=[provider])
+    dtypes = {value.name: value.dtype for value in model.graph.inputs}
+    given = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, dtypes[name])  # NumPy has no bfloat16
+        for name, array in feeds.items()
+    }
+    names = [output.name for output in session.get_outputs()]
+    found = session.run_with_ort_values(names, given)
+    return {name: cuda.on_host(value) for name, value in zip(names, found, strict=True)}
+
+
+def _evaluate(model, feeds, directory, provider) -> dict:
+    """The same in the slow evaluator of the onnx package."""
+    proto = onnx.load_from_string(graphs.serialize(model))
+    onnx.load_external_data_for_model(proto, str(directory))
+    evaluator = onnx.reference.ReferenceEvaluator(proto)
+    return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
+
+
+# --- end to end --------------------------------------------------------------------------------------------
+
+
+def compare_stages(checkpoint, bundle, provider=CPU, answered=()) -> list[Row]:
+    """Logits and cache of the shipped graphs, run as a host runs them. `answered`: see `answers`."""
+    inputs = example(checkpoint.config)
     session = Session(bundle, "cuda" if provider == CUDA else "cpu")
-    expected, cache = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64))
+    (expected, cache), *steps = answers(checkpoint, inputs, answered)
+
+    def row(part, *values, operators=bundle.operators):
+        return _row("end to end", part, operators, *values)
+
     logits, buffers = session.prefill(*inputs.prefill(np.float32))
-    rows = [_row("end to end", "prefill logits", {"logits": expected}, {"logits": logits})]
-    rows.append(_row("end to end", "prefill cache", *_caches(cache, buffers, inputs.lengths)))
-    lengths = inputs.lengths
-    for step, ids in enumerate(inputs.steps):
-        expected, cache = paligemma.decode(checkpoint.params, config, ids, lengths, cache)
-        logits, buffers = session.decode(ids, lengths, buffers)
-        lengths = lengths + 1
-        rows.append(_row("end to end", f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
-    rows.append(_row("end to end", f"decode {STEPS} cache", *_caches(cache, buffers, lengths)))
+    rows = [row("prefill logits", {"logits": expected}, {"logits": logits})]
+    rows.append(row("prefill cache", *_caches(cache, buffers.numpy(), inputs.lengths)))
+    for step, (expected, _) in enumerate(steps):
+        logits, buffers = session.decode(inputs.steps[step], inputs.lengths + step, buffers)
+        rows.append(row(f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
+    rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     if session.masks:
         codes = np.random.default_rng(0).integers(0, segmentation.CODES, (4, segmentation.CELLS**2))
         expected = segmentation.decoder_of(checkpoint)(codes)
-        rows.append(_row("end to end", "masks", {"masks": expected}, {"masks": session.masks(codes)}))
+        rows.append(row("masks", {"masks": expected}, {"masks": session.masks(codes)}, operators=PORTABLE))
     return rows
+
+
+def answers(checkpoint, inputs, answered=()) -> list:
+    """The reference's logits and cache after prefill and after each decode step, of which some may be there already."""
+    params, config = checkpoint.params, checkpoint.config
+    found = [*answered] or [paligemma.prefill(params, config, *inputs.prefill(np.float64))]
+    for step in range(len(found) - 1, STEPS):
+        found.append(paligemma.decode(params, config, inputs.steps[step], inputs.lengths + step, found[-1][1]))
+    return found
 
 
 def drift_of(bundle, checkpoint) -> dict:
@@ -267,29 +363,38 @@ def example(config, seed=0) -> Example:
     return Example(pixels, input_ids, lengths, input_ids.shape[1] + STEPS, steps)
 
 
+# --- the table ---------------------------------------------------------------------------------------------
+
+
 def table(rows, budget) -> str:
     """The rows as text."""
-    lines = [f"{'stage':<12}{'part':<22}{'taps':>5}  {'error':>8}  {'budget':>8}        worst tap"]
+    lines = [f"{'stage':<12}{'part':<27}{'operators':<11}{'taps':>4}  {'error':>8}  {'budget':>8}        worst tap"]
     for row in rows:
         verdict = "ok  " if row.error <= budget else "FAIL"
         worst = row.worst if row.taps > 1 else ""
-        numbers = f"{row.taps:>5}  {row.error:>8.1e}  {budget:>8.0e}"
-        lines.append(f"{row.stage:<12}{row.part:<22}{numbers}  {verdict}  {worst}".rstrip())
+        numbers = f"{row.taps:>4}  {row.error:>8.1e}  {budget:>8.0e}"
+        lines.append(f"{row.stage:<12}{row.part:<27}{row.operators:<11}{numbers}  {verdict}  {worst}".rstrip())
     return "\n".join(lines)
 
 
-class _Recorder:
-    def __init__(self):
-        self.values = {}
+def notes(rows, bundle) -> list[str]:
+    """What the rows do not show: values that the graphs do not have apart, and graphs that were not run."""
+    lines = []
+    unseen = {(row.stage, re.sub(r"\d+", "*", row.part)): row.unseen for row in rows if row.unseen}
+    if unseen:
+        lines.append(f"not apart in {bundle.operators} graphs, seen in what is made of them and end to end:")
+        lines += [f"{stage:<12}{part:<27}{', '.join(names)}" for (stage, part), names in unseen.items()]
+    if bundle.description["precision"] == "bfloat16" and not any(row.stage == "end to end" for row in rows):
+        lines.append(
+            "without a CUDA device: portable operators with a float32 stream, in ONNX's evaluator, over the bundle's "
+            f"weights; its own graphs ({bundle.operators}, a {bundle.description.get('residual')} stream) were not run"
+        )
+    return lines
 
-    def __call__(self, name, value):
-        self.values[name] = value
-        return value
 
-
-def _rounded(checkpoint, precision):
-    """The checkpoint as its bundle stores it: what rounding does to the weights is not an error of the graph."""
-    if precision == "float32":
+def as_stored(checkpoint, precision):
+    """The checkpoint as its bundle stores it: what half precision does to the weights is not an error of the graph."""
+    if precision == "float32" or precision in weights.QUANTIZED:
         return checkpoint
     dtype = weights.FLOATS[precision].numpy()
     flat = {path: array.astype(dtype, copy=False) for path, array in checkpoints.flatten(checkpoint.params).items()}
@@ -300,67 +405,13 @@ def _size(checkpoint) -> int:
     return sum(array.size for array in checkpoints.flatten(checkpoint.params).values())
 
 
-def _at(tree, path: str):
-    for step in path.split("."):
-        tree = tree[int(step)] if isinstance(tree, list) else tree[step]
-    return tree
+def _cast(feeds) -> dict:
+    """Inputs {name: (array, dtype)} in their dtypes."""
+    with np.errstate(over="ignore"):  # an infinity shows in the taps
+        return {name: np.asarray(array).astype(dtype.numpy()) for name, (array, dtype) in feeds.items()}
 
 
-def _named(result, name="output") -> dict:
-    """Arrays of a nested result by name, as `graphs.trace` names them."""
-    if isinstance(result, tuple | list):
-        return {k: v for i, item in enumerate(result) for k, v in _named(item, f"{name}.{i}").items()}
-    return {name: result}
-
-
-def _run_part(part, p, tensors, dtype, directory, provider) -> dict:
-    """Build the part over the bundle's weights and run it; its taps and outputs."""
-    used = {path: tensors(f"{part.weights}.{path}") for path in checkpoints.flatten(p) if _is_used(part, path)}
-    arguments = _lower(part.arguments, np.float32)  # the stream; only the cache is in half precision
-    if "cache" in arguments:
-        arguments["cache"] = _lower(arguments["cache"], dtype.numpy())
-
-    def function(op, p, **keywords):
-        return part.call("export", op, p=p, **keywords)
-
-    model, feeds = graphs.trace(function, arguments, used, part.taps)
-    values = _evaluate(model, feeds, directory, provider, dtype)
-    return {name.removeprefix("out."): np.asarray(value, np.float64) for name, value in values.items()}
-
-
-def _is_used(part, path) -> bool:
-    """Embedding and logits take the decoder's p, but nothing of its layers."""
-    return part.weights != "text" or not path.startswith(("blocks.", "norm."))
-
-
-def _lower(tree, dtype):
-    if isinstance(tree, np.ndarray):
-        with np.errstate(over="ignore"):  # an infinity shows in the taps
-            return tree.astype(dtype) if tree.dtype.kind == "f" else tree
-    if isinstance(tree, dict):
-        return {key: _lower(value, dtype) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        return type(tree)(_lower(value, dtype) for value in tree)
-    return ir.DataType.from_numpy(np.dtype(dtype)) if tree is np.float64 else tree
-
-
-def _evaluate(model, feeds, directory, provider, dtype) -> dict:
-    """Run a model whose weights lie in `directory`, unoptimised."""
-    if dtype == ir.DataType.BFLOAT16 and provider != CUDA:
-        proto = onnx.load_from_string(graphs.serialize(model))
-        onnx.load_external_data_for_model(proto, str(directory))
-        evaluator = onnx.reference.ReferenceEvaluator(proto)
-        return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=[provider])
-    return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
-
-
-def _caches(cache, buffers, lengths):
+def _caches(cache, written, lengths):
     """Both caches by name, each row up to its length: what lies behind has no meaning."""
     reference = {
         f"{i}.{kind}": array
@@ -374,17 +425,17 @@ def _caches(cache, buffers, lengths):
 
     return (
         {name: filled(array) for name, array in reference.items()},
-        {name: filled(array) for name, array in buffers.numpy().items()},
+        {name: filled(array) for name, array in written.items()},
     )
 
 
-def _row(stage, part, reference, values) -> Row:
+def _row(stage, part, operators, reference, values, unseen=()) -> Row:
     if reference.keys() != values.keys():
         names = ", ".join(sorted(reference.keys() ^ values.keys()))
-        raise PaliGemmaError(f"{stage} {part}: graph and reference do not have the same taps: {names}")
+        raise PaliGemmaError(f"{stage} {part}: graph and reference do not have the same values: {names}")
     errors = {name: relative_error(values[name], reference[name]) for name in reference}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else np.inf)
-    return Row(stage, part, len(errors), errors[worst], worst, _trouble(reference, values))
+    return Row(stage, part, operators, len(errors), errors[worst], worst, unseen, _trouble(reference, values))
 
 
 def _trouble(reference, values) -> str:

@@ -21,6 +21,12 @@ CONFIGS = {
 }
 
 
+def with_heads(name, **changes):
+    """A small model whose heads have a size that the fused operators take in every precision."""
+    config = CONFIGS[name]
+    return replace(config, text=replace(config.text, head_dim=16, query_scalar=24.0, **changes))
+
+
 def random_params(config, seed=0, dtype=np.float64) -> dict:
     """Weights of a scale that keeps activations near one, exactly representable in float32."""
     rng = np.random.default_rng(seed)

@@ -17,15 +17,9 @@ from numpy_ref import checkpoint
 from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.errors import PaliGemmaError
 
-from .models import CONFIGS, random_params
+from .models import CONFIGS, random_params, with_heads
 
 BUDGET = 1e-5  # of the largest value; measured 1.5e-6
-
-
-def with_heads(name, **changes):
-    """A test config whose head dim GroupQueryAttention takes."""
-    config = CONFIGS[name]
-    return replace(config, text=replace(config.text, head_dim=16, query_scalar=24.0, **changes))
 
 
 MODELS = {

@@ -2,11 +2,15 @@
 
 import ast
 import inspect
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 
 import export.model.gemma
@@ -28,11 +32,13 @@ import torch_impl.model.layers
 import torch_impl.model.paligemma
 import torch_impl.model.segmentation
 import torch_impl.model.siglip
+from export.bundle import weights
 from export.model import graphs
+from export.model.layers import FUSED, PORTABLE
 from numpy_ref.checkpoint import flatten, parameters
 from torch_impl.model.paligemma import PaliGemma
 
-from .models import CONFIGS, random_params
+from .models import CONFIGS, random_params, with_heads
 
 ROOT = Path(__file__).parent.parent
 FILES = ("layers", "siglip", "gemma", "paligemma", "segmentation", "contrastive")
@@ -114,15 +120,61 @@ def test_one_weight_namespace(name):
     expected = {path: array.shape for path, array in params.items()}
     assert {p.path: p.shape for p in parameters(config)} == expected
     assert {path: tuple(t.shape) for path, t in PaliGemma(config).state_dict().items()} == expected
-    import onnx_ir as ir
-
     model = graphs.prefill_model(config, lambda path: ir.tensor(params[path], name=path))
-    weights = {
+    initializers = {
         value.name: tuple(value.const_value.shape)
         for value in model.graph.initializers.values()
         if not value.name.startswith("const_")
     }
-    assert weights == expected
+    assert initializers == expected
+
+
+@pytest.mark.parametrize("operators", [PORTABLE, FUSED])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "int4"])
+@pytest.mark.parametrize("graph", ["prefill", "decode"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nodes_are_named_by_their_modules(name, graph, precision, operators):
+    """Each by a module of the model, whose own weights it reads; every module of every block has nodes of its own."""
+    config = with_heads(name)
+    placed, build = (
+        weights.plan(config, precision, operators),
+        {"prefill": graphs.prefill_model, "decode": graphs.decode_model},
+    )
+    model = build[graph](
+        config, weights.initializer(placed, graph=graph), weights.stream_dtype(precision), operators=operators
+    )
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names)
+    paths = {stored.path for stored in placed.values() if graph == "prefill" or stored.path.startswith("text.")}
+    modules = {path.rsplit(".", count)[0] for path in paths for count in range(1, path.count(".") + 1)}
+    found = {name.rpartition("/")[0] for name in names}
+    assert found <= modules | {graph}
+    for path in paths:
+        if ".blocks." in path:
+            block, module = re.match(r"(.*\.blocks\.\d+)\.(\w+)", path).groups()
+            assert any(each.startswith(f"{block}.{module}") for each in found), (block, module)
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and not value.name.startswith("const_"):
+                assert value.name.startswith(node.name.rpartition("/")[0] + "."), (node.name, value.name)
+
+
+def test_profiles_and_errors_show_the_modules(tmp_path):
+    config = CONFIGS["paligemma1"]
+    params = flatten(random_params(config, dtype=np.float32))
+    model = graphs.decode_model(config, lambda path: ir.tensor(params[path], name=path))
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=["CPUExecutionProvider"])
+    shape = (1, config.text.kv_heads, 9, config.text.head_dim)
+    cache = {value.name: np.zeros(shape, np.float32) for value in session.get_inputs()[2:]}
+    session.run(None, {"input_ids": np.array([[3]]), "lengths": np.array([4], np.int32), **cache})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    timed = {event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node"}
+    assert {f"text.blocks.{i}.attention.output/MatMul" for i in range(config.text.depth)} <= timed
+    with pytest.raises(Exception, match="Name:'text/Gather'"):  # the runtime's exceptions have no common class
+        session.run(None, {"input_ids": np.array([[config.text.vocab]]), "lengths": np.array([4], np.int32), **cache})
 
 
 def imported(file: Path) -> set[str]:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType
 
-from numpy_ref.model.layers import identity
+from numpy_ref.model.layers import identity, scoped
 
 from . import gemma, layers, paligemma, siglip
 from .quantized import CONTRIB, Blocks, Channels
@@ -49,7 +49,7 @@ def rope(op, x, cos, sin):
     return like(op.RotaryEmbedding(x, cos, sin), x)
 
 
-def in_line(op, x, rows):
+def flatten_rows(op, x, rows):
     """x [B, T, D] -> [1, B * T, D]: all rows along one axis, as kernels that scale each row want them.
 
     `rows` is what to call that axis.
@@ -57,10 +57,25 @@ def in_line(op, x, rows):
     return _with_rows(op.Reshape(x, [1, -1, x.shape[-1]]), x, rows)
 
 
+def by_head(op, tap, heads, batch=(0,), factor=1.0):
+    """A tap for values [..., N * H], which it passes on as the reference has them, [B, N, T, H]; `batch` [1] is B.
+
+    Queries are passed on times the factor that the operator puts into the scores. Without a tap there are no nodes.
+    """
+
+    def split(name, value):
+        shape = op.Concat(batch, [-1, heads, value.shape[-1] // heads], axis=0)
+        parted = op.Transpose(op.Reshape(value, shape), perm=[0, 2, 1, 3])
+        tap(name, parted if factor == 1.0 else op.Mul(parted, factor))
+        return value
+
+    return tap if tap is identity else split
+
+
 def patch_block(op, p, config, x, tap=identity):
-    """A block of the vision tower: [B, P, D] -> [B, P, D]."""
-    line = siglip.block.portable(op, p, config, in_line(op, x, "patches of all"), tap)
-    return like(op.Reshape(line, [-1, config.patches, config.width]), x)
+    """A block of the vision tower: [B, P, D] -> [B, P, D]. Taps see all patches along one axis, [1, B * P, D]."""
+    rows = siglip.block.portable(op, p, config, flatten_rows(op, x, "patches of all"), tap)
+    return like(op.Reshape(rows, [-1, config.patches, config.width]), x)
 
 
 def patch_attention(op, p, config, x, tap=identity):
@@ -69,10 +84,13 @@ def patch_attention(op, p, config, x, tap=identity):
         op.Reshape(layers.linear(op, x, **p[name]), [-1, config.patches, config.width])
         for name in ("query", "key", "value")
     )
-    context = op.MultiHeadAttention(
-        query, key, value, num_heads=config.heads, scale=1 / math.sqrt(config.head_dim), _domain=CONTRIB, _version=1
-    )
-    context = _with_rows(op.Reshape(like(context, query), [1, -1, config.width]), query, x.shape[1])
+    scale, split = 1 / math.sqrt(config.head_dim), by_head(op, tap, config.heads)
+    by_head(op, tap, config.heads, factor=scale)("query", query)
+    split("key", key)
+    split("value", value)
+    context = op.MultiHeadAttention(query, key, value, num_heads=config.heads, scale=scale, _domain=CONTRIB, _version=1)
+    context = split("context", like(context, query))
+    context = _with_rows(op.Reshape(context, [1, -1, config.width]), query, x.shape[1])
     return layers.linear(op, context, **p["output"])
 
 
@@ -105,7 +123,8 @@ def _padding(op, config, mask, dtype):
     return Padding(mask, op.Shape(mask, end=1), column, ones)
 
 
-def prefix_attention(op, p, config, asking, x, there, rotary, padding):
+@layers.named
+def prefix_attention(op, p, config, asking, x, there, rotary, padding, tap=identity):
     """What the tokens `asking` [1, B * A, D], at the angles `there`, take from all of x [1, B * T, D].
 
     -> [1, B * A, D], and keys and values [B, K, T, H].
@@ -117,16 +136,18 @@ def prefix_attention(op, p, config, asking, x, there, rotary, padding):
         _rotate(op, each, *(op.Squeeze(part, [1]) for part in angles), heads)
         for each, angles, heads in ((query, there, config.heads), (key, rotary, config.kv_heads))
     )
+    by_head(op, tap, config.heads, padding.batch, config.query_scale)("query", query)
     key, value = (padding.part(op, each, config.kv_heads, config.head_dim) for each in (key, value))
-    cache = tuple(op.Transpose(each, perm=[0, 2, 1, 3]) for each in (key, value))
+    cache = tuple(tap(name, op.Transpose(each, perm=[0, 2, 1, 3])) for name, each in (("key", key), ("value", value)))
     if config.attn_softcap is None:
         context = _in_tiles(op, config, query, key, value, padding)
     else:  # the operator has none
         query = op.Transpose(padding.part(op, query, config.heads, config.head_dim), perm=[0, 2, 1, 3])
         query = op.Mul(query, config.query_scale)
-        context = layers.merge_heads(op, layers.attend(op, query, *cache, padding.mask, config.attn_softcap))
+        context = layers.merge_heads(op, layers.attend(op, query, *cache, padding.mask, config.attn_softcap, tap))
     context = op.Reshape(context, [1, -1, config.heads * config.head_dim])
     context.dtype, context.shape = value.dtype, ir.Shape([1, asking.shape[1], config.heads * config.head_dim])
+    context = by_head(op, tap, config.heads, padding.batch)("context", context)
     return layers.linear(op, context, **p["output"]), cache
 
 
@@ -156,12 +177,15 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
     `mask` is a Padding in prefill, a Window in decode.
     """
     if cache is None:
-        return prefix_attention(op, p, config, x, x, rotary, rotary, mask)
+        return prefix_attention(op, p, config, x, x, rotary, rotary, mask, tap)
     if config.head_dim % 8:  # GroupQueryAttention takes no others
         return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
     query, key, value = project(op, x, p, ("query", "key", "value"))
     cos, sin = (op.Squeeze(angles, [1]) for angles in rotary)
     query, key = (_rotate(op, each, cos, sin, heads) for each, heads in ((query, config.heads), (key, config.kv_heads)))
+    by_head(op, tap, config.heads, factor=config.query_scale)("query", query)
+    for name, each in (("key", key), ("value", value)):
+        by_head(op, tap, config.kv_heads)(name, each)
     filled = op.Cast(start, to=DataType.INT32)
     total = op.Add(op.ReduceMax(filled, keepdims=0), op.Constant(value=ir.tensor(np.array(1, np.int32))))
     context, key, value = op.GroupQueryAttention(
@@ -170,6 +194,7 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
         _domain=CONTRIB, _version=1, _outputs=3,
     )  # fmt: skip
     context.dtype, context.shape = cache[0].dtype, ir.Shape([*list(x.shape)[:2], config.heads * config.head_dim])
+    context = by_head(op, tap, config.heads)("context", context)
     updated = tuple(like(each, past) for each, past in zip((key, value), cache, strict=True))
     return layers.linear(op, context, **p["output"]), updated
 
@@ -199,30 +224,36 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     rotary = layers.rope_angles(op, each, config.head_dim, config.rope_base, dtype)
     mask = masks[config.window(0)]  # all the same
     padding = _padding(op, config, mask, p["blocks"][0]["attention"]["key"]["kernel"].dtype)
-    x = in_line(op, x, "tokens of all")
-    for weights in p["blocks"][:-1]:
-        x, layer_cache = gemma.block(op, weights, config, x, rotary, padding)
+    x = flatten_rows(op, x, "tokens of all")
+    *before, final = p["blocks"]
+    for i, weights in enumerate(before):
+        x, layer_cache = gemma.block(op, weights, config, x, rotary, padding, tap=scoped(tap, f"blocks.{i}"))
+        x = tap(f"blocks.{i}", x)
         caches.append(layer_cache)
     last = op.Sub(op.ReduceSum(op.Cast(mask, to=DataType.INT64), [1, 2], keepdims=0), 1)  # [B]
     there = layers.rope_angles(op, op.Unsqueeze(last, [0]), config.head_dim, config.rope_base, dtype)
-    x, layer_cache = _last_block(op, p["blocks"][-1], config, x, rotary, there, padding, last)
-    return layers.rms_norm(op, x, **p["norm"], eps=config.eps), [*caches, layer_cache]
+    name = f"blocks.{len(before)}"
+    x, layer_cache = _last_block(op, final, config, x, rotary, there, padding, last, scoped(tap, name))
+    return tap("norm", layers.rms_norm(op, tap(name, x), **p["norm"], eps=config.eps)), [*caches, layer_cache]
 
 
-def _last_block(op, p, config, x, rotary, there, padding, last):
+@layers.named
+def _last_block(op, p, config, x, rotary, there, padding, last, tap=identity):
     """A layer whose output is wanted at one position a row, last [B]: x [1, B * T, D] -> [1, B, D], keys and values."""
-    normed = layers.rms_norm(op, x, **p["attention_norm"], eps=config.eps)
+    normed = tap("attention_norm", layers.rms_norm(op, x, **p["attention_norm"], eps=config.eps))
     batch, length = (op.Squeeze(op.Shape(padding.mask, start=axis, end=axis + 1), [0]) for axis in (0, 2))
     places = op.Add(last, op.Mul(op.Range(0, batch, 1), length))
     x, asking = (_with_rows(op.Gather(each, places, axis=1), each, "B") for each in (x, normed))
     padding = replace(padding, ones=op.Slice(padding.ones, [0], [config.heads // config.kv_heads], [1]))
-    update, cache = prefix_attention(op, p["attention"], config, asking, normed, there, rotary, padding)
+    within = scoped(tap, "attention")
+    update, cache = prefix_attention(op, p["attention"], config, asking, normed, there, rotary, padding, within)
+    update = tap("attention", update)
     if config.post_norms:
-        update = layers.rms_norm(op, update, **p["post_attention_norm"], eps=config.eps)
+        update = tap("post_attention_norm", layers.rms_norm(op, update, **p["post_attention_norm"], eps=config.eps))
     x, normed = layers.add_rms_norm(op, x, update, **p["mlp_norm"], eps=config.eps)
-    update = gemma.mlp(op, p["mlp"], normed)
+    update = tap("mlp", gemma.mlp(op, p["mlp"], tap("mlp_norm", normed)))
     if config.post_norms:
-        update = layers.rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps)
+        update = tap("post_mlp_norm", layers.rms_norm(op, update, **p["post_mlp_norm"], eps=config.eps))
     return layers.residual(op, x, update), cache
 
 
@@ -254,7 +285,7 @@ def pack(op, kernels) -> Blocks | None:
     joined = [_joined([getattr(kernel, name) for kernel in kernels]) for name in ("values", "scales")]
     if None in joined:
         return None
-    values, scales = (op.initializer(tensor, tensor.name) for tensor in joined)
+    values, scales = (op.builder.initializer(tensor, tensor.name, qualify=False) for tensor in joined)
     return Blocks(values, None, scales, kernels[0].bits)
 
 

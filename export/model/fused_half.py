@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir import DataType
 
-from numpy_ref.model.layers import identity
+from numpy_ref.model.layers import identity, scoped
 
 from . import gemma, layers, paligemma, siglip
-from .fused import gelu, like, project
+from .fused import by_head, gelu, like, project
 from .quantized import CONTRIB
 
 
@@ -61,10 +61,12 @@ def patch_attention(op, p, config, x, tap=identity):
     """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]."""
     packed = layers.linear(op, x, **p["query_key_value"])
     query, key, value = op.Split(packed, axis=-1, num_outputs=3, _outputs=3)
-    context = op.Attention(
-        query, key, value, q_num_heads=config.heads, kv_num_heads=config.heads, scale=1 / math.sqrt(config.head_dim)
-    )
-    return layers.linear(op, like(context, x, packed.dtype), **p["output"])
+    scale, split = 1 / math.sqrt(config.head_dim), by_head(op, tap, config.heads)
+    by_head(op, tap, config.heads, factor=scale)("query", query)
+    split("key", key)
+    split("value", value)
+    context = op.Attention(query, key, value, q_num_heads=config.heads, kv_num_heads=config.heads, scale=scale)
+    return layers.linear(op, split("context", like(context, x, packed.dtype)), **p["output"])
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
     context.dtype, context.shape = packed.dtype, ir.Shape([*list(x.shape)[:2], config.heads * config.head_dim])
     for each in (key, value):
         each.dtype, each.shape = packed.dtype, ir.Shape([x.shape[0], config.kv_heads, None, config.head_dim])
+    if cache is None:  # with one, these are all keys and values so far
+        key, value = tap("key", key), tap("value", value)
+    context = by_head(op, tap, config.heads)("context", context)
     return layers.linear(op, context, **p["output"]), (key, value)
 
 
@@ -121,17 +126,24 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     following = [*(weights["attention_norm"] for weights in p["blocks"][1:]), p["norm"]]
     normed = layers.rms_norm(op, x, **p["blocks"][0]["attention_norm"], eps=config.eps)
     for i, (weights, norm) in enumerate(zip(p["blocks"], following, strict=True)):
-        layer, mask = None if cache is None else cache[i], masks[config.window(i)]
-        update, layer = gemma.attention(op, weights["attention"], config, normed, rotary, mask, layer, start)
+        layer, mask, within = None if cache is None else cache[i], masks[config.window(i)], scoped(tap, f"blocks.{i}")
+        update, layer = gemma.attention(
+            op, weights["attention"], config, within("attention_norm", normed), rotary, mask, layer, start,
+            scoped(within, "attention"),
+        )  # fmt: skip
+        update = within("attention", update)
         if config.post_norms:
             update = layers.rms_norm(op, update, **weights["post_attention_norm"], eps=config.eps)
+            update = within("post_attention_norm", update)
         x, normed = layers.add_rms_norm(op, x, update, **weights["mlp_norm"], eps=config.eps)
-        update = gemma.mlp(op, weights["mlp"], normed)
+        update = within("mlp", gemma.mlp(op, weights["mlp"], within("mlp_norm", normed)))
         if config.post_norms:
             update = layers.rms_norm(op, update, **weights["post_mlp_norm"], eps=config.eps)
+            update = within("post_mlp_norm", update)
         x, normed = layers.add_rms_norm(op, x, update, **norm, eps=config.eps)
+        x = tap(f"blocks.{i}", x)
         caches.append(layer)
-    return normed, caches
+    return tap("norm", normed), caches
 
 
 def rotary_tables(op, config, dtype):

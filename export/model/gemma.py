@@ -14,6 +14,7 @@ from .layers import (
     is_quantized,
     linear,
     merge_heads,
+    named,
     replaceable,
     residual,
     rms_norm,
@@ -26,6 +27,7 @@ from .layers import (
 )
 
 
+@named
 def embed(op, p, config, ids, dtype):
     """Token embeddings times sqrt(D): ids [B, T] -> [B, T, D]. Picture features are not scaled."""
     # The factor is rounded to the dtype that the table is used in: 59.75 for sqrt(3584) in bfloat16.
@@ -53,6 +55,7 @@ def mlp(op, p, x):
     return linear(op, op.Mul(gelu(op, linear(op, x, **p["gate"])), linear(op, x, **p["up"])), **p["down"])
 
 
+@named
 def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     """One decoder layer: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
     normed = tap("attention_norm", rms_norm(op, x, **p["attention_norm"], eps=config.eps))
@@ -81,6 +84,7 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     return tap("norm", rms_norm(op, x, **p["norm"], eps=config.eps)), caches
 
 
+@named
 def logits(op, p, config, x):
     """Scores of every row of the vocabulary: x [..., D] -> [..., V]. The tied head is the unscaled table."""
     if config.tied and is_quantized(p["embedding"]):

@@ -4,6 +4,8 @@ Weights come through `initializer(path) -> tensor`: a reference into the bundle'
 arrays in memory when testing. With `taps`, every named intermediate value becomes a further output.
 """
 
+from collections import Counter
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType
@@ -126,7 +128,7 @@ def trace(function, arguments, weights=None, taps=False):
         values[name] = builder.input(name, DataType.from_numpy(array.dtype), list(array.shape))
     keywords = _walk(arguments, "in", lambda name, array: values[name])
     if weights:
-        keywords["p"] = unflatten({path: _declare(builder, tensor) for path, tensor in weights.items()})
+        keywords["p"] = _declare(builder, weights)
     recorded = {}
 
     def record(name, value):
@@ -160,10 +162,13 @@ def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None) -> Gr
     residual    the dtype of the residual stream
     max_length  how many positions there are
     rounded     {value: the same in eight bits} (`quantize`)
+    paths       {weight: its path}, and
+    module      the path of the part that is being built, by which its nodes are named (`layers.named`)
     """
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
     op = builder.op
     op.instead, op.residual, op.max_length, op.rounded = instead or {}, residual, max_length, {}
+    op.paths, op.module = {}, ""
     return builder
 
 
@@ -175,14 +180,19 @@ def _start(name, config, initializer, used, operators, dtype, residual):
     for path in (parameter.path for parameter in parameters(config) if used(parameter.path)):
         weight = initializer(path)
         found[weight.name if isinstance(weight, ir.TensorProtocol) else path] = weight
-    return builder, unflatten({path: _declare(builder, weight) for path, weight in found.items()})
+    return builder, _declare(builder, found)
 
 
-def _declare(builder, weight):
-    """A tensor as an initializer; a quantized weight declares its own."""
-    return (
-        builder.initializer(weight, weight.name) if isinstance(weight, ir.TensorProtocol) else weight.declare(builder)
-    )
+def _declare(builder, weights):
+    """Weights {path: tensor} as a tree of initializers; a quantized one declares its own."""
+    declared = {
+        path: builder.initializer(weight, weight.name)
+        if isinstance(weight, ir.TensorProtocol)
+        else weight.declare(builder)
+        for path, weight in weights.items()
+    }
+    builder.op.paths = {weight: path for path, weight in declared.items()}
+    return unflatten(declared)
 
 
 def _tap(builder, taps):
@@ -212,11 +222,24 @@ def _finish(builder, config, logits, cache) -> ir.Model:
 
 
 def _model(builder) -> ir.Model:
-    for node in builder.graph:
-        node.metadata_props.clear()  # the builder's notes to itself
+    _name_nodes(builder.graph)
     for name in [name for name, value in builder.graph.initializers.items() if not value.uses()]:
         del builder.graph.initializers[name]  # packed into another
     return ir.Model(builder.graph, ir_version=IR_VERSION, producer_name="paligemma-onnx")
+
+
+def _name_nodes(graph):
+    """Name each node by the module that it belongs to, and by its operator: text.blocks.3.attention/Transpose_1.
+
+    What belongs to none has the graph's name before it. These are the names in viewers, profiles and error messages.
+    """
+    seen = Counter()
+    for node in graph:
+        module = node.metadata_props["namespace"].replace("/", ".") or graph.name
+        name = f"{module}/{node.op_type}"
+        node.name = f"{name}_{seen[name]}" if seen[name] else name
+        seen[name] += 1
+        node.metadata_props.clear()  # the builder's notes to itself
 
 
 def _cache_shape(config):

@@ -6,7 +6,9 @@ with `operators="fused"`: `fused.py` and `fused_half.py` say which.
 """
 
 import math
+from collections.abc import Iterator
 from functools import wraps
+from itertools import takewhile
 
 import onnx_ir as ir
 from onnx_ir import DataType
@@ -17,12 +19,48 @@ PORTABLE, FUSED = OPERATORS = ("portable", "fused")
 HALF = (DataType.FLOAT16, DataType.BFLOAT16)
 
 
+def named(function):
+    """Mark a function of a module: nodes that it adds are named by the module's path, which is that of its weights.
+
+    `op.paths` {weight: path} belongs to the graph; `op.module` is the path of the module that is being built.
+    """
+
+    @wraps(function)
+    def inside(op, *arguments, **keywords):
+        outer, path = op.module, module_path(op.paths, (arguments, keywords)) or op.module
+        op.builder.push_module(path.removeprefix(outer).lstrip("."))  # the builder wants the way from the outer one
+        op.module = path
+        added = function(op, *arguments, **keywords)
+        op.builder.pop_module()
+        op.module = outer
+        return added
+
+    return inside
+
+
+def module_path(paths, arguments) -> str:
+    """The path of the smallest module that has all of the weights among nested arguments; "" if there are none."""
+    modules = [paths[weight].split(".")[:-1] for weight in _leaves(arguments) if weight in paths]
+    shared = takewhile(lambda names: len(set(names)) == 1, zip(*modules, strict=False))
+    return ".".join(names[0] for names in shared)
+
+
+def _leaves(tree) -> Iterator:
+    if isinstance(tree, dict | tuple | list):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(branch)
+    else:
+        yield tree
+
+
 def replaceable(portable):
     """Mark a function for which a graph may have another: the one place where a graph's operators are chosen.
 
     `op.instead` {marked function: what takes its place} belongs to the graph; `portable` is the function itself.
+    It is `named` too.
     """
 
+    @named
     @wraps(portable)
     def chosen(op, *arguments, **keywords):
         return op.instead.get(chosen, portable)(op, *arguments, **keywords)
@@ -46,6 +84,7 @@ def cast_like(op, weight, x):
     return cast_to(op, weight, x.dtype)
 
 
+@named
 def linear(op, x, kernel, bias=None):
     """x [..., in], kernel [in, out], bias [out] -> [..., out], in the dtype of the kernel.
 
@@ -68,6 +107,7 @@ def residual(op, x, update):
     return op.Add(x, cast_like(op, update, x))
 
 
+@named
 def embedding(op, ids, table, dtype):
     """Rows of a table: ids [...], table [V, D] -> [..., D]."""
     return cast_to(op, table.rows(op, ids) if is_quantized(table) else op.Gather(table, ids), dtype)

@@ -12,12 +12,14 @@ from .layers import (
     layer_norm,
     linear,
     merge_heads,
+    named,
     replaceable,
     residual,
     split_heads,
 )
 
 
+@named
 def patch_embed(op, p, config, pixel_values):
     """Cut the picture into patches and project each: pixel_values [B, 3, S, S] -> [B, P, D]."""
     size, side = config.patch_size, config.image_size // config.patch_size
@@ -37,6 +39,7 @@ def attention(op, p, config, x, tap=identity):
     return linear(op, merge_heads(op, tap("context", context)), **p["output"])
 
 
+@named
 def mlp(op, p, x):
     """x [B, P, D] -> [B, P, D] through a hidden layer of width F."""
     return linear(op, gelu(op, linear(op, x, **p["up"])), **p["down"])
@@ -51,6 +54,7 @@ def block(op, p, config, x, tap=identity):
     return residual(op, x, tap("mlp", mlp(op, p["mlp"], tap("mlp_norm", normed))))
 
 
+@named
 def encoder(op, p, config, pixel_values, tap=identity):
     """Picture to patch features: pixel_values [B, 3, S, S] in [-1, 1] -> [B, P, D]."""
     x = tap("patch_embed", cast_like(op, patch_embed(op, p["patch_embed"], config, pixel_values), pixel_values))
