@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .checkpoint import flatten
-from .errors import PaliGemmaError
+from .errors import PaliGemmaError, plural
 from .model import paligemma, segmentation
 from .model.sampling import Sampling, sample
 from .storage import all_finite, check_finite
@@ -109,7 +109,7 @@ def choose_capacity(config, lengths, max_new_tokens, limit=None):
     if needed > limit:
         raise PaliGemmaError(
             f"the prompt has {lengths[longest]} tokens ({config.vision.patches} of them the picture), which with "
-            f"{new_tokens[longest]} new ones exceeds the capacity of {limit}; shorten the prompt or lower "
+            f"{plural(new_tokens[longest], 'new one')} exceeds the capacity of {limit}; shorten the prompt or lower "
             "--max-new-tokens"
         )
     return needed
@@ -118,7 +118,8 @@ def choose_capacity(config, lengths, max_new_tokens, limit=None):
 def check_room(needed, capacity) -> None:
     """Raise PaliGemmaError unless a cache of `capacity` slots holds `needed` positions."""
     if needed > capacity:
-        raise PaliGemmaError(f"a cache of {capacity} slots is too small for {needed} positions")
+        slots, positions = plural(capacity, "slot"), plural(needed, "position")
+        raise PaliGemmaError(f"a cache of {slots} is too small for {positions}")
 
 
 def check_logits(engine, logits, alive, pixel_values, prompts, said) -> None:
