@@ -7,12 +7,12 @@ from ..errors import PaliGemmaError
 from ..image import FORMATS
 
 
-def suffixes() -> list[str]:
+def suffixes() -> set[str]:
     """The endings of files that a drawing can be written to."""
     from PIL import Image
 
     known = Image.registered_extensions()  # and with them what Pillow can write
-    return sorted(suffix for suffix, kind in known.items() if kind in FORMATS and kind in Image.SAVE)
+    return {suffix for suffix, kind in known.items() if kind in FORMATS and kind in Image.SAVE}
 
 
 def check_drawing(path: Path) -> None:
@@ -21,7 +21,8 @@ def check_drawing(path: Path) -> None:
     A path without an ending is written as PNG.
     """
     if path.suffix and path.suffix.lower() not in suffixes():
-        raise PaliGemmaError(f"{path}: a drawing is not written as {path.suffix}; take one of {', '.join(suffixes())}")
+        kinds = ", ".join(FORMATS)
+        raise PaliGemmaError(f"{path}: drawings are written as {kinds}; give the name such an ending, .png for example")
     if path.is_dir():
         raise PaliGemmaError(f"{path}: cannot write the drawing, this is a folder; name a file in it")
     if not path.parent.is_dir():

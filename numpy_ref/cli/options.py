@@ -27,6 +27,8 @@ class Parser(argparse.ArgumentParser):
         super().error(message + self._suggestion(message))
 
     def _suggestion(self, message) -> str:
+        if not message.startswith("unrecognized arguments"):
+            return ""
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split():
             option = word.partition("=")[0]
