@@ -192,7 +192,7 @@ def run_onnx_batch(argv=None):
     )
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
-    failed = f", {plural(errors, 'error')} among them" if errors else ""
+    failed = f", {errors} of them {'an error' if errors == 1 else 'errors'}" if errors else ""
     print(f"wrote {arguments.output}: {plural(count, 'row')}{failed}")
     return 0
 

@@ -65,6 +65,16 @@ export class Tokenizer {
   }
 }
 
+/** What is odd about a prompt, in a line; "" if nothing is. transformers asks for <image> in front, so people write it. */
+export function promptWarning(prefix) {
+  const markup = /^\s*(<image>|<bos>)/.exec(prefix);
+  if (!markup) return "";
+  return (
+    `the prompt begins with ${markup[1]}, which is read as text; leave it out: ` +
+    "the picture's tokens and <bos> are put in front of every prompt"
+  );
+}
+
 function numbered(name, count, digits) {
   return Array.from({ length: count }, (_, i) => `<${name}${String(i).padStart(digits, "0")}>`);
 }
