@@ -126,7 +126,9 @@ def _left_out(names) -> str:
     """What a folder has besides pictures, by count and name."""
     kinds = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in _endings(names).most_common(NAMED))
     some = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return one_line(f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})")
+    return one_line(
+        f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})"
+    )
 
 
 def _endings(names) -> Counter:

@@ -83,7 +83,7 @@ def main(argv=None):
         )  # fmt: skip
         sizes, counts = arguments.batch_sizes, arguments.workers
         speeds = measure(job, sizes, counts, arguments.rounds, arguments.threads)
-    threads = arguments.threads or os.cpu_count()
+    threads = arguments.threads or os.cpu_count() or 1
     done = plural(len(job.rows), "picture"), plural(threads, "thread"), plural(arguments.rounds, "round")
     print("{}, {}, medians of {}".format(*done))
     print(table(speeds, sizes, counts))
