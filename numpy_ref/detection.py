@@ -29,7 +29,7 @@ _BLANK = "[ \t-\r]"
 _WORD = re.compile("[^ \t-\r]+")
 _BOX = f"(?:{_LOCATION}){{4}}"
 _OBJECT = re.compile(f"({_BOX}){_BLANK}*((?:{_CODE})*)(?:{_BLANK}*(?!{_BOX})(?:{_LOCATION}|{_CODE}))*")
-_LABEL_END = re.compile(rf"{_BLANK};(?={_BLANK}|\Z)|;(?={_BLANK}*{_LOCATION})|{_LOCATION}|{_CODE}|\Z")
+_LABEL_END = re.compile(rf"{_BLANK};(?={_BLANK}|\Z)|;(?={_BLANK}*{_LOCATION})|{_LOCATION}|{_CODE}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def parse(text: str, width: int, height: int, convention: str = "big_vision") ->
     for match in _OBJECT.finditer(text):
         y1, x1, y2, x2 = (int(number) / steps for number in re.findall("[0-9]+", match[1]))
         codes = [int(number) for number in re.findall("[0-9]+", match[2])][:CODES]
-        label = text[match.end() : _LABEL_END.search(text, match.end()).start()]
+        end = _LABEL_END.search(text, match.end())
+        label = text[match.end() : end.start() if end else None]
         boxes.append(
             Box(
                 " ".join(_WORD.findall(label)),
