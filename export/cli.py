@@ -8,7 +8,8 @@ from pathlib import Path
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref import cli, files
-from numpy_ref.errors import one_line
+from numpy_ref.cli.options import check_on_cores, on_cores, pair
+from numpy_ref.errors import one_line, plural
 from numpy_ref.model.sampling import Sampling
 
 from . import bundle as bundles
@@ -42,7 +43,10 @@ def export_onnx(argv=None):
         "default in float16), or that of the weights, which is quicker (the default in bfloat16)",
     )  # fmt: skip
     options.add_argument(
-        "--max-length", type=int, metavar="C", help="longest prompt and answer together (the model's own limit)"
+        "--max-length",
+        type=cli.whole(1),
+        metavar="C",
+        help="longest prompt and answer together (the model's own limit)",
     )
     options.add_argument(
         "--verify", action="store_true", help="compare every stage with the NumPy reference, print the table"
@@ -86,7 +90,7 @@ def run_onnx(argv=None):
     if "--serve" in (sys.argv[1:] if argv is None else argv):
         return _serve(argv)
     options = cli.parser("run-onnx", "BUNDLE", "Answer a prompt about a picture with an ONNX bundle.")
-    options.add_argument("--threads", type=int, default=0, metavar="N", help="threads on the CPU, 0 for all (0)")
+    options.add_argument("--threads", type=on_cores(0), default=0, metavar="N", help="on the CPU, 0 for all (0)")
     options.add_argument("--serve", action="store_true", help="serve a page that answers; see run-onnx --serve --help")
     options.add_argument(
         "--host-graphs", action="store_true", help="prepare the picture and draw tokens by the bundle's own graphs"
@@ -109,7 +113,9 @@ def _serve(argv):
     )  # fmt: skip
     options.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
-    options.add_argument("--port", type=_port, default=8000, metavar="P", help="to listen on, 0 for any (8000)")
+    options.add_argument(
+        "--port", type=cli.whole(0, 65535), default=8000, metavar="P", help="to listen on, 0 for any (8000)"
+    )
     arguments = options.parse_args(argv)
     from .serve import serve
 
@@ -120,8 +126,9 @@ def _left_out(names) -> str:
     """What a folder has besides pictures, by count and name."""
     kinds = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in _endings(names).most_common(NAMED))
     some = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    files = f"{len(names)} file{'s' if len(names) > 1 else ''}"
-    return one_line(f"{files} left out, by their endings not pictures that can be read: {kinds} ({some})")
+    return one_line(
+        f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})"
+    )
 
 
 def _endings(names) -> Counter:
@@ -130,23 +137,9 @@ def _endings(names) -> Counter:
 
 def _add_provider_options(options):
     options.add_argument(
-        "--provider-option", action="append", default=[], type=_pair, metavar="KEY=VALUE",
+        "--provider-option", action="append", default=[], type=pair, metavar="KEY=VALUE",
         help="an option of the CUDA provider, such as device_id=1 or enable_cuda_graph=1",
     )  # fmt: skip
-
-
-def _pair(text):
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise ValueError
-    return key, value
-
-
-def _port(text):
-    port = int(text)
-    if not 0 <= port < 2**16:
-        raise ValueError
-    return port
 
 
 def run_onnx_batch(argv=None):
@@ -160,7 +153,7 @@ def run_onnx_batch(argv=None):
         "--input", type=Path, required=True, metavar="ROWS",
         help='a folder of pictures; or a .jsonl or .parquet file of rows with "image" and perhaps "prompt" or "prefix"',
     )  # fmt: skip
-    options.add_argument("--prompt", metavar="PROMPT", help="for rows without; @FILE is read from that file")
+    options.add_argument("--prompt", metavar="PROMPT", help=f"for rows without; {cli.PROMPT_HELP}")
     options.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl", help="the new file to write")
     options.add_argument("--batch-size", type=cli.whole(1), default=8, metavar="N", help="rows answered at once (8)")
     options.add_argument("--workers", type=cli.whole(1), default=1, metavar="N", help="processes, a session each (1)")
@@ -177,6 +170,8 @@ def run_onnx_batch(argv=None):
     cli.add_answer_options(options)
     _add_provider_options(options)
     arguments = options.parse_args(argv)
+    if arguments.engine == "local":
+        check_on_cores(options, arguments, "threads", "workers")
     files.absent(arguments.output, "file")
     prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
 
@@ -199,7 +194,8 @@ def run_onnx_batch(argv=None):
     )
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
-    print(f"wrote {arguments.output}: {count} rows" + (f", {errors} of them errors" if errors else ""))
+    failed = f", {errors} of them {'an error' if errors == 1 else 'errors'}" if errors else ""
+    print(f"wrote {arguments.output}: {plural(count, 'row')}{failed}")
     return 0
 
 

@@ -46,6 +46,7 @@ def main(argv=None):
     options.add_argument("--columns", type=cli.whole(1), default=4)
     options.add_argument("--new-pairs", action="store_true", help="of the compositional split")
     arguments = options.parse_args(argv)
+    cli.check_drawing(arguments.output)
     with opened(arguments.model) as (engine, tokenizer):
         drawing = gallery(engine, tokenizer, arguments.seed, arguments.columns, arguments.new_pairs)
     small = drawing.resize((drawing.width * 3 // 5, drawing.height * 3 // 5), Image.Resampling.LANCZOS)

@@ -20,6 +20,8 @@ from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
+from .bundle.weights import PRECISIONS
+
 PROG = "python -m export.measure"
 
 
@@ -108,9 +110,13 @@ def main(argv=None):
     options = cli.Parser(prog=PROG, description=__doc__.splitlines()[0])
     options.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder with room for three copies")
     options.add_argument("--variant", choices=VARIANTS, default="paligemma-3b-224")
-    options.add_argument("--layers", type=int, help="keep only so many layers of each tower")
-    options.add_argument("--precision", nargs="+", default=["float32", "bfloat16"], dest="precisions")
-    options.add_argument("--runs", type=int, default=1, help="exports of each precision; medians are printed (1)")
+    options.add_argument("--layers", type=cli.whole(1), help="keep only so many layers of each tower")
+    options.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=["float32", "bfloat16"], dest="precisions"
+    )
+    options.add_argument(
+        "--runs", type=cli.whole(1), default=1, help="exports of each precision; medians are printed (1)"
+    )
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args(argv)
     if arguments.folder.exists():

@@ -2,6 +2,15 @@
 
 `detect` answers with four location tokens and a label for each object, objects separated by " ; ":
 <locYMIN><locXMIN><locYMAX><locXMAX> label. `segment` puts sixteen <seg...> codes between box and label.
+
+How an answer is read, here and in `export/hosts/common/detection.mjs` (`tests/detections.json` has the cases):
+
+- Four location tokens in a row are a box, whatever their values: none is left out. A flat box has x1 == x2 or
+  y1 == y2, an inverted one x1 > x2 or y1 > y2; they have no area, and an empty mask.
+- Sixteen codes or more right behind a box are its mask, by the first sixteen; fewer are none.
+- Location tokens and codes that are left over behind a box are skipped.
+- The label is what follows, of any characters, up to " ; ", the next location token or code, or the end. Of two boxes
+  in a row the first has an empty label.
 """
 
 import re
@@ -10,12 +19,17 @@ from dataclasses import asdict, dataclass
 #: How a location token is turned back into a fraction of the side. big_vision's evaluators divide by 1023,
 #: which inverts its encoder; the Hugging Face demo and many tools divide by 1024. The difference is 0.1 %.
 CONVENTIONS = {"big_vision": 1023, "huggingface": 1024}
+CODES = 16  # of a mask
 
-# Nothing is given back once it is matched (`*+`): an answer full of spaces would be tried in a million ways.
-_OBJECT = re.compile(
-    r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>"
-    r"\s*+((?:<seg(?:0\d\d|1[01]\d|12[0-7])>){16})?+([^;<>]*+)(?=[;<]|\Z)"
-)
+# Tokens that there are, `<loc0000>` to `<loc1023>` and `<seg000>` to `<seg127>`; `<loc1024>` is text. Blanks and
+# digits are spelled out because Python and JavaScript differ in what \s and \d take in.
+_LOCATION = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>"
+_CODE = "<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>"
+_BLANK = "[ \t-\r]"
+_WORD = re.compile("[^ \t-\r]+")
+_BOX = f"(?:{_LOCATION}){{4}}"
+_OBJECT = re.compile(f"({_BOX}){_BLANK}*((?:{_CODE})*)(?:{_BLANK}*(?!{_BOX})(?:{_LOCATION}|{_CODE}))*")
+_LABEL_END = re.compile(rf"{_BLANK};(?={_BLANK}|\Z)|;(?={_BLANK}*{_LOCATION})|{_LOCATION}|{_CODE}")
 
 
 @dataclass(frozen=True)
@@ -39,22 +53,22 @@ class Box:
 
 
 def parse(text: str, width: int, height: int, convention: str = "big_vision") -> list[Box]:
-    """The boxes of an answer, in pixels of a width x height picture. Empty or inverted boxes are dropped."""
+    """The boxes of an answer, in pixels of a width x height picture; every four location tokens are one."""
     steps = CONVENTIONS[convention]
     boxes = []
     for match in _OBJECT.finditer(text):
-        y1, x1, y2, x2 = (int(match.group(i)) for i in range(1, 5))
-        if y2 <= y1 or x2 <= x1 or max(y2, x2) > 1023:
-            continue
-        codes = tuple(int(code) for code in re.findall(r"<seg(\d{3})>", match.group(5) or ""))
+        y1, x1, y2, x2 = (int(number) / steps for number in re.findall("[0-9]+", match[1]))
+        codes = [int(number) for number in re.findall("[0-9]+", match[2])][:CODES]
+        end = _LABEL_END.search(text, match.end())
+        label = text[match.end() : end.start() if end else None]
         boxes.append(
             Box(
-                " ".join(match.group(6).split()),
-                x1 * width / steps,
-                y1 * height / steps,
-                x2 * width / steps,
-                y2 * height / steps,
-                codes,
+                " ".join(_WORD.findall(label)),
+                x1 * width,
+                y1 * height,
+                x2 * width,
+                y2 * height,
+                tuple(codes) if len(codes) == CODES else (),
             )
         )
     return boxes
@@ -69,31 +83,40 @@ def intersection_over_union(a: Box, b: Box) -> float:
     """Area of overlap over area of union, in [0, 1]."""
     across = max(0.0, min(a.x2, b.x2) - max(a.x1, b.x1))
     down = max(0.0, min(a.y2, b.y2) - max(a.y1, b.y1))
-    areas = [(box.x2 - box.x1) * (box.y2 - box.y1) for box in (a, b)]
+    areas = [max(0.0, box.x2 - box.x1) * max(0.0, box.y2 - box.y1) for box in (a, b)]
     union = sum(areas) - across * down
     return across * down / union if union else 0.0
 
 
+LEAST_WIDTH, TALLEST = 448, 2048  # pixels of a drawing that was enlarged
 _COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080"]
 
 
-def draw(image, boxes: list[Box], caption: str = "", masks=()):
-    """A copy of the picture, at least 448 pixels wide, with masks, boxes and labels, the caption written below.
+def zoom_of(width: int, height: int) -> int:
+    """How often a picture is enlarged to be drawn on: to LEAST_WIDTH, but not beyond TALLEST."""
+    return max(1, min(-(-LEAST_WIDTH // width), TALLEST // height))
 
-    `masks` are bool [height, width] of the picture's size, one a box or None where a box has none.
+
+def draw(image, boxes: list[Box], caption: str = "", masks=()):
+    """A copy of the picture with masks, boxes and labels, the caption written below.
+
+    It is enlarged as `zoom_of` says, on white where that leaves it narrower than LEAST_WIDTH. `masks` are bool
+    [height, width] of the picture's size, one a box or None where a box has none.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    zoom = max(1, -(-448 // image.width))
-    canvas = image.convert("RGB").resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    zoom = zoom_of(image.width, image.height)
+    size = image.width * zoom, image.height * zoom
+    canvas = Image.new("RGB", (max(size[0], LEAST_WIDTH), size[1]), "white")
+    canvas.paste(image.convert("RGB").resize(size, Image.Resampling.NEAREST))
     for i, mask in enumerate(masks):
         if mask is not None:
-            cover = Image.fromarray(mask.astype("uint8") * 150).resize(canvas.size, Image.Resampling.NEAREST)
+            cover = Image.fromarray(mask.astype("uint8") * 150).resize(size, Image.Resampling.NEAREST)
             canvas.paste(_COLORS[i % len(_COLORS)], (0, 0), cover)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
     for i, box in enumerate(boxes):
         color = _COLORS[i % len(_COLORS)]
-        corners = [corner * zoom for corner in box.corners]
+        corners = [zoom * side for order in (min, max) for side in (order(box.x1, box.x2), order(box.y1, box.y2))]
         pen.rectangle(corners, outline=color, width=3)
         # The label sits above its box, or inside it where there is no room; never past the right edge.
         width = pen.textlength(box.label, font) + 8

@@ -12,7 +12,7 @@ import numpy as np
 from .checkpoint import flatten
 from .checkpoint.blocks import all_finite, check_finite
 from .config import PaliGemmaConfig
-from .errors import PaliGemmaError
+from .errors import PaliGemmaError, plural
 from .image import preprocess
 from .model import paligemma, segmentation
 from .model.sampling import sample
@@ -87,7 +87,7 @@ class FirstNotFinite:
 def check_room(needed, capacity) -> None:
     """Raise PaliGemmaError unless a cache of `capacity` slots holds `needed` positions."""
     if needed > capacity:
-        raise PaliGemmaError(f"a cache of {capacity} slots is too small for {needed} positions")
+        raise PaliGemmaError(f"a cache of {plural(capacity, 'slot')} is too small for {plural(needed, 'position')}")
 
 
 class NumpyEngine(Engine):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .engine import Engine
-from .errors import PaliGemmaError
+from .errors import PaliGemmaError, plural
 from .model.sampling import Sampling
 
 
@@ -50,8 +50,8 @@ def choose_capacity(engine: Engine, lengths, max_new_tokens) -> int:
     if needed > engine.max_length:
         raise PaliGemmaError(
             f"the prompt has {lengths[longest]} tokens ({patches} of them the picture), which with "
-            f"{new_tokens[longest]} new ones exceeds the capacity of {engine.max_length}; shorten the prompt or lower "
-            "--max-new-tokens"
+            f"{plural(new_tokens[longest], 'new one')} exceeds the capacity of {engine.max_length}; shorten the prompt "
+            "or lower --max-new-tokens"
         )
     return needed
 

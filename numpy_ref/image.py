@@ -63,6 +63,8 @@ def decode_image(file, name, transparency: str = "white"):
         raise PaliGemmaError(
             f"{name}: the picture has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller first"
         ) from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's readers raise a dozen kinds for damaged bytes
         raise PaliGemmaError(f"{name}: the picture is broken ({error})") from None
 

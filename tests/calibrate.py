@@ -9,7 +9,7 @@ from tqdm import tqdm
 from export import bundle, verify
 from export.bundle import weights
 from numpy_ref.checkpoint import Checkpoint
-from numpy_ref.cli import Parser
+from numpy_ref.cli.options import Parser, whole
 
 from .cases import CASES, with_dtype
 from .models import CONFIGS, random_params, with_heads
@@ -55,7 +55,9 @@ def bundles(seeds):
 
 def main(argv=None):
     options = Parser(prog="python -m tests.calibrate", description=__doc__.partition(": ")[2])
-    options.add_argument("seeds", nargs="?", type=int, default=20, metavar="SEEDS", help="random models of each (20)")
+    options.add_argument(
+        "seeds", nargs="?", type=whole(1), default=20, metavar="SEEDS", help="random models of each (20)"
+    )
     seeds = options.parse_args(argv).seeds
     functions(seeds)
     bundles(seeds)

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from numpy_ref import checkpoint
-from numpy_ref.cli import Parser
+from numpy_ref.cli.options import Parser, whole
 
 from .models import CONFIGS, random_params
 
@@ -318,9 +318,9 @@ def table(rows) -> str:
 
 def main(argv=None):
     options = Parser(prog="python -m tests.faults", description="Kill what writes, and look.")
-    options.add_argument("--kills", type=int, default=50, metavar="N", help="of each job (50)")
+    options.add_argument("--kills", type=whole(1), default=50, metavar="N", help="of each job (50)")
     options.add_argument("--jobs", nargs="+", metavar="JOB", help="only these (all)")
-    options.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    options.add_argument("--seed", type=whole(0), default=0, help="of the moments (0)")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args(argv)
     rows = []

@@ -32,6 +32,7 @@ results.overflow = await page.evaluate(() => document.documentElement.scrollWidt
 results.focusAfterAnswer = await page.evaluate(() => document.activeElement.id);
 results.focus = await keyboardOrder();
 results.tooLong = await tooLong();
+results.noted = await noted();
 results.stopped = await stopped();
 results.changed = await changedMeanwhile();
 results.tall = await tall();
@@ -74,6 +75,13 @@ async function keyboardOrder() {
     await page.keyboard.press("Tab");
   }
   return order;
+}
+
+async function noted() {
+  await ask(page, "<image>caption en");
+  const warned = await page.textContent("#note:not([hidden])");
+  await ask(page, "caption en");
+  return [warned, await page.isHidden("#note")];
 }
 
 async function tooLong() {

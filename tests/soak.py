@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from export.session import load
 from numpy_ref.checkpoint import SHIPPED
-from numpy_ref.cli import Parser
+from numpy_ref.cli.options import Parser, on_cores, whole
 from numpy_ref.generate import generate
 from numpy_ref.image import open_image
 from numpy_ref.model.sampling import Sampling
@@ -49,8 +49,8 @@ def generations(engine, tokenizer, image, count):
 def main(argv=None):
     options = Parser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
-    options.add_argument("--generations", type=int, default=2000, metavar="N", help="(2000)")
-    options.add_argument("--threads", type=int, default=0, help="of the runtime, 0 for all (0)")
+    options.add_argument("--generations", type=whole(1), default=2000, metavar="N", help="(2000)")
+    options.add_argument("--threads", type=on_cores(0), default=0, help="of the runtime, 0 for all (0)")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args(argv)
     engine, tokenizer = load(arguments.bundle, "cpu", arguments.threads, host_graphs=True)

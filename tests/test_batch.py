@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -149,6 +150,54 @@ def test_answers_stop_where_the_model_does(tmp_path, rows):
     assert results == alone
     assert 0 < len(results[0]["tokens"]) <= limit - len(tokenizer.prompt(long)) + 1 < len(results[1]["tokens"])
     assert "exceeds the capacity" in results[2]["error"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_picture_tokens_in_front_are_warned_of_once(rows, tmp_path, capsys, workers):
+    file, image = tmp_path / "rows.jsonl", str(rows.parent / "00.png")
+    write(file, [{"image": image, "prompt": prompt} for prompt in ("caption en", *["<image>caption en"] * 5)])
+    told = answer(file, tmp_path / "out.jsonl", "--batch-size", "2", "--workers", workers)
+    assert told[0]["tokens"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert line.startswith("run-onnx-batch: warning: row 1: the prompt begins with <image>")
+
+
+def test_a_default_prompt_is_read_as_run_onnx_reads_it(rows, tmp_path, capsys):
+    prompt, file = tmp_path / "prompt.txt", tmp_path / "rows.jsonl"
+    prompt.write_bytes(b"\xef\xbb\xbfcaption en\r\n")
+    write(file, [{"image": str(rows.parent / "00.png")}])
+    told = [
+        answer(file, tmp_path / f"{i}.jsonl", prompt=given)
+        for i, given in enumerate(["caption en", "caption en\n", f"@{prompt}"])
+    ]
+    assert told[0] == told[1] == told[2]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": 1 row")
+
+
+def test_flat_boxes_are_in_the_rows(rows, monkeypatch, tmp_path):
+    """None is left out in silence: here the model says one."""
+    text = "<loc0100><loc0200><loc0100><loc0300> thin ; <loc0300><loc0300><loc0200><loc0200> turned"
+    monkeypatch.setattr(batch.Tokenizer, "decode", lambda self, ids: text)
+    file = tmp_path / "rows.jsonl"
+    write(file, [{"image": str(rows.parent / "00.png")}])
+    (told,) = answer(file, tmp_path / "out.jsonl")
+    assert [box["label"] for box in told["boxes"]] == ["thin", "turned"]
+    assert told["boxes"][0]["y1"] == told["boxes"][0]["y2"]
+
+
+def test_a_worker_short_of_memory_says_so(monkeypatch):
+    """In a process of its own it cannot raise what the first would catch."""
+
+    def short(*_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    sent = []
+    monkeypatch.setattr(batch, "Worker", short)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    batch._work(SimpleNamespace(send=sent.append), None, 1)
+    (error,) = sent
+    assert isinstance(error, PaliGemmaError)
+    assert "not enough memory (Unable to allocate 9 TiB)" in str(error)
 
 
 def test_bad_rows_are_told_and_stop_nothing(rows, greedy, tmp_path, capsys):

@@ -1,5 +1,10 @@
 """Boxes out of answers, and over pictures."""
 
+import json
+import re
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,24 +41,52 @@ def test_masks_carry_their_codes():
     assert box.as_json()["codes"] == tuple(range(16))
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "no box here", "<loc0001><loc0002><loc0003> three", "<loc0005><loc0002><loc0003><loc0004> inverted",
-     "<loc0001><loc0002><loc0001><loc0004> empty", "<loc0001><loc0002><loc9999><loc0004> beyond"],
-)  # fmt: skip
-def test_no_box(text):
-    assert detection.parse(text, 10, 10) == []
+CASES = json.loads((Path(__file__).parent / "detections.json").read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["what"] for case in CASES])
+def test_how_an_answer_is_read(case):
+    """The table that the JavaScript parser is held to as well (test_hosts.py)."""
+    found = detection.parse(case["text"], 1023, 1023)
+    assert [box.label for box in found] == [box["label"] for box in case["boxes"]]
+    assert [list(box.codes) for box in found] == [box.get("codes", []) for box in case["boxes"]]
+    places = [(box.y1, box.x1, box.y2, box.x2) for box in found]
+    assert np.allclose(np.reshape(places, (-1, 4)), np.reshape([box["locations"] for box in case["boxes"]], (-1, 4)))
+    detection.draw(Image.new("RGB", (40, 30)), found)  # inverted and flat ones too
+
+
+@given(st.text(), st.text(), st.sampled_from([" ; ", ";", " ;"]))
+def test_any_label_comes_back(first, second, separator):
+    """Whatever a label holds, it ends where the next object begins."""
+    first, second = (re.sub("<(loc|seg)|;", "", label) for label in (first, second))
+    box = "<loc0001><loc0002><loc0300><loc0400>"
+    found = detection.parse(f"{box} {first}{separator}{box} {second}", 10, 10)
+    words = [re.findall("[^ \t-\r]+", label) for label in (first, second)]
+    assert [each.label for each in found] == [" ".join(each) for each in words]
+
+
+def test_long_answers_are_read_at_once():
+    """Blanks and separators are not tried in a million ways."""
+    box, started = "<loc0001><loc0002><loc0300><loc0400>", time.perf_counter()
+    for filling in (
+        " " * 100_000,
+        " ;" * 50_000,
+        ";" * 100_000,
+        "<seg001>" * 20_000,
+        "<loc0001>" * 20_001,
+        "<" * 10**5,
+    ):
+        detection.parse(box + filling, 10, 10)
+        detection.parse(filling + box + filling, 10, 10)
+    assert time.perf_counter() - started < 10
 
 
 @given(st.tuples(*[st.floats(0, 1)] * 4))
 def test_encoding_inverts_to_half_a_step(corners):
     x1, y1, x2, y2 = corners
     boxes = detection.parse(detection.encode(x1, y1, x2, y2) + " thing", 1, 1)
-    if round(x1 * 1023) < round(x2 * 1023) and round(y1 * 1023) < round(y2 * 1023):
-        (box,) = boxes
-        assert np.allclose((box.x1, box.y1, box.x2, box.y2), corners, atol=0.5001 / 1023)
-    else:
-        assert boxes == []
+    (box,) = boxes  # flat and inverted ones are boxes too
+    assert np.allclose((box.x1, box.y1, box.x2, box.y2), corners, atol=0.5001 / 1023)
 
 
 def test_intersection_over_union():
@@ -61,6 +94,8 @@ def test_intersection_over_union():
     assert detection.intersection_over_union(a, a) == 1
     assert detection.intersection_over_union(a, Box("", 1, 0, 3, 2)) == pytest.approx(2 / 6)
     assert detection.intersection_over_union(a, Box("", 5, 5, 6, 6)) == 0
+    inverted = Box("", 2, 2, 0, 0)  # of two negative sides: no area all the same
+    assert detection.intersection_over_union(a, inverted) == detection.intersection_over_union(inverted, inverted) == 0
 
 
 def test_drawing_marks_the_box():
@@ -72,6 +107,19 @@ def test_drawing_marks_the_box():
     zoom = drawn.width // 64
     assert (pixels[24 * zoom, 16 * zoom] != 255).any()  # the left edge
     assert (pixels[24 * zoom, 32 * zoom] == 255).all()  # the middle is left as it was
+
+
+@pytest.mark.parametrize(
+    "size", [(3, 3000), (1, 5000), (2, 65000), (5000, 1), (1, 1), (224, 224), (1000, 700), (447, 9000)]
+)
+def test_a_drawing_is_bounded(size):
+    """It is never enlarged beyond a fixed height, whatever the picture's shape; narrow ones get room for the words."""
+    drawn = detection.draw(Image.new("RGB", size), [Box("cat", 0, 0, *size)])
+    width, height = size
+    assert drawn.width >= 448
+    assert drawn.height <= max(height, 2048)
+    assert drawn.width <= max(width, 2 * 448)
+    assert np.asarray(drawn).shape == (drawn.height, drawn.width, 3)
 
 
 def test_mask_tokens_that_do_not_exist():

@@ -19,13 +19,13 @@ from PIL import Image
 
 from export import bundle, serve
 from export.session import HostSession, Session
-from numpy_ref import checkpoint
+from numpy_ref import checkpoint, detection
 from numpy_ref.answer import answer
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.model import segmentation
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.scenes import evaluate
-from numpy_ref.tokenizer import Tokenizer
+from numpy_ref.tokenizer import Tokenizer, prompt_warning
 
 TESTS, HOSTS = Path(__file__).parent, Path(serve.__file__).parent / "hosts"
 RUN = HOSTS / "node" / "run.mjs"
@@ -34,10 +34,21 @@ SAMPLED = 10
 STEP = 2 / 255
 TEXTS = [
     "caption en", "detect star ; blue circle", "<loc0010><loc1023> star<seg127>", "<image><bos>a<eos>", " two  spaces ",
-    "tab\tand\nnewlines\n\n", "é ß 漢字 🦄 \u200d", "<loc10><seg999><<bos>>", "MiXeD 12345", "▁", "\ufeffmark",
+    "<loc1024> x<loc9999><seg128> <seg999>", "tab\tand\nnewlines\n\n", "é ß 漢字 🦄 \u200d", "<loc10><seg999><<bos>>", "MiXeD 12345", "▁", "\ufeffmark",
 ]  # fmt: skip
 _PIECES = [*"<>;, 7aeé日☕\n\t", "star", "red", "  ", "<bos>", "<loc0003>", "<seg127>", "\N{BELL}", "e\u0301"]
 TEXTS += ["".join(np.random.default_rng(i).choice(_PIECES, 12)) for i in range(300)]
+DETECTIONS = json.loads((TESTS / "detections.json").read_text(encoding="utf-8"))["cases"]
+PASTED = [
+    {
+        "mask": np.random.default_rng(i).standard_normal(64 * 64).astype(np.float32).tolist(),
+        "box": dict(zip(("x1", "y1", "x2", "y2"), corners, strict=True)), "width": 90, "height": 70,
+    }
+    for i, corners in enumerate([
+        (0, 0, 90, 70), (3.9, 5.9, 80.9, 60.9), (3.5, 4.5, 8.5, 9.5), (10, 10, 10, 40), (10, 10, 40, 10.9),
+        (40, 40, 10, 10), (7.2, 7.2, 7.9, 7.9), (-4.5, 3, 20, 200), (89, 69, 90, 70),
+    ])
+]  # fmt: skip
 
 
 def need(there, what):
@@ -130,7 +141,11 @@ def run_node(program, script, **arguments):
 @pytest.fixture(scope="module")
 def answered(node, shipped, golden, pictures):
     cases = [case["asked"] for case in golden]
-    return run_node(node, "host_node.mjs", bundle=shipped.path, cases=cases, pictures=pictures, texts=TEXTS)
+    detections = [case["text"] for case in DETECTIONS]
+    return run_node(
+        node, "host_node.mjs", bundle=shipped.path, cases=cases, pictures=pictures, texts=TEXTS, detections=detections,
+        pasted=PASTED,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -254,6 +269,29 @@ def test_page_sees_what_pillow_sees(pictures, shown, shipped):
     same_pixels(pictures, shown["pixels"], shipped.config.vision.image_size, ["smooth.jpg"])
 
 
+def test_node_reads_answers_as_python(answered):
+    """The table of test_detection.py, to the last bit."""
+    assert len(answered["boxes"]) == len(DETECTIONS)
+    for case, found in zip(DETECTIONS, answered["boxes"], strict=True):
+        expected = [box.as_json() for box in detection.parse(case["text"], 640, 480)]
+        assert found == json.loads(json.dumps(expected)), case["what"]
+        assert [box["label"] for box in found] == [box["label"] for box in case["boxes"]]
+
+
+def test_node_pastes_as_python(answered):
+    for case, found in zip(PASTED, answered["masks"], strict=True):
+        mask, corners = np.reshape(np.array(case["mask"], np.float32), (64, 64)), tuple(case["box"].values())
+        expected = segmentation.paste(mask, corners, case["width"], case["height"])
+        found = np.reshape(found, expected.shape)
+        assert (found != expected).sum() <= 2, corners  # a value at the very edge of zero may fall to either side
+        assert found.any() == expected.any()
+
+
+def test_node_warns_as_python(answered):
+    assert answered["warnings"] == [prompt_warning(text) for text in TEXTS]
+    assert any(answered["warnings"])
+
+
 def test_node_spells_as_python(answered, shipped):
     tokenizer = Tokenizer.load(shipped.path, shipped.config)
     assert answered["encoded"] == [tokenizer.encode(text) for text in TEXTS]
@@ -276,6 +314,9 @@ def test_page_in_use(shown, golden):
     assert shown["focus"] == ["file", "example", "prompt", "run"]
     assert shown["focusAfterAnswer"] == "prompt"
     assert "exceeds the capacity" in shown["tooLong"]
+    warned, gone = shown["noted"]
+    assert "begins with <image>" in warned
+    assert gone
     assert shown["overflow"] <= 0  # at the width of a telephone
     assert 0 < int(shown["stopped"].split("; ")[1].split()[0]) < 150
     assert shown["changed"] == ""
@@ -343,6 +384,37 @@ def test_node_names_what_is_wrong(node, shipped, broken_bundles, tmp_path, pictu
     misuse = command(node, shipped.path, pictures[0], "caption en", "--top-p", "2")
     assert (misuse.returncode, misuse.stdout) == (2, "")
     assert "--top-p 2" in misuse.stderr
+
+
+def test_node_reads_prompts_from_files(node, shipped, golden, tmp_path):
+    asked, file = golden[0]["asked"], tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + asked["prompt"].encode() + b"\r\n")
+    for prompt in (f"@{file}", asked["prompt"] + "\n"):
+        result = command(node, shipped.path, asked["picture"], prompt)
+        assert (result.returncode, result.stdout, result.stderr) == (0, golden[0]["text"] + "\n", "")
+    one_line(command(node, shipped.path, asked["picture"], "@"), "@ names no file")
+    one_line(command(node, shipped.path, asked["picture"], f"@{tmp_path}"), "cannot read the prompt", "is asked as @@")
+    file.write_bytes("caption en".encode("utf-16"))
+    one_line(command(node, shipped.path, asked["picture"], f"@{file}"), "not UTF-8")
+    assert command(node, shipped.path, asked["picture"], "@@home").returncode == 0
+
+
+def test_node_warns_of_picture_tokens_in_front(node, shipped, golden):
+    result = command(node, shipped.path, golden[0]["asked"]["picture"], "<image>caption en")
+    assert result.returncode == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("run.mjs: warning: the prompt begins with <image>")
+
+
+@pytest.mark.parametrize("value", ["-1", "100000", "", "x"])
+def test_node_bounds_threads(node, shipped, golden, value):
+    result = command(node, shipped.path, golden[0]["asked"]["picture"], "caption en", f"--threads={value}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "must be a whole number from 0 to " in result.stderr.splitlines()[-1]
+
+
+def test_node_counts_one_argument(node):
+    assert command(node, "bundle").stderr.splitlines()[-1].endswith("got 1 argument")
 
 
 def test_node_without_its_libraries_says_what_to_run(node, tmp_path, shipped):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from numpy_ref import scenes
+from numpy_ref import detection, scenes
 from numpy_ref.checkpoint import SHIPPED, flatten
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import segmentation
@@ -146,16 +146,57 @@ def test_cut_out_and_put_back():
     assert (mask & again).sum() / (mask | again).sum() > 0.95
 
 
-@pytest.mark.parametrize("box", [(-5, 3, 4, 9), (6, 2, 30, 9), (2, -9, 5, 40), (3, 3, 3, 3), (0, 0, 10, 12)])
+@pytest.mark.parametrize("box", [(-5, 3, 4, 9), (6, 2, 30, 9), (2, -9, 5, 40), (0, 0, 10, 12), (2.9, 3.9, 6.9, 7.9)])
 def test_boxes_over_the_edge(box):
     mask = segmentation.paste(np.ones((64, 64), np.float32), box, 10, 12)
     assert mask.shape == (12, 10)
     rows, columns = np.nonzero(mask)
-    x1, y1, x2, y2 = box
-    assert columns.min() == max(0, x1)
-    assert rows.max() == min(12, max(y2, y1 + 1)) - 1
-    assert columns.max() == min(10, max(x2, x1 + 1)) - 1
-    assert rows.min() == max(0, y1)
+    x1, y1, x2, y2 = map(int, box)
+    assert (columns.min(), rows.min()) == (max(0, x1), max(0, y1))
+    assert (columns.max(), rows.max()) == (min(10, x2) - 1, min(12, y2) - 1)
+
+
+@pytest.mark.parametrize("box", [(3, 3, 3, 9), (3, 3, 9, 3.9), (3.1, 3.1, 3.9, 9), (9, 9, 3, 3), (5, 5, 5, 5)])
+def test_boxes_without_a_pixel(box):
+    """Flat, inverted, or within one pixel: big_vision counts an overlap of zero; the mask is empty."""
+    assert not segmentation.paste(np.ones((64, 64), np.float32), box, 10, 12).any()
+
+
+@settings(deadline=None)
+@given(st.tuples(*[st.integers(0, 1023)] * 4), st.integers(1, 700), st.integers(1, 700), st.integers(0, 2**32))
+def test_masks_are_pasted_as_big_vision_compares_them(locations, width, height, seed):
+    """Its evaluator's steps, from tokens to pixels (`evaluators/proj/paligemma/transfers/segmentation.py`)."""
+    from PIL import Image
+
+    mask = np.random.default_rng(seed).standard_normal((64, 64)).astype(np.float32)
+    text = "".join(f"<loc{number:04d}>" for number in locations)
+    (box,) = detection.parse(f"{text} thing", width, height)
+    found = segmentation.paste(mask, box.corners, width, height)
+
+    top, left, bottom, right = np.array(locations) / 1023
+    top, left, bottom, right = map(int, (top * height, left * width, bottom * height, right * width))
+    expected = np.zeros((height, width), bool)
+    if right > left and bottom > top:
+        size = [right - left, bottom - top]
+        expected[top:bottom, left:right] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR)) > 0
+    assert np.array_equal(found, expected)
+
+
+@settings(deadline=None)
+@given(st.tuples(*[st.floats(0, 1)] * 4), st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
+def test_masks_are_cut_out_at_whole_pixels(corners, width, height, seed):
+    """big_vision rounds the corners, halves to even, cuts, and resizes in floating point to 64 x 64 (antialiased)."""
+    from torch.nn.functional import interpolate
+
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    x1, y1, x2, y2 = corners
+    found = segmentation.crop(mask, corners)
+    assert (found.shape, found.dtype) == ((64, 64), np.float32)
+    left, top, right, bottom = (int(np.rint(side)) for side in (x1 * width, y1 * height, x2 * width, y2 * height))
+    if left < right and top < bottom:
+        cut = torch.from_numpy(mask[None, None, top:bottom, left:right].astype(np.float32))
+        expected = interpolate(cut, (64, 64), mode="bilinear", antialias=True)[0, 0].numpy() * 2 - 1
+        assert np.abs(found - expected).max() < 1e-5
 
 
 @settings(deadline=None)

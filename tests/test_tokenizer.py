@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.tokenizer import LOCATIONS, SEGMENTS, Json, SentencePiece, Stream, Tokenizer, known_ids
+from numpy_ref.tokenizer import LOCATIONS, SEGMENTS, Json, SentencePiece, Stream, Tokenizer, known_ids, prompt_warning
 from numpy_ref.tokenizer.convert import convert
 
 from .models import CONFIGS
@@ -121,10 +123,12 @@ def test_control_words_declared_as_text_are_spelled_too(word):
     assert tokenizer.decode([*tokenizer.encode(f"say {word}"), entry["id"]]) == f"say {word}"
 
 
-def train(*user_defined, **settings) -> bytes:
+TRAINING_TEXTS = ["the cat sat on the mat and the dog", "detect red star ; blue circle", "naïve café, 2026"] * 20
+
+
+def train(*user_defined, texts=TRAINING_TEXTS, **settings) -> bytes:
     """A SentencePiece model set up as Gemma's is, which ends before the location tokens."""
     model = io.BytesIO()
-    texts = ["the cat sat on the mat and the dog", "detect red star ; blue circle", "naïve café, 2026"] * 20
     settings = {
         "model_type": "bpe",
         "add_dummy_prefix": False,
@@ -268,6 +272,138 @@ def test_control_tokens_past_the_image_are_not_known():
     assert not tokenizer.known()[CONFIG.image_token :].any()
 
 
+# --- against transformers ----------------------------------------------------------------------------------
+
+SCRIPTS = [
+    (0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x5FF), (0x600, 0x6FF),
+    (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF), (0x2000, 0x206F), (0x3040, 0x30FF), (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7A3), (0xFE00, 0xFE0F), (0xFFF0, 0xFFFF), (0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0, 0x1F),
+    (0x7F, 0x9F),
+]  # fmt: skip
+OBEYED = ["<bos>", "<eos>", "<pad>", "<unk>", "<image>"]
+SPELLED = [
+    "<table>", "<start_of_turn>", "<loc0000>", "<loc1023>", "<loc1024>", "<loc9999>", "<loc12>", "<seg000>",
+    "<seg127>", "<seg128>", "<seg999>", "<0x0A>", "<0x41>", "▁", "the", "cat", " ; ", "  ", "    ", "\n", "\n\n\n",
+    "\r\n", "\t", "\t\t", "\u3000", "\ufeff", "\u200d", "<", " <",
+]  # fmt: skip
+
+
+def random_text(rng, words) -> str:
+    """Up to twelve pieces: words, and letters of one script each."""
+
+    def piece():
+        if rng.random() < 0.4:
+            return words[rng.integers(len(words))]
+        first, last = SCRIPTS[rng.integers(len(SCRIPTS))]
+        return "".join(map(chr, rng.integers(first, last + 1, rng.integers(1, 5))))
+
+    return "".join(piece() for _ in range(rng.integers(1, 13)))
+
+
+@pytest.fixture(scope="module")
+def gemma_like(tmp_path_factory):
+    """A model with Gemma's layout and its runs of blanks, tabs and line breaks; ours, and transformers' reading."""
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    runs = [letter * i for letter in "▁\n\t" for i in range(2, 16)]
+    folder, model = tmp_path_factory.mktemp("gemma_like"), train(*runs, "<table>", "<start_of_turn>", vocab_size=400)
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_tokens(LOCATIONS + SEGMENTS)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return Tokenizer(SentencePiece(model), behind(SentencePiece(model).size)), theirs
+
+
+@pytest.fixture(params=["shipped", "gemma_like"])
+def both(request):
+    """Our tokenizer and transformers' for the same file."""
+    if request.param == "gemma_like":
+        return request.getfixturevalue("gemma_like")
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    return TOKENIZERS["model"], transformers.AutoTokenizer.from_pretrained(SHIPPED)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_texts_of_all_scripts_as_transformers(both):
+    """The same ids, but for control words: transformers obeys them unless told to split them.
+
+    Gemma's `<mask>` is one token to both, which is no control word; to a file without it transformers adds one.
+    """
+    ours, theirs = both
+    mask = [] if ours.backend.find("<mask>") is None else ["<mask>"]
+    rng = np.random.default_rng(0)
+    for words, settings in [(SPELLED + mask, {}), (SPELLED + OBEYED, {"split_special_tokens": True})]:
+        for _ in range(3000):
+            text = re.sub("▁ +| +▁", "▁", random_text(rng, words))
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False, **settings), text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_documented_differences(both, gemma_like):
+    """Control words, and a "▁" typed beside a space: SentencePiece takes it for one, transformers finds it first."""
+    ours, theirs = gemma_like
+    assert ours.encode("▁▁ a") == ours.encode("   a") != theirs.encode("▁▁ a", add_special_tokens=False)
+    ours, theirs = both
+    for word in OBEYED:
+        assert theirs.encode(f"a{word}b", add_special_tokens=False) != ours.encode(f"a{word}b")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_of_all_scripts_as_transformers(gemma_like):
+    """Its processor joins prefix and newline before it splits them, so a line break at the end is the other difference.
+
+    There it finds a piece of several line breaks where big_vision, and we, have one more newline token.
+    """
+    import transformers
+    from PIL import Image
+
+    ours, theirs = gemma_like
+    pictures = transformers.AutoProcessor.from_pretrained(SHIPPED, backend="pil").image_processor
+    processor = transformers.PaliGemmaProcessor(pictures, theirs)
+    rng, picture = np.random.default_rng(1), Image.new("RGB", (9, 9))
+    for _ in range(300):
+        text = re.sub("▁ +| +▁", "▁", random_text(rng, SPELLED))
+        ids = processor(images=picture, text=f"<image>{text}")["input_ids"][0]
+        assert (ids == ours.prompt(text)) != text.endswith("\n"), text
+
+
+@pytest.mark.parametrize("word", ["<loc1024>", "<loc9999>", "<seg128>", "<seg999>"])
+def test_numbers_past_the_last_are_text(word):
+    """Spelled with what stands around them, not cut out of it: here " <" and "> " are pieces."""
+    texts = ["the <5mm> cat", "a <br> b", "dog <b> cat"] * 50
+    model = train(vocab_size=285, texts=texts)
+    ours = Tokenizer(SentencePiece(model), behind(SentencePiece(model).size))
+    around = f"cat {word} dog"
+    assert ours.encode(around) == ours.backend.encode(around)
+    assert ours.encode(around) != ours.encode("cat ") + ours.encode(word) + ours.encode(" dog")
+    made = Tokenizer(Json(convert(model, ours.config)), ours.config)
+    assert made.encode(around) == ours.encode(around)
+
+
+def test_a_tokenizer_without_location_tokens_cuts_nothing():
+    model = train(vocab_size=330)
+    bare = replace(CONFIG, text=replace(CONFIG.text, vocab=331), image_token=330)
+    tokenizer = Tokenizer(SentencePiece(model), bare)
+    assert not tokenizer.content
+    assert tokenizer.encode("a <loc0007> b") == tokenizer.backend.encode("a <loc0007> b")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file():
+    contents = (SHIPPED / "tokenizer.json").read_bytes()
+    assert Tokenizer(Json(b"\xef\xbb\xbf" + contents), CONFIG).encode("cat") == TOKENIZERS["json"].encode("cat")
+
+
+@pytest.mark.parametrize("prompt", ["<image>caption en", " <image><bos>caption en", "<bos>caption en"])
+def test_picture_tokens_in_front_are_warned_of(prompt):
+    warning = prompt_warning(prompt)
+    assert "leave it out" in warning
+    assert warning.splitlines() == [warning]
+
+
+def test_other_prompts_are_not():
+    assert not any(map(prompt_warning, ["caption en", "what is <image>?", "<loc0001> what", "", "<images>"]))
+
+
 class WithoutContent(SentencePiece):
     """Stands for Google's own file, which ends before the location tokens."""
 
@@ -318,7 +454,6 @@ def test_transformers_reads_the_same_tokenizer():
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_prepares_the_same_input():
     """Its processor gives the same ids and, with the Pillow backend, the same pixels."""
-    import numpy as np
     from PIL import Image
 
     from numpy_ref.image import preprocess

@@ -343,6 +343,16 @@ def own_data(tmp_path):
     return faults.own_data(tmp_path / "data")
 
 
+def test_picture_tokens_in_front_are_warned_of_once(own_data, tokenizer, capsys):
+    rows = [json.loads(line) for line in own_data.read_text().splitlines()]
+    lines = [json.dumps(row | {"prefix": f"<image>{row['prefix']}"}) for row in rows]
+    own_data.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    examples = data.JsonLines(own_data, tokenizer, "bicubic", 0)
+    assert len(examples.rows) == len(rows) > 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "line 1: warning: the prompt begins with <image>" in line
+
+
 def command(*arguments):
     return [sys.executable, "-m", "torch_impl.train", *map(str, arguments)]
 

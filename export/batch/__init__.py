@@ -22,9 +22,9 @@ from tqdm import tqdm
 from numpy_ref import answer as answering
 from numpy_ref import files
 from numpy_ref.answer import Answer, Question
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, out_of_memory, plural
 from numpy_ref.model.sampling import Sampling
-from numpy_ref.tokenizer import Tokenizer
+from numpy_ref.tokenizer import Tokenizer, prompt_warning
 
 from .. import bundle as bundles
 from ..bundle import Bundle
@@ -71,12 +71,23 @@ def run(job: Job, output: Path, batch_size: int, start_workers) -> tuple[int, in
         first = work.keep(count, batch_size)
         if first:
             print(f"{PROG}: going on from row {first} of {count}", file=sys.stderr)
+        warned = False
         with start_workers(job) as answer, tqdm(total=count, initial=first, **_BAR) as bar:
             for answers in answer(range(first, count, batch_size), batch_size):
                 work.write(answers)
                 bar.update(len(answers))
+                warned = warned or _warn_of_prompts(answers, bar)
         work.finish(count)
     return work.rows, work.errors
+
+
+def _warn_of_prompts(answers, bar) -> bool:
+    """Say what is odd about the first prompt of these answers that is; whether there was one."""
+    for answer in answers:
+        if warning := prompt_warning(answer["prompt"] or ""):
+            bar.write(f"{PROG}: warning: row {answer['row']}: {warning} (said once)", file=sys.stderr)
+            return True
+    return False
 
 
 # --- a worker ----------------------------------------------------------------------------------------------
@@ -239,6 +250,8 @@ def _work(connection, job, threads):
                     connection.send(answers)
         except PaliGemmaError as error:
             connection.send(error)
+        except MemoryError as error:
+            connection.send(out_of_memory(error))
 
 
 # --- the work file -----------------------------------------------------------------------------------------
@@ -303,7 +316,9 @@ class Work:
     def finish(self, count: int) -> None:
         """Give the file its name, once it holds an answer to each of `count` rows."""
         if self.rows != count:
-            raise PaliGemmaError(f"{self.part}: {self.rows} answers to {count} rows; a worker lost some")
+            raise PaliGemmaError(
+                f"{self.part}: {plural(self.rows, 'answer')} to {plural(count, 'row')}; a worker lost some"
+            )
         files.absent(self.output, "file")
         with _written(self.output):
             os.fsync(self.file.fileno())

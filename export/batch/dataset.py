@@ -51,7 +51,7 @@ class Row:
                 return decode_image(BytesIO(contents), self.image_name or f"the picture of row {self.number}")
             if self.image_name:
                 return open_image(self.folder / self.image_name)
-        except PaliGemmaError:
+        except (PaliGemmaError, MemoryError):
             raise
         except Exception as error:  # Pillow's decoders raise many kinds, and one picture must not stop the others
             raise PaliGemmaError(f"the picture of row {self.number} cannot be read ({error!r})") from None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, out_of_memory, plural
 
 from ..session.provider import stays_on_cpu
 from . import Job, Worker
@@ -47,11 +47,11 @@ def share_out(cores, count: int, threads: int = 0) -> int:
 
     `threads`, if given, is the most for all together. Raises PaliGemmaError if there are fewer cores than workers.
     """
-    most = max(1, threads // count) if threads else max(cores)
+    most = max(1, min(threads // count, max(cores))) if threads else max(cores)
     for share in range(most, 0, -1):
         if sum(each // share for each in cores) >= count:
             return share
-    raise PaliGemmaError(f"--workers {count}: Ray has {sum(cores)} cores, and a worker takes one at least")
+    raise PaliGemmaError(f"--workers {count}: Ray has {plural(sum(cores), 'core')}, and a worker takes one at least")
 
 
 def _answers(ray, job, count, share, card, begins, size):
@@ -90,6 +90,8 @@ class Actor:
             self.worker = Worker(job, threads)
         except PaliGemmaError as error:
             self.error = str(error)
+        except MemoryError as error:
+            self.error = str(out_of_memory(error))
 
     def __call__(self, task: dict) -> dict:
         answers: list = []
@@ -99,6 +101,8 @@ class Actor:
                 answers = list(self.worker.answers(range(begin, end, size), size))
             except PaliGemmaError as error:
                 self.error = str(error)
+            except MemoryError as error:
+                self.error = str(out_of_memory(error))
         return {"begin": task["begin"], "answers": [json.dumps(answers)], "error": [self.error]}
 
 

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from numpy_ref import cli
 from numpy_ref.checkpoint import SHIPPED, load_config
+from numpy_ref.cli.options import on_cores
 from numpy_ref.config import VARIANTS
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, plural
 
 from ..bundle.weights import PRECISIONS
 from ..measure import entry, module, watch
@@ -356,8 +357,8 @@ def table(results) -> str:
         "peak memory, GiB": "peak_gib",
     }  # fmt: skip
     ratio = {"first_token_s": "prefill", "ms_per_token": "decode", "peak_gib": "memory"}
-    layers = f" with {results['layers']} layers a tower" if results["layers"] else ""
-    shape = f"{results['variant']}{layers}, {results['threads']} threads"
+    layers = f" with {plural(results['layers'], 'layer')} a tower" if results["layers"] else ""
+    shape = f"{results['variant']}{layers}, {plural(results['threads'], 'thread')}"
     prepacked = ", prepacked" if results["prepack"] else ""
     lines = [f"{shape}: {results['precision']} bundle{prepacked} against transformers in {results['against']}"]
     decoders = [side for side in peers.DECODERS if side in results]
@@ -401,7 +402,7 @@ def main(argv=None):
     )
     options.add_argument("--rounds", type=cli.whole(1), default=5, help="timed answers of each side (5)")
     options.add_argument("--tokens", type=cli.whole(1), default=16, help="further tokens a timed answer (16)")
-    options.add_argument("--threads", type=cli.whole(1), default=None, help="of each side (all cores)")
+    options.add_argument("--threads", type=on_cores(1), default=None, help="of each side (all cores)")
     options.add_argument(
         "--folder", type=Path, help="where to work: a new folder, removed at the end (a temporary one)"
     )

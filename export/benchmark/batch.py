@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from numpy_ref import cli
 from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.cli.options import on_cores
+from numpy_ref.errors import plural
 
 from .. import batch
 from .. import bundle as bundles
@@ -60,17 +62,18 @@ def main(argv=None):
     options = cli.Parser(prog=PROG, description=__doc__.splitlines()[0])
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
     options.add_argument("--input", type=Path, metavar="ROWS", help="as of run-onnx-batch (the example picture)")
-    options.add_argument("--prompt", default="caption en", help="of rows without (caption en)")
+    options.add_argument("--prompt", default="caption en", help="of rows without, as of run-onnx-batch (caption en)")
     options.add_argument(
         "--pictures", type=cli.whole(1), default=64, help="in each timing, of the example picture (64)"
     )
     options.add_argument("--rounds", type=cli.whole(1), default=5, help="timings of each setting (5)")
     options.add_argument("--batch-sizes", type=cli.whole(1), nargs="+", default=[1, 4, 8], metavar="N")
-    options.add_argument("--workers", type=cli.whole(1), nargs="+", default=[1, 2], metavar="N")
-    options.add_argument("--threads", type=cli.whole(0), default=0, help="of all workers together (all cores)")
+    options.add_argument("--workers", type=on_cores(1), nargs="+", default=[1, 2], metavar="N")
+    options.add_argument("--threads", type=on_cores(0), default=0, help="of all workers together (all cores)")
     options.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer (64)")
     options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
     arguments = options.parse_args(argv)
+    arguments.prompt = cli.read_prompt(arguments.prompt)
     bundle = bundles.load(arguments.bundle) if arguments.bundle else bundles.shipped()
     with tempfile.TemporaryDirectory() as folder:
         rows = arguments.input or repeated(Path(folder), SHIPPED / "example.png", arguments.pictures)
@@ -80,8 +83,9 @@ def main(argv=None):
         )  # fmt: skip
         sizes, counts = arguments.batch_sizes, arguments.workers
         speeds = measure(job, sizes, counts, arguments.rounds, arguments.threads)
-    threads = arguments.threads or os.cpu_count()
-    print(f"{len(job.rows)} pictures, {threads} threads, medians of {arguments.rounds} rounds")
+    threads = arguments.threads or os.cpu_count() or 1
+    done = plural(len(job.rows), "picture"), plural(threads, "thread"), plural(arguments.rounds, "round")
+    print("{}, {}, medians of {}".format(*done))
     print(table(speeds, sizes, counts))
     return 0
 

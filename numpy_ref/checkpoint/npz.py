@@ -34,7 +34,7 @@ def map_npz(file: Path) -> dict[str, np.ndarray]:
                 if name == member.filename or name in tensors:
                     raise PaliGemmaError(f"{file}: member {member.filename} is not an array, or is there twice")
                 tensors[name] = _npz_member(whole, archive, member)
-    except PaliGemmaError:
+    except (PaliGemmaError, MemoryError):
         raise
     except Exception as error:  # zipfile, zlib and NumPy's parser of headers raise a dozen kinds for damaged bytes
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -69,8 +69,8 @@ def main(argv=None):
     options.add_argument("variant", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
     options.add_argument("output", metavar="DIR", help="the new directory to write")
     options.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    options.add_argument("--layers", type=int, help="keep only so many layers of each tower")
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--layers", type=cli.whole(1), help="keep only so many layers of each tower")
+    options.add_argument("--seed", type=cli.whole(0), default=0)
     arguments = options.parse_args(argv)
     from tqdm import tqdm
 

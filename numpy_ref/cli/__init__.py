@@ -6,28 +6,35 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from .. import answer as answering
 from .. import detection
 from ..answer import Answer
-from ..errors import PaliGemmaError
+from ..errors import PaliGemmaError, is_out_of_memory, out_of_memory, plural
 from ..image import open_image
 from ..model import segmentation
 from ..model.sampling import Sampling
-from .options import Parser
+from .drawing import check_drawing, write_drawing
+from .options import Parser, real, whole
+from .prompt import HELP as PROMPT_HELP
+from .prompt import read_prompt, warn_of_prompt
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def run(prog, main, argv=None) -> int:
-    """Call `main(argv)`; bad input becomes one line on stderr and exit code 1."""
+    """Call `main(argv)`; bad input, or too little memory for it, becomes one line on stderr and exit code 1."""
     try:
         return main(argv) or 0
     except PaliGemmaError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{prog}: error: {out_of_memory(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -43,8 +50,7 @@ def parser(prog, model, description) -> Parser:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help=f"[{model}] IMAGE PROMPT; without {model} the model that ships is used; "
-        "a PROMPT of @FILE is read from that file",
+        help=f"[{model}] IMAGE PROMPT; without {model} the model that ships is used; {PROMPT_HELP}",
     )
     add_answer_options(options)
     options.add_argument("--json", action="store_true", help="print one JSON object")
@@ -72,13 +78,21 @@ def on_the_cpu(arguments, prog) -> None:
 
 
 def parse(options: Parser, argv=None) -> argparse.Namespace:
-    """Parse, and split the positional arguments into `model` (None if left out), `image` and `prompt`."""
+    """Parse, and split the positional arguments into `model` (None if left out), `image` and `prompt`.
+
+    Raises PaliGemmaError if there is no prompt, or if a drawing cannot be written where it is wanted.
+    """
     arguments = options.parse_intermixed_args(argv)
     if len(arguments.inputs) not in (2, 3):
-        options.error(f"expected IMAGE PROMPT, optionally a model before them; got {len(arguments.inputs)} arguments")
+        given = plural(len(arguments.inputs), "argument")
+        options.error(f"expected IMAGE PROMPT, optionally a model before them; got {given}")
     *model, image, prompt = arguments.inputs
     arguments.model, arguments.image = (Path(model[0]) if model else None), Path(image)
     arguments.prompt = read_prompt(prompt)
+    for drawing in (arguments.draw, getattr(arguments, "heatmap", None)):
+        if drawing:
+            check_drawing(drawing)
+    warn_of_prompt(options.prog, arguments.prompt)
     return arguments
 
 
@@ -135,58 +149,7 @@ def _run_lengths(mask) -> dict:
     return {} if mask is None else {"size": list(mask.shape), "counts": segmentation.run_lengths(mask)}
 
 
-def read_prompt(prompt: str) -> str:
-    """A PROMPT as it was given, or the contents of @FILE. Raises PaliGemmaError if there is nothing in it."""
-    source = "the prompt"
-    if prompt.startswith("@"):
-        source = prompt[1:]
-        try:
-            prompt = Path(source).read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PaliGemmaError(f"{source}: cannot read the prompt ({error})") from None
-    if not prompt.strip():
-        raise PaliGemmaError(f'{source} is empty; ask something, for example "caption en"')
-    return prompt
-
-
 def draw(image, prompt: str, answered: Answer):
     """The picture with what was answered about it, the prompt below, and the text unless the boxes show it."""
     found = f"{len(answered.boxes)} found" if answered.boxes else answered.text
     return detection.draw(image, answered.boxes, f"{prompt}: {found}", answered.masks)
-
-
-def write_drawing(path: Path, drawing) -> None:
-    """Save a picture where it is wanted, whole or not at all."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix or ".png", delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            drawing.save(temporary)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise PaliGemmaError(f"{path}: cannot write the drawing ({error})") from None
-
-
-def whole(least):
-    def parse(text):
-        value = int(text)
-        if value < least:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"whole number from {least}"
-    return parse
-
-
-def real(least, most):
-    def parse(text):
-        value = float(text)
-        if not (least <= value <= most and math.isfinite(value)):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"number from {least}" + (f" to {most}" if math.isfinite(most) else "")
-    return parse

@@ -1,9 +1,18 @@
-"""The argument parser of every command."""
+"""The argument parser of every command, and the types of its options.
+
+A type raises ArgumentTypeError that says what the value must be; argparse puts the option's name in front.
+"""
 
 import argparse
 import difflib
+import math
+import os
+from argparse import ArgumentTypeError
 
 from .. import __version__
+from ..errors import quote
+
+MOST_PER_CORE = 4  # threads, or processes: beyond, each only waits and takes memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +27,8 @@ class Parser(argparse.ArgumentParser):
         super().error(message + self._suggestion(message))
 
     def _suggestion(self, message) -> str:
+        if not message.startswith("unrecognized arguments"):
+            return ""
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split():
             option = word.partition("=")[0]
@@ -25,3 +36,58 @@ class Parser(argparse.ArgumentParser):
             if close and close[0] != option:
                 return f" (did you mean {close[0]}?)"
         return ""
+
+
+def whole(least: int, most: int | None = None, why: str = ""):
+    """The type of a whole number from `least` on, or to `most`, which `why` explains."""
+    limits = f"from {least} to {most}{why}" if most is not None else f"of at least {least}"
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            raise ArgumentTypeError(f"must be a whole number {limits}, not {quote(text)}")
+        return value
+
+    return parse
+
+
+def on_cores(least: int):
+    """The type of a number of threads or processes on this machine."""
+    why = f" ({MOST_PER_CORE} for each of this machine's cores)"
+    return whole(least, MOST_PER_CORE * (os.cpu_count() or 1), why)
+
+
+def check_on_cores(options: Parser, arguments, *names: str) -> None:
+    """Check numbers that were parsed before it was known that they are for this machine."""
+    for name in names:
+        try:
+            on_cores(0)(str(getattr(arguments, name)))
+        except ArgumentTypeError as error:
+            options.error(f"argument --{name}: {error}")
+
+
+def real(least: float, most: float = math.inf):
+    """The type of a finite number from `least` on, or to `most`."""
+    limits = f"from {least} to {most:g}" if math.isfinite(most) else f"of at least {least}"
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            raise ArgumentTypeError(f"must be a number {limits}, not {quote(text)}")
+        return value
+
+    return parse
+
+
+def pair(text: str) -> tuple[str, str]:
+    """The type of KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ArgumentTypeError(f"must be KEY=VALUE, not {quote(text)}")
+    return key, value

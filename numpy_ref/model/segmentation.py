@@ -72,26 +72,31 @@ def decode(p, codes):
 def crop(mask, box) -> np.ndarray:
     """What the encoder sees of a picture's mask: mask [height, width] bool, box in fractions -> [64, 64] in [-1, 1].
 
-    Antialiased bilinear, as in big_vision.
+    Corners are rounded to whole pixels, the half to the even one, and what lies between is resized in floating point
+    with the antialiased bilinear filter, as big_vision makes its training data (`pp/proj/paligemma/segmentation.py`).
+    A box that this leaves without a pixel is given one, where big_vision fails.
     """
     from PIL import Image
 
     height, width = mask.shape
-    area = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-    picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    resized = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=area)
-    return np.asarray(resized, np.float32) / 127.5 - 1
+    left, top = np.clip([round(box[0] * width), round(box[1] * height)], 0, [width - 1, height - 1])
+    right, bottom = max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
+    picture = Image.fromarray(mask[top:bottom, left:right].astype(np.float32))
+    return 2 * np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) - 1
 
 
 def paste(mask, box, width: int, height: int) -> np.ndarray:
     """A decoded mask in its place: mask [64, 64], box in pixels (x1, y1, x2, y2) -> bool [height, width].
 
-    Resized bilinearly to the box and cut at zero, as big_vision's evaluators do.
+    Corners are cut off to whole pixels, the mask is resized bilinearly to what lies between and cut at zero, as
+    big_vision's evaluator does (`evaluators/proj/paligemma/transfers/segmentation.py`). A box without a whole pixel,
+    a flat or an inverted one, has an empty mask; there it counts as an overlap of zero.
     """
     from PIL import Image
 
-    x1, y1, x2, y2 = (round(value) for value in box)
-    x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
+    x1, y1, x2, y2 = (int(value) for value in box)
+    if x2 <= x1 or y2 <= y1:
+        return np.zeros((height, width), bool)
     resized = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR))
     canvas = np.zeros((height, width), bool)
     top, bottom, left, right = max(y1, 0), min(y2, height), max(x1, 0), min(x2, width)

@@ -2,9 +2,11 @@
 
 A prompt is tokenised in parts, as in big_vision: tok(prefix, bos) ++ tok("\\n") ++ tok(suffix).
 Control tokens never come out of text: `<image>`, `<bos>` and the like in a prompt are spelled, piece by piece.
-`<loc0000>` … `<loc1023>` and `<seg000>` … `<seg127>` are content (boxes and masks) and are one token each.
+`<loc0000>` … `<loc1023>` and `<seg000>` … `<seg127>` are content (boxes and masks) and are one token each; numbers
+past those, such as `<loc1024>`, are text like any other.
 """
 
+import codecs
 import re
 from contextlib import contextmanager
 
@@ -17,11 +19,25 @@ from ..files import within
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
-_CONTENT = re.compile(r"(<loc\d{4}>|<seg\d{3}>)")
 _CONTROL = ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"]
 # The place behind the "<" of a control word. Text cut there holds none of them any more.
 _INSIDE_CONTROL = re.compile("(?<=<)(?=(?:image|bos|eos|pad|unk)>)")
+_MARKUP = re.compile(r"\s*(<image>|<bos>)")
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def prompt_warning(prefix: str) -> str:
+    """What is odd about a prompt, in a line; empty if nothing is.
+
+    transformers asks for `<image>` in front of a prompt, so people write it, and `<bos>` behind it.
+    """
+    markup = _MARKUP.match(prefix)
+    if not markup:
+        return ""
+    return (
+        f"the prompt begins with {markup[1]}, which is read as text; leave it out: "
+        "the picture's tokens and <bos> are put in front of every prompt"
+    )
 
 
 class SentencePiece:
@@ -63,7 +79,7 @@ class Json:
 
         self.source = source
         with _errors_as_line(source):
-            self.library = tokenizers.Tokenizer.from_buffer(contents)
+            self.library = tokenizers.Tokenizer.from_buffer(contents.removeprefix(codecs.BOM_UTF8))
         # "<bos>" in a text is spelled, not obeyed. So is "<start_of_turn>", which tokenizer.model takes for text.
         self.library.encode_special_tokens = True
         vocab = self.library.get_vocab(with_added_tokens=True)
@@ -96,7 +112,7 @@ def _errors_as_line(source):
     """Turn what the `tokenizers` library raises into a line: bare Exception, and panics that are not even that."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
         raise PaliGemmaError(f"{source}: not a tokenizer ({error})") from None
@@ -120,6 +136,7 @@ class Tokenizer:
             self.content = {piece: self.size + i for i, piece in enumerate(extra)}
             self.size += len(extra)
         self.pieces = {token: piece for piece, token in self.content.items()}
+        self.content_pattern = re.compile(f"({'|'.join(self.content)})") if self.content else None
         self.size = max(self.size, 1 + max(self.pieces, default=-1))
         self.control = {config.image_token, config.bos, config.eos, config.pad}
         self.obeys_text = any(backend.encode(word) == [backend.find(word)] for word in _CONTROL)
@@ -143,7 +160,7 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise PaliGemmaError(f"the text {text!r} is not valid Unicode; pass it as UTF-8") from None
         ids: list[int] = []
-        for part in _CONTENT.split(text):
+        for part in self.content_pattern.split(text) if self.content_pattern else [text]:
             if part in self.content:
                 ids.append(self.content[part])
             elif part:

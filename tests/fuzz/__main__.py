@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from numpy_ref.cli import Parser
+from numpy_ref.cli.options import Parser, on_cores, real, whole
 
 from .worker import BAD
 
@@ -137,9 +137,11 @@ def read_again(target, file):
 def main(argv=None) -> int:
     options = Parser(prog="python -m tests.fuzz", description=__doc__)
     options.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(LIST)} (all)")
-    options.add_argument("--seconds", type=float, default=120, metavar="N", help="in all (120)")
-    options.add_argument("--seed", type=int, default=0, metavar="S", help="of the changes (0)")
-    options.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="J", help="processes at once (one a core)")
+    options.add_argument("--seconds", type=real(0), default=120, metavar="N", help="in all (120)")
+    options.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the changes (0)")
+    options.add_argument(
+        "--jobs", type=on_cores(1), default=os.cpu_count(), metavar="J", help="processes at once (one a core)"
+    )
     options.add_argument("--json", action="store_true", help="print a JSON list")
     options.add_argument("--input", metavar="FILE", help="read this one input again")
     arguments = options.parse_args(argv)

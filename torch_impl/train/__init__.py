@@ -19,7 +19,7 @@ import torch
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
 from numpy_ref.checkpoint.safetensors import map_safetensors
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.files import absent
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer
@@ -134,5 +134,5 @@ def main(argv=None):
     if state_folder(arguments.output).exists():
         print(f"going on from {state_folder(arguments.output)}", file=sys.stderr)
     curve = fine_tune(arguments)
-    print(f"wrote {arguments.output}, loss {curve[-1][2]} after {curve[-1][0]} steps")
+    print(f"wrote {arguments.output}, loss {curve[-1][2]} after {plural(curve[-1][0], 'step')}")
     return 0

@@ -4,15 +4,17 @@ Each is a map from a number to an example, the same for the same seed; there is 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from numpy_ref import scenes
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.scenes import questions
+from numpy_ref.tokenizer import prompt_warning
 
 from ..model import segmentation
 
@@ -70,6 +72,7 @@ class JsonLines:
             lines = self.file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut inside strings
         except (OSError, UnicodeDecodeError) as error:
             raise PaliGemmaError(f"{file}: cannot read it ({error})") from None
+        self.warned = False
         self.rows = [self._parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not self.rows:
             raise PaliGemmaError(f"{file}: no examples in it")
@@ -94,6 +97,9 @@ class JsonLines:
             raise PaliGemmaError(f'{where}: not an object with "image", "prefix" and "suffix"') from None
         if not all(isinstance(value, str) for value in (image, prefix, suffix)) or not image:
             raise PaliGemmaError(f"{where}: image, prefix and suffix must be text")
+        if not self.warned and (warning := prompt_warning(prefix)):
+            print(f"{where}: warning: {warning} (said once)", file=sys.stderr)
+            self.warned = True
         path = self.file.parent / image
         try:
             found = path.is_file()
@@ -107,7 +113,9 @@ class JsonLines:
             raise PaliGemmaError(f"{where}: {error}") from None
         longest = self.tokenizer.config.max_length
         if len(prompt) + len(answer) > longest:
-            raise PaliGemmaError(f"{where}: {len(prompt) + len(answer)} tokens, the model has room for {longest}")
+            raise PaliGemmaError(
+                f"{where}: {plural(len(prompt) + len(answer), 'token')}, the model has room for {longest}"
+            )
         return where, path, prompt, answer
 
 

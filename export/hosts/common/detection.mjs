@@ -2,32 +2,40 @@
 import { PaliGemmaError } from "./errors.mjs";
 
 const CONVENTIONS = { big_vision: 1023, huggingface: 1024 };
-const OBJECT =
-  /<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>\s*((?:<seg(?:0\d\d|1[01]\d|12[0-7])>){16})?\s*([^;<>]*?)\s*(?=;|<|$)/g;
+const CODES = 16; // of a mask
 const SIDE = 64; // of a mask as the codec paints it
 
-/** The boxes of an answer, in pixels of a width x height picture. Empty or inverted boxes are dropped. */
+// As in detection.py, where it is said how an answer is read: tokens that there are, blanks and digits spelled out.
+const LOCATION = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>";
+const CODE = "<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>";
+const BLANK = "[ \\t-\\r]";
+const WORD = /[^ \t-\r]+/g;
+const BOX = `(?:${LOCATION}){4}`;
+const OBJECT = new RegExp(`(${BOX})${BLANK}*((?:${CODE})*)(?:${BLANK}*(?!${BOX})(?:${LOCATION}|${CODE}))*`, "g");
+const LABEL_END = new RegExp(`${BLANK};(?=${BLANK}|$)|;(?=${BLANK}*${LOCATION})|${LOCATION}|${CODE}|$`);
+
+/** The boxes of an answer, in pixels of a width x height picture; every four location tokens are one. */
 export function parse(text, width, height, convention = "big_vision") {
   const steps = CONVENTIONS[convention];
   if (!steps) throw new PaliGemmaError(`boxes ${convention}: one of ${Object.keys(CONVENTIONS).join(", ")}`);
-  const boxes = [];
-  for (const [, ...found] of text.matchAll(OBJECT)) {
-    const [y1, x1, y2, x2] = found.slice(0, 4).map(Number);
-    if (y2 <= y1 || x2 <= x1 || Math.max(y2, x2) > 1023) continue;
-    const label = found[5].split(/\s+/).filter(Boolean).join(" ");
-    const codes = [...(found[4] ?? "").matchAll(/<seg(\d{3})>/g)].map((match) => Number(match[1]));
-    const box = { label, x1: (x1 * width) / steps, y1: (y1 * height) / steps, x2: (x2 * width) / steps, y2: (y2 * height) / steps };
-    boxes.push(codes.length ? { ...box, codes } : box);
-  }
-  return boxes;
+  return [...text.matchAll(OBJECT)].map((found) => {
+    const [y1, x1, y2, x2] = numbersIn(found[1]).map((number) => number / steps);
+    const codes = numbersIn(found[2]).slice(0, CODES);
+    const rest = text.slice(found.index + found[0].length);
+    const label = (rest.slice(0, rest.search(LABEL_END)).match(WORD) ?? []).join(" ");
+    const box = { label, x1: x1 * width, y1: y1 * height, x2: x2 * width, y2: y2 * height };
+    return codes.length === CODES ? { ...box, codes } : box;
+  });
 }
 
-/** A painted mask [64 x 64] in its place: one byte a pixel of the picture, 1 inside. */
+const numbersIn = (text) => (text.match(/[0-9]+/g) ?? []).map(Number);
+
+/** A painted mask [64 x 64] in its place: one byte a pixel of the picture, 1 inside; none where a box has no pixel. */
 export function paste(mask, box, width, height) {
-  const [x1, y1] = [roundToEven(box.x1), roundToEven(box.y1)];
-  const [x2, y2] = [Math.max(roundToEven(box.x2), x1 + 1), Math.max(roundToEven(box.y2), y1 + 1)];
-  const resized = resize(mask, x2 - x1, y2 - y1);
+  const [x1, y1, x2, y2] = [box.x1, box.y1, box.x2, box.y2].map(Math.trunc);
   const canvas = new Uint8Array(width * height);
+  if (x2 <= x1 || y2 <= y1) return canvas;
+  const resized = resize(mask, x2 - x1, y2 - y1);
   for (let y = Math.max(y1, 0); y < Math.min(y2, height); y++) {
     for (let x = Math.max(x1, 0); x < Math.min(x2, width); x++) {
       canvas[y * width + x] = resized[(y - y1) * (x2 - x1) + x - x1] > 0;
@@ -83,11 +91,4 @@ function weights(size) {
     const sum = shares.reduce((a, b) => a + b, 0);
     return { first, shares: shares.map((share) => share / sum) };
   });
-}
-
-/** As Python rounds: a half goes to the even neighbour. */
-function roundToEven(value) {
-  const below = Math.floor(value);
-  const rest = value - below;
-  return below + (rest > 0.5 || (rest === 0.5 && below % 2 !== 0) ? 1 : 0);
 }

@@ -3,7 +3,7 @@
  *
  * `ort` is onnxruntime-node or onnxruntime-web; `sessions` has one session a graph of the bundle.
  */
-import { PaliGemmaError } from "./errors.mjs";
+import { PaliGemmaError, plural } from "./errors.mjs";
 
 const DEFAULT_NEW_TOKENS = 64;
 const FATAL_ONLY = 4; // of the runtime's own messages; what goes wrong is thrown
@@ -83,11 +83,11 @@ export class Engine {
 export function budget(engine, promptLength, maxNewTokens) {
   const room = engine.maxLength - promptLength + 1;
   const wanted = maxNewTokens ?? Math.max(1, Math.min(DEFAULT_NEW_TOKENS, room));
-  if (!Number.isInteger(wanted) || wanted < 1) throw new PaliGemmaError(`${wanted} new tokens: a whole number from 1`);
+  if (!Number.isInteger(wanted) || wanted < 1) throw new PaliGemmaError(`the number of new tokens must be a whole number of at least 1, not ${wanted}`);
   if (wanted > room) {
     throw new PaliGemmaError(
       `the prompt has ${promptLength} tokens (${engine.description.tokens.image_tokens} of them the picture), which with ` +
-        `${wanted} new ones exceeds the capacity of ${engine.maxLength}; shorten the prompt or ask for fewer tokens`,
+        `${plural(wanted, "new one")} exceeds the capacity of ${engine.maxLength}; shorten the prompt or ask for fewer tokens`,
     );
   }
   return { newTokens: wanted, capacity: promptLength + wanted - 1 };

@@ -2,12 +2,12 @@
  * Text <-> token ids. Twin of `numpy_ref/tokenizer.py`, over the npm package @huggingface/tokenizers.
  *
  * Control tokens never come out of text: "<image>", "<bos>" and the like in a prompt are spelled, piece by piece.
- * <loc0000> … <loc1023> and <seg000> … <seg127> are content (boxes and masks) and are one token each.
+ * <loc0000> … <loc1023> and <seg000> … <seg127> are content (boxes and masks) and are one token each; numbers past
+ * those, such as <loc1024>, are text like any other.
  */
 import { PaliGemmaError } from "./errors.mjs";
 
 const EXTRA = [...numbered("loc", 1024, 4), ...numbered("seg", 128, 3)];
-const CONTENT = /(<loc\d{4}>|<seg\d{3}>)/;
 const CONTROL = ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"];
 const INSIDE_CONTROL = /(?<=<)(?=(?:image|bos|eos|pad|unk)>)/; // text cut there holds no control word any more
 const BYTE = /^<0x([0-9A-F]{2})>$/;
@@ -30,6 +30,7 @@ export class Tokenizer {
       EXTRA.forEach((piece, i) => this.ids.set(piece, size + i)); // Gemma's own file, which ends before them
     }
     const content = EXTRA.filter((piece) => this.ids.has(piece)).map((piece) => [piece, this.ids.get(piece)]);
+    this.content = content.length ? new RegExp(`(${content.map(([piece]) => piece).join("|")})`) : null;
     this.pieces = new Map([...text, ...content].map(([piece, id]) => [id, piece]));
     this.obeysText = CONTROL.some((word) => {
       const ids = this.spell(word);
@@ -41,8 +42,8 @@ export class Tokenizer {
   /** Ids of a text, without bos or eos. */
   encode(text) {
     if (!text.isWellFormed()) throw new PaliGemmaError("the text is not valid Unicode");
-    return text.split(CONTENT).flatMap((part) => {
-      if (CONTENT.test(part) && this.ids.has(part)) return [this.ids.get(part)];
+    return (this.content ? text.split(this.content) : [text]).flatMap((part) => {
+      if (this.content?.test(part)) return [this.ids.get(part)];
       return part ? (this.obeysText ? part.split(INSIDE_CONTROL) : [part]).flatMap((words) => this.spell(words)) : [];
     });
   }
@@ -62,6 +63,16 @@ export class Tokenizer {
     const { image, image_tokens: count, bos } = this.tokens;
     return [...Array(count).fill(image), bos, ...this.encode(prefix), ...this.newline];
   }
+}
+
+/** What is odd about a prompt, in a line; "" if nothing is. transformers asks for <image> in front, so people write it. */
+export function promptWarning(prefix) {
+  const markup = /^\s*(<image>|<bos>)/.exec(prefix);
+  if (!markup) return "";
+  return (
+    `the prompt begins with ${markup[1]}, which is read as text; leave it out: ` +
+    "the picture's tokens and <bos> are put in front of every prompt"
+  );
 }
 
 function numbered(name, count, digits) {

@@ -8,7 +8,10 @@ export interface Picture {
   height: number;
 }
 
-/** An object that was found, in pixels of the picture. `codes` are the sixteen numbers of its mask, if it has one. */
+/**
+ * An object that was found, in pixels of the picture: every four location tokens of an answer, whatever their values. A
+ * flat box has x1 === x2 or y1 === y2, an inverted one x1 > x2 or y1 > y2; a mask of such a box is empty. `codes` are the sixteen numbers of its mask, if it has one.
+ */
 export interface Box {
   label: string;
   x1: number;
@@ -60,6 +63,9 @@ export interface PaliGemma {
 
 /** Check a bundle's folder and open it; `threads` 0, the default, takes every core. Throws PaliGemmaError. */
 export function load(folder: string, options?: { threads?: number }): Promise<PaliGemma>;
+
+/** What is odd about a prompt, such as `<image>` in front of it, in a line; "" if nothing is. */
+export function promptWarning(prompt: string): string;
 
 /** A picture file, or its bytes, as pixels: upright, without transparency. Throws PaliGemmaError. */
 export function decodePicture(picture: string | Uint8Array, transparency?: Transparency): Promise<Picture>;

@@ -10,9 +10,10 @@ import sharp from "sharp";
 
 import { PaliGemmaError } from "../common/errors.mjs";
 import { PaliGemma } from "../common/paligemma.mjs";
+import { promptWarning } from "../common/tokenizer.mjs";
 import { opaque } from "../common/transparency.mjs";
 
-export { PaliGemmaError };
+export { PaliGemmaError, promptWarning };
 
 // Below this the runtime may repack weights for speed, a private copy a session; from here on both map the one file.
 const MAPPED_FROM = 2 ** 31;

@@ -1,11 +1,16 @@
 #!/usr/bin/env node
 /** node run.mjs BUNDLE IMAGE PROMPT [options]: answer a prompt about a picture. */
+import { readFile } from "node:fs/promises";
+import { availableParallelism } from "node:os";
 import { parseArgs } from "node:util";
 
-import { PaliGemmaError } from "../common/errors.mjs";
+import { PaliGemmaError, plural } from "../common/errors.mjs";
+import { promptWarning } from "../common/tokenizer.mjs";
 import { TRANSPARENCIES } from "../common/transparency.mjs";
 
+const MOST_THREADS = 4 * availableParallelism(); // beyond, each only waits and takes memory
 const USAGE = `usage: node run.mjs BUNDLE IMAGE PROMPT [options]
+  PROMPT                  @FILE reads it from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count
   --json                  print one JSON object
   --max-new-tokens N      longest answer (64)
   --temperature T         0 is greedy (0)
@@ -34,8 +39,8 @@ class Misuse extends Error {}
 async function main(argv) {
   const { values, positionals } = parse(argv);
   if (values.help) return console.log(USAGE);
-  if (positionals.length !== 3) throw new Misuse(`expected BUNDLE IMAGE PROMPT, got ${positionals.length} arguments`);
-  const [bundle, image, prompt] = positionals;
+  if (positionals.length !== 3) throw new Misuse(`expected BUNDLE IMAGE PROMPT, got ${plural(positionals.length, "argument")}`);
+  const [bundle, image] = positionals;
   const options = {
     maxNewTokens: values["max-new-tokens"] === undefined ? undefined : whole(values, "max-new-tokens", 1),
     temperature: real(values, "temperature", Infinity),
@@ -45,9 +50,11 @@ async function main(argv) {
     boxes: oneOf(values, "boxes", ["big_vision", "huggingface"]),
     transparency: oneOf(values, "transparency", TRANSPARENCIES),
   };
+  const threads = whole(values, "threads", 0, MOST_THREADS, " (4 for each of this machine's cores)");
+  const prompt = await readPrompt(positionals[2]);
   const { load } = await host();
   const started = performance.now();
-  const model = await load(bundle, { threads: whole(values, "threads", 0) });
+  const model = await load(bundle, { threads });
   const loaded = (performance.now() - started) / 1000;
   if (!values.json) options.onToken = (text) => process.stdout.write(text);
   const { timings, ...answer } = await model.generate(image, prompt, options);
@@ -71,22 +78,45 @@ function parse(argv) {
   }
 }
 
-function whole(values, name, least) {
-  const value = Number(values[name]);
-  if (!Number.isSafeInteger(value) || value < least) throw new Misuse(`--${name} ${values[name]}: a whole number from ${least}`);
+/** A prompt as it was given, or the contents of @FILE, without line breaks at its end. */
+async function readPrompt(argument) {
+  if (argument === "@") throw new PaliGemmaError("the prompt @ names no file; @FILE reads a prompt from a file, @@ is the prompt @");
+  let prompt = argument.startsWith("@@") ? argument.slice(1) : argument;
+  if (argument.startsWith("@") && prompt === argument) prompt = await readText(argument.slice(1));
+  prompt = prompt.replace(/[\r\n]+$/, "");
+  const warning = promptWarning(prompt);
+  if (warning) console.error(`run.mjs: warning: ${warning}`);
+  return prompt;
+}
+
+async function readText(file) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(await readFile(file)); // which leaves out a byte order mark
+  } catch (error) {
+    if (error instanceof TypeError) throw new PaliGemmaError(`${file}: cannot read the prompt, which is not UTF-8; save it as UTF-8`);
+    throw new PaliGemmaError(`${file}: cannot read the prompt (${error.message}); the prompt @${file} is asked as @@${file}`);
+  }
+}
+
+function whole(values, name, least, most = Infinity, why = "") {
+  const value = values[name].trim() === "" ? NaN : Number(values[name]);
+  if (!Number.isSafeInteger(value) || value < least || value > most) {
+    const limits = most < Infinity ? `from ${least} to ${most}${why}` : `of at least ${least}`;
+    throw new Misuse(`--${name} ${values[name]}: must be a whole number ${limits}`);
+  }
   return value;
 }
 
 function real(values, name, most) {
   const value = Number(values[name]);
   if (values[name].trim() === "" || !Number.isFinite(value) || value < 0 || value > most) {
-    throw new Misuse(`--${name} ${values[name]}: a number from 0${most < Infinity ? ` to ${most}` : ""}`);
+    throw new Misuse(`--${name} ${values[name]}: must be a number ${most < Infinity ? `from 0 to ${most}` : "of at least 0"}`);
   }
   return value;
 }
 
 function oneOf(values, name, allowed) {
-  if (!allowed.includes(values[name])) throw new Misuse(`--${name} ${values[name]}: one of ${allowed.join(", ")}`);
+  if (!allowed.includes(values[name])) throw new Misuse(`--${name} ${values[name]}: must be one of ${allowed.join(", ")}`);
   return values[name];
 }
 

@@ -1,4 +1,6 @@
 /** The page: a picture, a prompt, an answer as it comes, boxes and masks over the picture. */
+import { plural } from "../common/errors.mjs";
+import { promptWarning } from "../common/tokenizer.mjs";
 import { Model, openPicture, pixelsOf } from "./model.mjs";
 
 const PRESETS = ["caption en", "detect star", "detect circle ; square", "segment star", "answer en how many shapes are there?"];
@@ -100,6 +102,7 @@ async function ask() {
   complain(null);
   forgetAnswer();
   draw([], []);
+  note(promptWarning(at("prompt").value));
   running = new AbortController();
   refresh();
   const { pixels } = picture;
@@ -126,12 +129,12 @@ function present({ text, tokens, boxes, masks, timings }) {
   draw(boxes, masks);
   for (const [i, box] of boxes.entries()) {
     const corners = [box.x1, box.y1, box.x2, box.y2].map(Math.round).join(", ");
-    const item = Object.assign(document.createElement("li"), { textContent: `${box.label} at ${corners}` });
+    const item = Object.assign(document.createElement("li"), { textContent: `${box.label || "(no label)"} at ${corners}` });
     item.style.setProperty("--color", COLORS[i % COLORS.length]);
     at("found").append(item);
   }
   const speed = timings.decode_tokens_per_s ? `, then ${timings.decode_tokens_per_s.toFixed(0)} tokens/s` : "";
-  at("times").textContent = `First token after ${(timings.first_token_s * 1000).toFixed(0)} ms${speed}; ${tokens.length} tokens.`;
+  at("times").textContent = `First token after ${(timings.first_token_s * 1000).toFixed(0)} ms${speed}; ${plural(tokens.length, "token")}.`;
 }
 
 /** The picture with masks, boxes and labels over it. */
@@ -166,8 +169,9 @@ function outline(pen, box, color, zoom, canvas) {
   pen.font = `${18 * unit}px system-ui, sans-serif`;
   const width = pen.measureText(box.label).width + 10 * unit;
   const height = 25 * unit;
-  const x = Math.max(0, Math.min(left, canvas.width - width));
-  const y = top >= height ? top - height : top;
+  const x = Math.max(0, Math.min(left, box.x2 * zoom, canvas.width - width)); // a box may be inverted
+  const upper = Math.min(top, box.y2 * zoom);
+  const y = upper >= height ? upper - height : upper;
   pen.fillRect(x, y, width, height);
   pen.fillStyle = "#fff";
   pen.fillText(box.label, x + 5 * unit, y + 18 * unit);
@@ -199,11 +203,17 @@ function number(id, otherwise) {
 function forgetAnswer() {
   at("answer").textContent = at("times").textContent = "";
   at("found").replaceChildren();
+  note("");
 }
 
 function complain(error) {
   at("error").hidden = !error;
   at("error").textContent = error ? error.message : "";
+}
+
+function note(text) {
+  at("note").hidden = !text;
+  at("note").textContent = text;
 }
 
 function refresh() {

@@ -1,0 +1,54 @@
+"""Files that drawings are written to."""
+
+import tempfile
+from pathlib import Path
+
+from ..errors import PaliGemmaError
+from ..image import FORMATS
+
+
+def suffixes() -> set[str]:
+    """The endings of files that a drawing can be written to."""
+    from PIL import Image
+
+    known = Image.registered_extensions()  # and with them what Pillow can write
+    return {suffix for suffix, kind in known.items() if kind in FORMATS and kind in Image.SAVE}
+
+
+def check_drawing(path: Path) -> None:
+    """Raise PaliGemmaError unless a drawing can be written there: what is to be known before a model runs.
+
+    A path without an ending is written as PNG.
+    """
+    if path.suffix and path.suffix.lower() not in suffixes():
+        kinds = ", ".join(FORMATS)
+        raise PaliGemmaError(f"{path}: drawings are written as {kinds}; give the name such an ending, .png for example")
+    if path.is_dir():
+        raise PaliGemmaError(f"{path}: cannot write the drawing, this is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise PaliGemmaError(f"{path}: cannot write the drawing, there is no folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
+def write_drawing(path: Path, drawing) -> None:
+    """Save a picture where it is wanted, whole or not at all."""
+    check_drawing(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix or ".png", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            drawing.save(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise _not_written(path, error) from None
+
+
+def _not_written(path, error) -> PaliGemmaError:
+    # str(OSError) would name the temporary file.
+    return PaliGemmaError(f"{path}: cannot write the drawing ({getattr(error, 'strerror', None) or error})")

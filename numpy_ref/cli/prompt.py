@@ -1,0 +1,46 @@
+"""The PROMPT of a command: given as it is, or read from a file."""
+
+import sys
+from pathlib import Path
+
+from ..errors import PaliGemmaError
+from ..tokenizer import prompt_warning
+
+HELP = "@FILE reads the prompt from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count"
+
+
+def read_prompt(argument: str) -> str:
+    """The prompt that HELP describes; a byte order mark in the file is no part of it.
+
+    Raises PaliGemmaError if the file cannot be read, or if there is nothing in the prompt.
+    """
+    source, prompt = "the prompt", argument
+    if argument == "@":
+        raise PaliGemmaError("the prompt @ names no file; @FILE reads a prompt from a file, @@ is the prompt @")
+    if argument.startswith("@@"):
+        prompt = argument[1:]
+    elif argument.startswith("@"):
+        source = argument[1:]
+        prompt = _read(Path(source))
+    prompt = prompt.rstrip("\r\n")
+    if not prompt.strip():
+        raise PaliGemmaError(f'{source} is empty; ask something, for example "caption en"')
+    return prompt
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise PaliGemmaError(f"{file}: cannot read the prompt, which is not UTF-8; save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        hint = f"; the prompt @{file} is asked as @@{file}"
+        raise PaliGemmaError(f"{file}: cannot read the prompt ({reason}){hint}") from None
+
+
+def warn_of_prompt(prog: str, prompt: str) -> bool:
+    """Say on stderr what `prompt_warning` has to say; whether there was something."""
+    if warning := prompt_warning(prompt):
+        print(f"{prog}: warning: {warning}", file=sys.stderr)
+    return bool(warning)
