@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .checkpoint import flatten
+from .checkpoint.adapter import in_memory
 from .checkpoint.blocks import all_finite, check_finite
 from .errors import PaliGemmaError
 from .model import paligemma, segmentation
@@ -45,10 +46,10 @@ class NumpyEngine:
     name = "numpy"
 
     def __init__(self, checkpoint):
-        for path, array in flatten(checkpoint.params).items():
+        self.params = in_memory(checkpoint.params)
+        for path, array in flatten(self.params).items():
             check_finite(path, array)
         self.config, self.resize, self.masks = checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint)
-        self.params = checkpoint.params
 
     @_quietly
     def prefill(self, pixel_values, input_ids, lengths, capacity):
