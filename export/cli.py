@@ -22,10 +22,11 @@ def export_onnx(argv=None):
     """export-onnx [CHECKPOINT] --output DIR: write a bundle."""
     options = cli.Parser(prog="export-onnx", description="Write an ONNX bundle of a PaliGemma checkpoint.")
     options.add_argument(
-        "checkpoint", nargs="?", type=Path, default=checkpoints.SHIPPED, metavar="CHECKPOINT",
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT",
         help="a Hugging Face PaliGemma directory, its Hub id (google/paligemma2-3b-mix-224, perhaps with @REVISION) or "
-        "a big_vision .npz; left out: the model that ships",
+        "a big_vision .npz; left out: the base that --adapter names, or the model that ships",
     )  # fmt: skip
+    cli.add_adapter_option(options)
     options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument(
         "--precision", choices=bundles.weights.PRECISIONS, default="float32",
@@ -59,7 +60,7 @@ def export_onnx(argv=None):
     arguments = options.parse_args(argv)
     if not arguments.output and not arguments.plan:
         options.error("--output DIR is required (or --plan, to see what would be written)")
-    checkpoint = checkpoints.load(arguments.checkpoint)
+    checkpoint = checkpoints.load(arguments.checkpoint, arguments.adapter)
     if arguments.plan:
         wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual
         return _print_plan(bundles.plan(checkpoint, *wanted))

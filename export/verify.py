@@ -19,6 +19,7 @@ import onnxruntime
 from tqdm import tqdm
 
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint.adapter import in_memory
 from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
@@ -119,6 +120,7 @@ def rows(bundle, checkpoint) -> list[Row]:
     A quantized one is compared with the weights before they were rounded.
     """
     precision = bundle.description["precision"]
+    checkpoint = replace(checkpoint, params=in_memory(checkpoint.params))
     half = weights.stream_dtype(precision) != ir.DataType.FLOAT
     provider = choose_provider("auto") if half else CPU
     check(checkpoint, precision)

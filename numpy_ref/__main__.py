@@ -15,15 +15,16 @@ from .tokenizer import Tokenizer
 PROG = "python -m numpy_ref"
 
 
-def load(path, traced=False):
-    """A checkpoint, or the shipped one, as engine and tokenizer."""
-    loaded = checkpoint.load(path or checkpoint.SHIPPED)
+def load(path, traced=False, adapter=None):
+    """A checkpoint, or the shipped one, perhaps with an adapter, as engine and tokenizer."""
+    loaded = checkpoint.load(path, adapter)
     tokenizer = Tokenizer.load(loaded.folder, loaded.config)
     return TracedEngine(loaded, tokenizer) if traced else NumpyEngine(loaded), tokenizer
 
 
 def main(argv=None):
     options = cli.parser(PROG, "CHECKPOINT", "Answer a prompt about a picture with the NumPy reference.")
+    cli.add_adapter_option(options)
     options.add_argument("--heatmap", type=Path, metavar="OUT.png", help="draw what each token of the answer looked at")
     options.add_argument("--trace", action="store_true", help="print each intermediate value, and what made it")
     arguments = cli.parse(options, argv)
@@ -41,7 +42,8 @@ def main(argv=None):
             words = [tokenizer.decode([token]).strip() or "·" for token in answer.tokens]
             cli.write_drawing(arguments.heatmap, heatmap.draw(image, maps, words))
 
-    return cli.answer(arguments, partial(load, traced=arguments.trace), look, quiet=arguments.trace)
+    open_engine = partial(load, traced=arguments.trace, adapter=arguments.adapter)
+    return cli.answer(arguments, open_engine, look, quiet=arguments.trace)
 
 
 if __name__ == "__main__":

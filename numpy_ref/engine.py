@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .checkpoint import flatten
+from .checkpoint.adapter import in_memory
 from .checkpoint.blocks import all_finite, check_finite
 from .config import PaliGemmaConfig
 from .errors import PaliGemmaError, plural
@@ -96,10 +97,10 @@ class NumpyEngine(Engine):
     name = "numpy"
 
     def __init__(self, checkpoint):
-        for path, array in flatten(checkpoint.params).items():
+        self.params = in_memory(checkpoint.params)
+        for path, array in flatten(self.params).items():
             check_finite(path, array)
         super().__init__(checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint))
-        self.params = checkpoint.params
 
     @_quietly
     def prefill(self, pixel_values, input_ids, lengths, capacity):

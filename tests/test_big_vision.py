@@ -250,7 +250,7 @@ def test_any_mutation_is_named(tmp_path, name, array):
     mutations = {
         "missing": {key: value for key, value in arrays.items() if key != array},
         "name": {("x" + key if key == array else key): value for key, value in arrays.items()},
-        "dtype": arrays | {array: arrays[array].astype(np.float64)},
+        "dtype": arrays | {array: arrays[array].astype(np.int64)},
         "rank": arrays | {array: arrays[array][None]},
     }
     for axis, count in enumerate(arrays[array].shape):

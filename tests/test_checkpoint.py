@@ -11,14 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from export import bundle
+from export.session import Session
 from numpy_ref import checkpoint
-from numpy_ref.checkpoint import flatten, load, load_config, parameters, save, saved_name, unflatten
+from numpy_ref.checkpoint import flatten, load, load_config, parameters, save, save_npz, saved_name, unflatten
 from numpy_ref.checkpoint.blocks import bfloat16
 from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
 from numpy_ref.checkpoint.layouts import pooling_head
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.files import new_directory, new_file
+from numpy_ref.generate import NumpyEngine
+from torch_impl.load import TorchEngine
 
 from . import make_goldens
 from .make_goldens import GOLDEN
@@ -320,6 +324,71 @@ def test_loading_copies_nothing():
         assert not array.flags.writeable
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model.", "module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wraps_every_name_is_taken_off(folder, capsys, prefix):
+    expected = load(folder).params
+    rewrite(folder, lambda tensors: {prefix + name: array for name, array in tensors.items()})
+    assert same(load(folder).params, expected)
+    message = capsys.readouterr().err
+    assert f"every tensor's name begins with {prefix}, which is taken off" in message
+    assert message.count("\n") == 1
+    rewrite(folder, lambda t: {n.removeprefix(prefix) if n.endswith("norm.weight") else n: a for n, a in t.items()})
+    with pytest.raises(PaliGemmaError, match=f"unexpected {prefix}"):  # not all of them share it
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_mixed_dtypes_are_kept_and_compute_as_in_transformers(kind, tmp_path):
+    """What merging leaves: kernels in bfloat16, norms and biases in float32, a projector in float16."""
+    transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    torch = pytest.importorskip("torch")
+    make_goldens.build(kind).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_torch(file)
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1:
+            tensors[name] = tensor.float() + 1e-4 * torch.randn(tensor.shape)
+        if "projector.linear.weight" in name:
+            tensors[name] = tensor.half()
+    save_torch(tensors, file, {"format": "pt"})
+    loaded = load(tmp_path / "hf")
+    assert loaded.dtype.name == "bfloat16"
+    stored = {path: array.dtype.name for path, array in flatten(loaded.params).items()}
+    assert stored["text.norm.scale"] == stored["vision.norm.bias"] == "float32"
+    assert (stored["projector.kernel"], stored["text.embedding"]) == ("float16", "bfloat16")
+
+    model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    bundle.write(loaded, tmp_path / "bundle")
+    save(tmp_path / "again", loaded.config, loaded.params)
+    engines = [NumpyEngine(loaded), NumpyEngine(load(tmp_path / "again")), TorchEngine(loaded)]
+    for engine in (*engines, Session(bundle.load(tmp_path / "bundle"), "cpu")):
+        for image, prefix in zip(make_goldens.pixels(model.config, 2), make_goldens.PREFIXES, strict=True):
+            row = make_goldens.row_ids(model.config, prefix)
+            expected, _ = make_goldens.answer(model, image, row, 1)
+            logits, _ = engine.prefill(image[None], np.array([row]), np.array([len(row)], np.int32), len(row))
+            assert np.abs(logits[0] - expected).max() <= 1e-4 * np.abs(expected).max(), engine.name
+
+
+def test_layers_of_mixed_dtypes_are_stacked_in_the_wider(tmp_path):
+    """A npz keeps a weight of all layers in one array, which has one dtype."""
+    from .test_big_vision import model
+
+    config, params, _ = model("paligemma1")
+    flat = {path: array.astype(bfloat16()) for path, array in flatten(params).items()}
+    flat["text.blocks.1.attention.query.kernel"] = flatten(params)["text.blocks.1.attention.query.kernel"]
+    save_npz(tmp_path / "mixed.npz", config, unflatten(flat))
+    read = load(tmp_path / "mixed.npz")
+    assert {array.dtype.name for array in flatten(read.params).values()} == {"bfloat16", "float32"}
+    flat["text.embedding"] = flat["text.embedding"][: config.image_token]
+    assert all(np.array_equal(array, flat[path]) for path, array in flatten(read.params).items())
+
+
 # --- differences, named ------------------------------------------------------------------------------------
 
 TENSORS = [(name, tensor) for name in NAMES for tensor in load_file(GOLDEN / name / "model.safetensors")]
@@ -331,7 +400,6 @@ def test_any_mutation_of_a_tensor_is_named(name, tensor, tmp_path):
     mutations = {
         "name": lambda t: {("x" + key if key == tensor else key): array for key, array in t.items()},
         "missing": lambda t: {key: array for key, array in t.items() if key != tensor},
-        "dtype": lambda t: t | {tensor: t[tensor].astype(np.float16)},
         "kind": lambda t: t | {tensor: t[tensor].astype(np.int32)},
         "shape": lambda t: t | {tensor: t[tensor][..., :-1].copy()},
         "rank": lambda t: t | {tensor: t[tensor][None].copy()},
@@ -342,6 +410,16 @@ def test_any_mutation_of_a_tensor_is_named(name, tensor, tmp_path):
         with pytest.raises(PaliGemmaError) as error:
             load(folder)
         assert known in str(error.value) or tensor in str(error.value), kind
+
+
+def test_a_list_of_differences_is_cut_at_ten(folder):
+    rewrite(folder, lambda tensors: {f"x{name}": array for name, array in tensors.items()})
+    count = len(parameters(load_config(folder)))
+    with pytest.raises(PaliGemmaError) as error:
+        load(folder)
+    problems = str(error.value).partition("the model: ")[2].split("; ")
+    assert [problem.split()[0] for problem in problems] == ["missing", "unexpected"] * 5 + ["and"]
+    assert problems[-1] == f"and {2 * count - 10} more"
 
 
 def sharded(tmp_path, monkeypatch):

@@ -273,7 +273,7 @@ NORM = "language_model.model.norm.weight"
         (lambda t: t.pop(NORM), ["missing", NORM]),
         (lambda t: t.update(extra=np.ones(3, np.float32)), ["unexpected", "extra", "[3]"]),
         (lambda t: t.update({NORM: np.ones(5, np.float32)}), [NORM, "[5]", "[128]"]),
-        (lambda t: t.update({NORM: t[NORM].astype(np.float16)}), [NORM, "float16"]),
+        (lambda t: t.update({NORM: t[NORM].astype(np.int8)}), [NORM, "I8", "quantized"]),
     ],
     ids=["missing", "extra", "shape", "dtype"],
 )

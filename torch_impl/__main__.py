@@ -1,6 +1,7 @@
 """python -m torch_impl [CHECKPOINT] IMAGE PROMPT: the PyTorch twin answers."""
 
 import sys
+from functools import partial
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.tokenizer import Tokenizer
@@ -10,17 +11,18 @@ from .load import TorchEngine
 PROG = "python -m torch_impl"
 
 
-def load(path):
+def load(path, adapter=None):
     """A checkpoint, or the shipped one, as engine and tokenizer."""
-    loaded = checkpoint.load(path or checkpoint.SHIPPED)
+    loaded = checkpoint.load(path, adapter)
     return TorchEngine(loaded), Tokenizer.load(loaded.folder, loaded.config)
 
 
 def main(argv=None):
     options = cli.parser(PROG, "CHECKPOINT", "Answer a prompt about a picture with the PyTorch twin.")
+    cli.add_adapter_option(options)
     arguments = cli.parse(options, argv)
     cli.on_the_cpu(arguments, PROG)
-    return cli.answer(arguments, load)
+    return cli.answer(arguments, partial(load, adapter=arguments.adapter))
 
 
 if __name__ == "__main__":

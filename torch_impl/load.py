@@ -13,9 +13,9 @@ from .model.layers import upcast
 from .model.paligemma import PaliGemma
 
 
-def load(path=checkpoints.SHIPPED, dtype=torch.float32):
-    """A checkpoint directory -> the module in evaluation mode, and the loaded checkpoint."""
-    checkpoint = checkpoints.load(path)
+def load(path=None, dtype=torch.float32, adapter=None):
+    """A checkpoint directory, and perhaps an adapter -> the module in evaluation mode, and the loaded checkpoint."""
+    checkpoint = checkpoints.load(path, adapter)
     return from_params(checkpoint.config, checkpoint.params, dtype), checkpoint
 
 
@@ -35,6 +35,7 @@ def from_params(config, params, dtype=torch.float32):
             raise PaliGemmaError(f"{name} has shape {list(array.shape)}, the module asks for {list(state[name].shape)}")
     with torch.no_grad():
         for name, array in flat.items():
+            array = np.asarray(array)  # of a weight that an adapter changes, made here and forgotten
             check_finite(name, array)
             state[name].copy_(to_tensor(array))
     return model

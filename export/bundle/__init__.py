@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from numpy_ref import __version__
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref.checkpoint import hub
+from numpy_ref.checkpoint import hub, kinds
 from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError, quote
@@ -196,6 +196,12 @@ def load(path) -> Bundle:
 def load_but_weights(path) -> Bundle:
     """Open a bundle with all of its files checked, but of the weights only the size: their SHA-256 takes long."""
     path = hub.directory(path)
+    kind = kinds.kind(path)
+    if kind == kinds.CHECKPOINT:
+        raise PaliGemmaError(f"{path}: a checkpoint, not a bundle: export-onnx {path} --output DIR makes one of it")
+    if kind == kinds.ADAPTER:
+        advice = f"export-onnx BASE --adapter {path} --output DIR makes one of it and its base"
+        raise PaliGemmaError(f"{path}: an adapter, not a bundle: {advice}")
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
     file = within(path, DESCRIPTION)

@@ -227,6 +227,7 @@ def _refuse(stored, arrays):
     for path, array in arrays.items():
         if stored.path not in (path, joined_path(path)):
             continue
+        array = np.asarray(array)
         check_finite(path, array)
         if place := first_not_finite(array, dtype):
             raise PaliGemmaError(

@@ -8,8 +8,9 @@ be reordered). Both directions are strict: every missing, unexpected or misshape
     python -m numpy_ref.checkpoint convert SRC DST      a DST that ends in .npz is written as big_vision's
 """
 
+import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from ..config import PaliGemmaConfig, check
-from ..errors import PaliGemmaError
+from ..errors import PaliGemmaError, listed, note
 from ..files import new_directory, new_file, read_json, within
-from . import hub
+from . import adapter as adapters
+from . import hub, kinds
 from .blocks import dtypes
 from .hugging_face import PADDING, from_hf, resize_from_hf, resize_to_hf, to_hf
 from .layouts import (
@@ -33,6 +35,7 @@ from .layouts import (
     pooling_head,
     saved_name,
     split_fused,
+    unwrapped,
 )
 from .npz import map_npz, write_npz
 from .safetensors import map_safetensors, write_safetensors
@@ -54,6 +57,10 @@ _TOKENIZERS = COMPANIONS[:2]
 class Checkpoint:
     """A loaded model: `params` is the nested dict, whose leaves are views of mapped files.
 
+    With an adapter the weights that it changes are no arrays but computed where they are read (adapter.py);
+    `adapter.in_memory` makes arrays of them. Each tensor keeps the dtype that it is stored in, so that a bfloat16
+    model with float32 norms keeps those exact: what computes casts it to its own dtype, and export to the one that
+    was asked for. (transformers casts all to the one dtype that it is given.) `dtype` is what most of the numbers have.
     `folder` is where its tokenizer lies; `resize` names its preprocessing (`image.RESIZES`).
     """
 
@@ -68,31 +75,44 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def load(path=SHIPPED) -> Checkpoint:
+def load(name=None, adapter=None) -> Checkpoint:
     """Load a Hugging Face PaliGemma directory, one named by its Hub id (`hub.directory`), or a big_vision .npz file.
 
-    Raises PaliGemmaError that names what is wrong.
+    `adapter` is the directory or Hub id of a LoRA adapter to merge into it; then `name` may be left out for the base
+    that the adapter was trained on. Without both it is the model that ships. Raises PaliGemmaError that names what is
+    wrong.
     """
-    path = hub.directory(path)
-    return _load_npz(path) if path.suffix == ".npz" else _load_directory(path)
+    if adapter is None:
+        path = hub.directory(SHIPPED if name is None else name)
+        return _load_npz(path) if path.suffix == ".npz" else _load_directory(path)
+    folder = hub.directory(adapter)
+    return adapters.adapt(load(adapters.base_of(folder) if name is None else name), folder)
 
 
 def load_config(path) -> PaliGemmaConfig:
     """Read `config.json` of a directory."""
     path = hub.directory(path)
+    kinds.refuse_others(path)
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such checkpoint directory")
     file = within(path, "config.json")
     try:
-        return from_hf(read_json(file))
+        fields = read_json(file)
+        kinds.refuse_quantized(file.name, fields)
+        return from_hf(fields)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}") from None
 
 
 def _load_directory(path) -> Checkpoint:
     config = load_config(path)
+    tensors, wrappers = unwrapped(map_safetensors(path))
+    if wrappers:
+        note(f"{path}: every tensor's name begins with {wrappers}, which is taken off")
+    if (path / adapters.CONFIG).exists():
+        note(f"{path}: there is an adapter beside the model, which is left alone; --adapter {path} would apply it")
     stored = {}
-    for name, array in map_safetensors(path).items():
+    for name, array in tensors.items():
         if canonical(name) in stored:
             raise PaliGemmaError(f"{path}: tensor {name} is stored twice, under two spellings of its name")
         stored[canonical(name)] = array
@@ -102,7 +122,7 @@ def _load_directory(path) -> Checkpoint:
     if unused.keys() & stored.keys():  # checked like the rest, and then left where it lies
         wanted |= unused
     _compare(path, wanted, stored, "config.json asks for", saved_name)
-    dtype = _common_dtype(path, stored, saved_name)
+    dtype = _main_dtype(path, stored, saved_name)
     flat = {p.path: p.hf.layout.read(stored[p.hf.name], p.shape) for p in parameters(config)}
     return Checkpoint(path, config, unflatten(flat), dtype, load_resize(path, config.vision.image_size))
 
@@ -119,7 +139,7 @@ def _load_npz(path) -> Checkpoint:
     config = config_of_npz(path, {name: array.shape for name, array in stored.items()})
     check(config, path)
     _compare(path, npz_shapes(config), stored, "the other tensors ask for")
-    dtype = _common_dtype(path, stored)
+    dtype = _main_dtype(path, stored)
     flat = {p.path: p.bv.layout.read(stored[p.bv.name][p.bv.index], p.shape) for p in parameters(config)}
     return Checkpoint(path, config, unflatten(flat), dtype, "bilinear")
 
@@ -143,16 +163,17 @@ def load_resize(path, size) -> str:
 
 
 def _compare(path, wanted, stored, source, spell=str) -> None:
-    """Every difference between the shapes wanted and the arrays stored, in one line."""
-    problems = [f"missing {spell(name)} {list(wanted[name])}" for name in wanted.keys() - stored.keys()]
-    problems += [f"unexpected {name} {list(stored[name].shape)}" for name in stored.keys() - wanted.keys()]
-    problems += [
+    """The differences between the shapes wanted and the arrays stored, in one line: ten of them, of each kind some."""
+    missing = [f"missing {spell(name)} {list(wanted[name])}" for name in wanted.keys() - stored.keys()]
+    unexpected = [f"unexpected {name} {list(stored[name].shape)}" for name in stored.keys() - wanted.keys()]
+    misshapen = [
         f"{spell(name)} has shape {list(stored[name].shape)}, {source} {list(wanted[name])}"
         for name in wanted.keys() & stored.keys()
         if stored[name].shape != wanted[name]
     ]
-    if problems:
-        raise PaliGemmaError(f"{path}: the tensors are not those of the model: {'; '.join(sorted(problems))}")
+    rows = itertools.zip_longest(*map(sorted, (missing, unexpected, misshapen)))
+    if problems := [problem for row in rows for problem in row if problem]:
+        raise PaliGemmaError(f"{path}: the tensors are not those of the model: {listed(problems, '; ')}")
 
 
 def _drop_tied_head(path, config, stored) -> None:
@@ -176,16 +197,15 @@ def _drop_tied_head(path, config, stored) -> None:
     del stored["lm_head.weight"]
 
 
-def _common_dtype(path, stored, spell=str) -> np.dtype:
-    """The one dtype of a checkpoint; a tensor of another is named."""
-    counts = Counter(array.dtype for array in stored.values())
-    common = counts.most_common(1)[0][0]
-    odd = sorted(f"{spell(name)} is {array.dtype}" for name, array in stored.items() if array.dtype != common)
+def _main_dtype(path, stored, spell=str) -> np.dtype:
+    """The dtype that most of the numbers of a checkpoint have; a tensor of one that no weights have is named."""
+    known, counts = dtypes().values(), Counter()
+    for array in stored.values():
+        counts[array.dtype] += array.size
+    odd = sorted(f"{spell(name)} is {array.dtype}" for name, array in stored.items() if array.dtype not in known)
     if odd:
-        raise PaliGemmaError(f"{path}: tensors of a checkpoint share one dtype, here {common}, but {'; '.join(odd)}")
-    if common not in dtypes().values():
-        raise PaliGemmaError(f"{path}: tensors are {common}; float64, float32, float16 and bfloat16 are known")
-    return common
+        raise PaliGemmaError(f"{path}: float64, float32, float16 and bfloat16 are known, but {listed(odd, '; ')}")
+    return counts.most_common(1)[0][0]
 
 
 # --- writing -----------------------------------------------------------------------------------------------
@@ -219,8 +239,11 @@ def save_npz(path, config: PaliGemmaConfig, params: dict, progress=None) -> None
     _check_representable(path, config, flat["text.embedding"].shape[0] - rows)
     flat["text.embedding"] = flat["text.embedding"][:rows]
     arrays: dict[str, Any] = {}  # arrays, or lists of those that are stacked
+    stacked = defaultdict(list)
     for p in parameters(config):
-        piece = p.bv.layout.write(flat[p.path], p.bv.shape)
+        stacked[p.bv.name].append(flat[p.path].dtype)
+    for p in parameters(config):
+        piece = p.bv.layout.write(flat[p.path], p.bv.shape).astype(np.result_type(*stacked[p.bv.name]), copy=False)
         if p.bv.index:
             _nest(arrays.setdefault(p.bv.name, []), p.bv.index, piece)
         else:

@@ -206,6 +206,19 @@ def canonical(hf_name: str) -> str:
     return hf_name
 
 
+# What training tools put in front of every name: peft, DistributedDataParallel, torch.compile.
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+
+
+def unwrapped(tensors: dict) -> tuple[dict, str]:
+    """Tensors without the prefixes of wrappers that all of their names share, and those prefixes in a row."""
+    taken = ""
+    while wrapper := next((w for w in _WRAPPERS if tensors and all(name.startswith(w) for name in tensors)), None):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+        taken += wrapper
+    return tensors, taken
+
+
 def saved_name(name: str) -> str:
     """The spelling that all transformers versions read: the on-disk one of the released checkpoints."""
     if name.startswith("vision_tower."):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import PaliGemmaError
+from ..errors import PaliGemmaError, listed
 from ..files import read_json, within
 from .blocks import checked_blocks, dtypes
 
@@ -41,12 +41,19 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     tensors: dict = {}
     for file in sorted(set(weight_map.values())):
         shard = map_safetensors_file(within(path, file))
-        listed = {name for name, target in weight_map.items() if target == file}
-        if listed != shard.keys():
-            names = ", ".join(sorted(listed ^ shard.keys()))
+        mapped = {name for name, target in weight_map.items() if target == file}
+        if mapped != shard.keys():
+            names = listed(sorted(mapped ^ shard.keys()))
             raise PaliGemmaError(f"{path / file}: shard and index disagree about {names}")
         tensors |= shard
     return tensors
+
+
+def _quantized(dtype) -> str:
+    """What weights of another dtype probably are, and what to do; nothing for a dtype that none have."""
+    kinds = {"I32": "GPTQ or AWQ", "U8": "bitsandbytes or packed in 4 bits", "I8": "int8"}
+    kind = kinds.get(dtype) or ("float8 or smaller" if dtype.startswith(("F8", "F6", "F4")) else None)
+    return f": quantized weights ({kind}); take the float checkpoint that they were made from" if kind else ""
 
 
 def map_safetensors_file(file: Path) -> dict[str, np.ndarray]:
@@ -73,7 +80,10 @@ def map_safetensors_file(file: Path) -> dict[str, np.ndarray]:
         begin, end = entry["data_offsets"]
         dtype = known.get(entry["dtype"])
         if dtype is None:
-            raise PaliGemmaError(f"{file}: tensor {name} has dtype {entry['dtype']}, not {', '.join(known)}")
+            stored = entry["dtype"]
+            raise PaliGemmaError(
+                f"{file}: tensor {name} has dtype {stored}, not {', '.join(known)}{_quantized(stored)}"
+            )
         tensors[name] = body[begin:end].view(dtype).reshape(entry["shape"]).view(np.ndarray)
     return tensors
 

@@ -71,6 +71,14 @@ def add_answer_options(options: Parser) -> None:
     options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
 
 
+def add_adapter_option(options: argparse.ArgumentParser) -> None:
+    """`--adapter`, of the commands that read a checkpoint."""
+    options.add_argument(
+        "--adapter", type=Path, metavar="DIR",
+        help="a LoRA adapter as peft saves it, merged into CHECKPOINT, or into the base that it names",
+    )  # fmt: skip
+
+
 def on_the_cpu(arguments, prog) -> None:
     """Refuse `--provider cuda` where there is only the CPU."""
     if arguments.provider == "cuda":
