@@ -81,7 +81,7 @@ def verify(bundle, checkpoint) -> list[dict]:
 
     Raises PaliGemmaError if a budget is exceeded, a tap is absent, or this machine cannot run the precision.
     """
-    budget = BUDGETS[bundle.description["precision"]]
+    budget = BUDGETS[bundle.description.precision]
     compared = rows(bundle, checkpoint)
     print(table(compared, budget))
     failed = [
@@ -89,14 +89,14 @@ def verify(bundle, checkpoint) -> list[dict]:
     ]
     if failed:
         # Products and cache outgrow float16, and so does a residual stream that is in it.
-        half = weights.stream_dtype(bundle.description["precision"]) == ir.DataType.FLOAT16
-        other = "--residual float32" if bundle.description.get("residual") == "float16" else "bfloat16 or float32"
+        half = weights.stream_dtype(bundle.description.precision) == ir.DataType.FLOAT16
+        other = "--residual float32" if bundle.description.residual == "float16" else "bfloat16 or float32"
         overflow = half and any(row.trouble for row in compared)
         advice = f"; float16 ends at {np.finfo(np.float16).max}, export {other}" if overflow else ""
         told = f"the bundle differs from the reference by more than {budget:.0e}"
         raise PaliGemmaError(f"{told}: {'; '.join(failed)}{advice}")
     results = [{**row.figures(), "budget": budget} for row in compared]
-    if (precision := bundle.description["precision"]) in DIVERGENCES:
+    if (precision := bundle.description.precision) in DIVERGENCES:
         found = drift_of(bundle, checkpoint)
         print(drift.table(precision, found))
         if not found["kl_mean"] <= DIVERGENCES[precision]:
@@ -118,7 +118,7 @@ def rows(bundle, checkpoint) -> list[Row]:
 
     A quantized one is seen end to end alone, against the weights before they were rounded.
     """
-    precision = bundle.description["precision"]
+    precision = bundle.description.precision
     half = weights.stream_dtype(precision) != ir.DataType.FLOAT
     provider = choose_provider("auto") if half else CPU
     check(checkpoint, precision)
@@ -133,7 +133,7 @@ def rows(bundle, checkpoint) -> list[Row]:
 
 def compare_parts(checkpoint, bundle, provider=CPU) -> Iterator[Row]:
     """One row a part: its worst tap."""
-    precision = bundle.description["precision"]
+    precision = bundle.description.precision
     config, dtype = checkpoint.config, weights.FLOATS[precision]
     tensors = weights.apart(config, weights.plan(config, precision, bundle.operators), bundle.path)
     total = 2 + config.vision.depth + 2 * (config.text.depth + 2) + 2
@@ -229,7 +229,7 @@ def compare_stages(checkpoint, bundle, provider=CPU) -> list[Row]:
 def drift_of(bundle, checkpoint) -> dict:
     """How far a quantized bundle's distributions are from the reference's, over the answers to a few examples."""
     found, config = drift.Drift(), checkpoint.config
-    provider = "cuda" if bundle.description["precision"].endswith("bfloat16") else "cpu"  # which has no kernels for it
+    provider = "cuda" if bundle.description.precision.endswith("bfloat16") else "cpu"  # which has no kernels for it
     reference, session, known = NumpyEngine(checkpoint), Session(bundle, provider), known_ids(config)
     for seed in range(EXAMPLES):
         inputs = example(config, seed)

@@ -78,14 +78,14 @@ def _place(value, source, file, placed) -> str:
     """Append the pieces that an entry names to the weights file, unless they are there; the entry for their place."""
     identity, *pieces = value.split("|")
     if identity not in placed:
-        told = [identity]
+        entry = [identity]
         for piece in pieces:
             offset, length, padding = (int(number) for number in piece.split(";"))
             page = HUGE_PAGE if length >= PIECE else PAGE
             file.seek(-(-file.tell() // page) * page)
-            told.append(f"{file.tell()};{length};{padding}")
+            entry.append(f"{file.tell()};{length};{padding}")
             _copy(source, offset, length, file)
-        placed[identity] = "|".join(told)
+        placed[identity] = "|".join(entry)
     return placed[identity]
 
 

@@ -25,7 +25,7 @@ def run(part, settings, found) -> None:
         raise NotHere("the CPU has no bfloat16 kernels")
     graphs = {}
     for name in GRAPHS:
-        graphs[name] = placed(bundle.path / bundle.description["graphs"][name]["file"], settings.on_device)
+        graphs[name] = placed(bundle.graph_file(name), settings.on_device)
         found.add(graphs=graphs)
     found.add(wholly=wholly(graphs, settings.on_device))
     try:

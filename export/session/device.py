@@ -154,7 +154,7 @@ def upload(bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.Ort
     """The large weights of prefill and decode by name, each once on the device, from the mapped file."""
     data, values = np.memmap(bundle.path / FILE, np.uint8, "r"), {}
     for name in ("prefill", "decode"):
-        file = bundle.path / bundle.description["graphs"][name]["file"]
+        file = bundle.graph_file(name)
         for tensor in onnx.load(file, load_external_data=False).graph.initializer:
             place = ExternalDataInfo(tensor)
             if tensor.name in values or not tensor.external_data or place.length < SHARED_FROM:

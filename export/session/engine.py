@@ -44,7 +44,7 @@ class Session:
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
         self.bundle, self.config, self.max_length = bundle, bundle.config, bundle.max_length
-        self.resize = bundle.description["image"]["resize"]
+        self.resize = bundle.description.image.resize
         self.provider_options = {name: str(value) for name, value in (provider_options or {}).items()}
         self.provider = place(bundle, provider, self.provider_options)
         self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
@@ -58,7 +58,7 @@ class Session:
                 )
         elif self.provider_options:
             raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
-        precision = bundle.description["precision"]
+        precision = bundle.description.precision
         if precision.endswith("bfloat16") and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: {precision} needs CUDA; export float32, int8 or int4 for the CPU")
         kept = freed_memory_kept() if bundle.is_prepacked else nullcontext()
@@ -67,7 +67,7 @@ class Session:
             self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
         if self.provider == CUDA:
             self._check_placement()
-        self.masks = self._paint if "masks" in bundle.description["graphs"] else None
+        self.masks = self._paint if "masks" in bundle.description.graphs else None
 
     @property
     def captures(self) -> bool:
@@ -174,7 +174,7 @@ class Session:
             return opened.run(None, feeds)[0]
 
     def _file(self, name):
-        return self.bundle.path / self.bundle.description["graphs"][name]["file"]
+        return self.bundle.graph_file(name)
 
     @contextmanager
     def _told(self, name):
@@ -202,7 +202,7 @@ class Session:
     def _options_of(self, name):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
-        floats = self.bundle.description["precision"] in FLOATS
+        floats = self.bundle.description.precision in FLOATS
         if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if name == "prefill":  # its threads would spin on for a while, where decode's begin
@@ -244,7 +244,7 @@ class Cache:
         text = session.config.text
         self.batch, self.capacity, self.draw = batch, capacity, None
         shape = [batch, text.kv_heads, capacity, text.head_dim]
-        dtype = stream_dtype(session.bundle.description["precision"])
+        dtype = stream_dtype(session.bundle.description.precision)
         self.buffers = {
             f"{i}.{kind}": session.buffer(shape, int(dtype)) for i in range(text.depth) for kind in ("key", "value")
         }
