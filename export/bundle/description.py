@@ -25,7 +25,7 @@ class Tokens:
     bos: int
     eos: int
     pad: int
-    newline: int | None  # None where there is no tokenizer
+    newline: list[int] | None  # None where there is no tokenizer
     known: list[list[int]]
 
 
@@ -115,9 +115,8 @@ class Description:
         )
         listed = {weights.FILE, *(graph.file for graph in description.graphs.values())}
         if missing := listed - description.files.keys():
-            raise PaliGemmaError(
-                f"{source} lists no checksum for {', '.join(sorted(missing))}; export the bundle again"
-            )
+            names = ", ".join(sorted(missing))
+            raise PaliGemmaError(f"{source} lists no checksum for {names}; export the bundle again")
         return description
 
     def to_json(self) -> dict:
@@ -129,8 +128,9 @@ class Description:
 
 
 def _config(fields) -> PaliGemmaConfig:
+    config = fields.object("config").values
     try:
-        return from_hf(fields.object("config").values)
+        return from_hf(config)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{fields.source}: {error}") from None
 
@@ -138,7 +138,7 @@ def _config(fields) -> PaliGemmaConfig:
 def _tokens(fields) -> Tokens:
     return Tokens(
         **{name: fields.whole(name) for name in ("image", "image_tokens", "bos", "eos", "pad")},
-        newline=fields.whole("newline", default=None),
+        newline=fields.check("newline", "a list of token ids", _are_ids, default=None),
         known=fields.check("known", "a list of [first, past the last] pairs", _are_ranges),
     )
 
@@ -151,12 +151,12 @@ def _image(fields) -> Image:
 def _graphs(fields) -> dict[str, Graph]:
     for name in GRAPHS:
         fields.object(name)
-    return {
-        name: Graph(
-            graph.text("file"), *([_value(value) for value in graph.list(key)] for key in ("inputs", "outputs"))
-        )
-        for name, graph in fields.objects()
-    }
+    return {name: _graph(graph) for name, graph in fields.objects()}
+
+
+def _graph(fields) -> Graph:
+    inputs, outputs = ([_value(value) for value in fields.list(key)] for key in ("inputs", "outputs"))
+    return Graph(fields.text("file"), inputs, outputs)
 
 
 def _value(fields) -> Value:
@@ -172,10 +172,12 @@ def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _are_ids(value) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value))
+
+
 def _are_ranges(value) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in value
-    )
+    return isinstance(value, list) and all(_are_ids(pair) and len(pair) == 2 for pair in value)
 
 
 def _is_shape(value) -> bool:
