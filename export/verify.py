@@ -26,6 +26,7 @@ from numpy_ref.tokenizer import known_ids
 from . import drift
 from .bundle import weights
 from .model import graphs
+from .runtime import session_options
 from .session import CPU, CUDA, Session, choose_provider
 
 #: Largest |a - b| / max|reference| of any tap, by precision of the weights. Worst of 20 random models
@@ -350,11 +351,11 @@ def _evaluate(model, feeds, directory, provider, dtype) -> dict:
         onnx.load_external_data_for_model(proto, str(directory))
         evaluator = onnx.reference.ReferenceEvaluator(proto)
         return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    entries = {
+        "session.model_external_initializers_file_folder_path": str(directory),
+        "session.disable_prepacking": "1",
+    }
+    options = session_options(entries, optimized=False)
     session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=[provider])
     return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
 

@@ -15,6 +15,7 @@ from export import bundle, drift, verify
 from export.bundle import forms, weights
 from export.cli import export_onnx
 from export.model import graphs, layers, quantized
+from export.runtime import session_options
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED, parameters
@@ -39,9 +40,9 @@ def tensors(form, arrays):
 def run(function, arguments, weight):
     """Evaluate `function(op, p={"weight": …}, **arguments)` in the runtime, as a session of a bundle does."""
     model, feeds = graphs.trace(function, arguments, {"weight": weight})
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        graphs.serialize(model), session_options(), providers=["CPUExecutionProvider"]
+    )
     return session.run(None, feeds)[0]
 
 

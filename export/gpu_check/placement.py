@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
+from ..runtime import session_options
 from ..session import CPU, CUDA
 from . import models
 from .stage import LABEL, NotHere, Settings
@@ -37,9 +38,7 @@ def run(part, settings, found) -> None:
 
 def placed(file: Path, on_device: bool) -> dict:
     """Nodes by provider, those on the CPU by operator, Memcpy nodes, and where inputs and outputs live."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options = session_options({"session.record_ep_graph_assignment_info": "1"})
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "optimized.onnx"  # the copies between providers are in it alone
         options.optimized_model_filepath = str(dump)
