@@ -174,8 +174,8 @@ class Columns:
 
 def _flat(values: ir.ExternalTensor) -> ir.ExternalTensor:
     """The same bytes of the file, uint8 [out, in / S, S * bits / 8], as [out, in * bits / 8]."""
-    rows = values.shape[0]
+    out, *rest = values.shape.numpy()
     return ir.ExternalTensor(
-        values.location, values.offset, values.length, values.dtype, shape=ir.Shape((rows, values.length // rows)),
+        values.location, values.offset, values.length, values.dtype, shape=ir.Shape((out, math.prod(rest))),
         name=f"{values.name}.rows", base_dir=values.base_dir,
     )  # fmt: skip

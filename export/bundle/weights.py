@@ -7,7 +7,7 @@ rows at a time: a model never has to fit in memory. What each precision makes of
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,9 +112,13 @@ def plan(config, precision="float32", operators=PORTABLE) -> dict[str, Stored]:
     return placed
 
 
-def _groups(config, precision, joins) -> list[list[tuple[str, tuple[str, ...], Form]]]:
-    """What is placed together, each as (path, members, form): a weight alone, or several that read the same input."""
-    groups, waiting = [], {}
+_Weight = tuple[str, tuple[str, ...], Form]  # as in Stored: path, members, form
+
+
+def _groups(config, precision, joins) -> list[list[_Weight]]:
+    """What is placed together: a weight alone, or several that read the same input."""
+    groups: list[list[_Weight]] = []
+    waiting: dict[tuple, list[_Weight]] = {}
     for parameter in parameters(config):
         path = parameter.path
         layer, names, leaf = _partners(path)
@@ -139,7 +143,7 @@ def _partners(path) -> tuple[str, tuple[str, ...], str]:
     return ".".join(layer), next((names for names in (ATTENTION, MLP) if name in names), ()), leaf
 
 
-def _join(group, path) -> tuple[str, tuple[str, ...], Form]:
+def _join(group, path) -> _Weight:
     """Whole weights of the same rows as one."""
     members, shapes = tuple(path for path, _, _ in group), [form.shape for _, _, form in group]
     return path, members, Joined(shapes[0][:-1], tuple(shape[-1] for shape in shapes), group[0][2].dtype)
@@ -161,7 +165,7 @@ def write(file, placed, arrays, progress=lambda size: None) -> str:
     """Write arrays {path: array} as placed; call `progress` with each block's bytes. The file's SHA-256."""
     digest = hashlib.sha256()
     with open(file, "wb") as stream, ThreadPoolExecutor(1) as hasher:
-        hashed = hasher.submit(bool)
+        hashed: Future = hasher.submit(bool)
         for block in _contents(placed, arrays):
             hashed.result()  # one block is hashed while the next is converted and written
             hashed = hasher.submit(digest.update, block)

@@ -140,9 +140,9 @@ def _with_last(shape, size):
 # --- in NumPy ---------------------------------------------------------------------------------------------
 
 
-def block_size(size: int) -> int | None:
-    """How many weights of a row of `size` share a scale; None if the row does not divide."""
-    return next((block for block in BLOCK_SIZES if size % block == 0), None)
+def block_size(size: int) -> int:
+    """How many weights of a row of `size` share a scale; 0 if the row does not divide."""
+    return next((block for block in BLOCK_SIZES if size % block == 0), 0)
 
 
 def quantize_channels(kernel):
