@@ -5,7 +5,14 @@
     bundle/       the directory that a host is given, and its weights file, written tensor by tensor
     session/      running it
     batch/        running it over a data set
+    runtime.py    the options of ONNX Runtime's sessions
     verify.py     proving it
 
 `op.Add(x, y)` adds a node and returns its output value.
 """
+
+import os
+
+# Before anything here imports ONNX Runtime, which reads it as it is loaded: some builds then send telemetry and write a
+# device's id to the user's cache. Whoever wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

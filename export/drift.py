@@ -126,7 +126,7 @@ def main(argv=None):
         bundles.write(checkpoint, Path(folder) / "float32")
         reference = Session(bundles.load(Path(folder) / "float32"), "cpu")
         results = on_scenes(reference, Session(opened), tokenizer, arguments.scenes, arguments.seed)
-    precision = opened.description["precision"]
+    precision = opened.description.precision
     print(json.dumps({"precision": precision, **results}) if arguments.json else table(precision, results))
     return 0
 

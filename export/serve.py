@@ -78,7 +78,7 @@ def files_of(bundle) -> dict[str, Path]:
     for folder in LIBRARIES:
         libraries = (file for file in (HOSTS / folder).iterdir() if file.suffix in (".mjs", ".wasm"))
         files |= {f"/{folder}/{file.name}": file for file in libraries}
-    files |= {f"/bundle/{name}": bundle.path / name for name in (bundles.DESCRIPTION, *bundle.description["files"])}
+    files |= {f"/bundle/{name}": bundle.path / name for name in (bundles.DESCRIPTION, *bundle.description.files)}
     return {PAGE: HOSTS / "web" / "index.html", "/example.png": checkpoints.SHIPPED / "example.png", **files}
 
 

@@ -30,6 +30,7 @@ from . import drift
 from .bundle import weights
 from .model import graphs
 from .model.layers import PORTABLE
+from .runtime import session_options
 from .session import CPU, CUDA, Session, choose_provider, cuda
 
 #: Largest |a - b| / max|reference| of any tap, by precision of the weights. Worst of 20 random models
@@ -80,7 +81,7 @@ def verify(bundle, checkpoint) -> list[dict]:
 
     Raises PaliGemmaError if a budget is exceeded, a tap is absent, or this machine cannot run the precision.
     """
-    budget = BUDGETS[bundle.description["precision"]]
+    budget = BUDGETS[bundle.description.precision]
     compared = rows(bundle, checkpoint)
     print(table(compared, budget))
     for line in notes(compared, bundle):
@@ -90,14 +91,14 @@ def verify(bundle, checkpoint) -> list[dict]:
     ]
     if failed:
         # Products and cache outgrow float16, and so does a residual stream that is in it.
-        half = weights.stream_dtype(bundle.description["precision"]) == ir.DataType.FLOAT16
-        other = "--residual float32" if bundle.description.get("residual") == "float16" else "bfloat16 or float32"
+        half = weights.stream_dtype(bundle.description.precision) == ir.DataType.FLOAT16
+        other = "--residual float32" if bundle.description.residual == "float16" else "bfloat16 or float32"
         overflow = half and any(row.trouble for row in compared)
         advice = f"; float16 ends at {np.finfo(np.float16).max}, export {other}" if overflow else ""
         difference = f"the bundle differs from the reference by more than {budget:.0e}"
         raise PaliGemmaError(f"{difference}: {'; '.join(failed)}{advice}")
     results = [{**row.figures(), "budget": budget} for row in compared]
-    if (precision := bundle.description["precision"]) in DIVERGENCES:
+    if (precision := bundle.description.precision) in DIVERGENCES:
         found = drift_of(bundle, checkpoint)
         print(drift.table(precision, found))
         if not found["kl_mean"] <= DIVERGENCES[precision]:
@@ -119,7 +120,7 @@ def rows(bundle, checkpoint) -> list[Row]:
 
     A quantized one is compared with the weights before they were rounded.
     """
-    precision = bundle.description["precision"]
+    precision = bundle.description.precision
     checkpoint = replace(checkpoint, params=in_memory(checkpoint.params))
     half = weights.stream_dtype(precision) != ir.DataType.FLOAT
     provider = choose_provider("auto") if half else CPU
@@ -160,7 +161,7 @@ class Comparison:
     def __init__(self, stage, config, bundle, provider, inputs):
         self.stage, self.values = stage, dict(inputs)
         # Without a device nothing but ONNX's own evaluator multiplies bfloat16, and it has standard operators alone.
-        self.by_evaluator = bundle.description["precision"] == "bfloat16" and provider != CUDA
+        self.by_evaluator = bundle.description.precision == "bfloat16" and provider != CUDA
         self.operators = PORTABLE if self.by_evaluator else bundle.operators
         self.parts = cut(tapped_model(config, bundle, stage, self.operators))
         self.bundle, self.provider, self.progress = bundle, provider, lambda: None
@@ -211,11 +212,11 @@ def _within(part, name) -> str:
 
 def tapped_model(config, bundle, graph, operators) -> ir.Model:
     """The bundle's prefill or decode over its weights, with every tap as an output; or the same of other operators."""
-    precision, residual = bundle.description["precision"], None
+    precision, residual = bundle.description.precision, None
     placed = weights.plan(config, precision, bundle.operators)
     if operators == bundle.operators:
         initializer = weights.initializer(placed, bundle.path, graph)
-        residual = weights.FLOATS.get(bundle.description.get("residual"))
+        residual = weights.FLOATS.get(bundle.description.residual)
     else:
         initializer = weights.apart(config, placed, bundle.path)
     build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
@@ -266,11 +267,10 @@ def is_token(shape, lengths, size):
 
 def _run(model, feeds, directory, provider) -> dict:
     """Run a model whose weights lie in `directory`, unoptimised."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    entries = {
+        "session.model_external_initializers_file_folder_path": str(directory), "session.disable_prepacking": "1",
+    }  # fmt: skip
+    options = session_options(entries, optimized=False)
     session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=[provider])
     dtypes = {value.name: value.dtype for value in model.graph.inputs}
     given = {
@@ -328,7 +328,7 @@ def answers(checkpoint, inputs, answered=()) -> list:
 def drift_of(bundle, checkpoint) -> dict:
     """How far a quantized bundle's distributions are from the reference's, over the answers to a few examples."""
     found, config = drift.Drift(), checkpoint.config
-    provider = "cuda" if bundle.description["precision"].endswith("bfloat16") else "cpu"  # which has no kernels for it
+    provider = "cuda" if bundle.description.precision.endswith("bfloat16") else "cpu"  # which has no kernels for it
     reference, session, known = NumpyEngine(checkpoint), Session(bundle, provider), known_ids(config)
     for seed in range(EXAMPLES):
         inputs = example(config, seed)
@@ -386,10 +386,10 @@ def notes(rows, bundle) -> list[str]:
     if unseen:
         lines.append(f"not apart in {bundle.operators} graphs, seen in what is made of them and end to end:")
         lines += [f"{stage:<12}{part:<27}{', '.join(names)}" for (stage, part), names in unseen.items()]
-    if bundle.description["precision"] == "bfloat16" and not any(row.stage == "end to end" for row in rows):
+    if bundle.description.precision == "bfloat16" and not any(row.stage == "end to end" for row in rows):
         lines.append(
             "without a CUDA device: portable operators with a float32 stream, in ONNX's evaluator, over the bundle's "
-            f"weights; its own graphs ({bundle.operators}, a {bundle.description.get('residual')} stream) were not run"
+            f"weights; its own graphs ({bundle.operators}, a {bundle.description.residual} stream) were not run"
         )
     return lines
 

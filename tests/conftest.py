@@ -7,6 +7,7 @@ import pytest
 
 # Nothing here may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Runtime before this project
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Processes side by side (pytest -n) slow each other down many times over if each takes all cores.
 if "PYTEST_XDIST_WORKER" in os.environ:

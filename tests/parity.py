@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 
 from export.model import graphs
+from export.runtime import session_options
 from numpy_ref import checkpoint
 from torch_impl.load import to_tensor
 
@@ -142,8 +143,5 @@ def evaluate_reference(model: bytes, feeds) -> dict:
 
 def evaluate_runtime(model: bytes, feeds) -> dict:
     """ONNX Runtime on the CPU, unoptimised: its fused kernels keep float32 attributes."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, session_options(optimized=False), providers=["CPUExecutionProvider"])
     return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))

@@ -59,7 +59,7 @@ def test_another_file_in_its_place_is_found(opened):
 
 def test_another_checksum_is_not_known(opened):
     found, _ = opened
-    assert digests.is_known(found.path / FILE, found.description["files"][FILE]["sha256"])
+    assert digests.is_known(found.path / FILE, found.description.files[FILE].sha256)
     assert not digests.is_known(found.path / FILE, "0" * 64)
 
 
@@ -75,7 +75,7 @@ def test_a_file_just_written_is_not_remembered(opened, monkeypatch):
 
 def test_a_file_written_while_it_is_read_is_not_remembered(opened):
     found, _ = opened
-    file, digest = found.path / FILE, found.description["files"][FILE]["sha256"]
+    file, digest = found.path / FILE, found.description.files[FILE].sha256
     before = digests.state(file)
     file.touch()
     digests.remember(file, digest, before)

@@ -117,8 +117,7 @@ for batch in (1, 3):
     answer(engine, batch, 4, f"{batch} first ")  # libraries and buffers are made when first wanted
     answer(engine, batch, 4, f"{batch} ")
     answer(engine, batch, 4, f"{batch} drawn ", temperature=1.0)
-graphs = engine.bundle.description["graphs"]
-placed = {name: placement.placed(engine.bundle.path / graphs[name]["file"], True) for name in ON_DEVICE}
+placed = {name: placement.placed(engine.bundle.graph_file(name), True) for name in ON_DEVICE}
 print(json.dumps(placed))
 """
     printed, log = cuda_stub.run(BEGIN + script, folder)
@@ -475,8 +474,8 @@ from numpy_ref import checkpoint
 PLACED = """
 made = Path(sys.argv[1])
 bundle.write(checkpoint.load(), made, sys.argv[2])
-graphs = bundle.load(made).description["graphs"]
-print(json.dumps({name: placement.placed(made / graphs[name]["file"], True) for name in ON_DEVICE}))
+opened = bundle.load(made)
+print(json.dumps({name: placement.placed(opened.graph_file(name), True) for name in ON_DEVICE}))
 """
 TOTAL = """
 from onnx_ir import DataType

@@ -43,7 +43,7 @@ def model(request):
 def test_fused_graphs_keep_the_float32_budget(tmp_path, model, operators, capsys):
     bundle.write(model, tmp_path / "out", operators=operators)
     opened = bundle.load(tmp_path / "out")
-    assert opened.description["operators"] == operators
+    assert opened.description.operators == operators
     for row in verify.compare_stages(model, opened):
         assert row.error < BUDGET, row
 
@@ -59,7 +59,7 @@ def test_fused_graphs_in_half_precision_keep_its_budget(tmp_path, model, residua
         return
     bundle.write(model, tmp_path / "out", "float16", residual=residual)
     opened = bundle.load(tmp_path / "out")
-    assert (opened.operators, opened.description["residual"]) == (FUSED, residual)
+    assert (opened.operators, opened.description.residual) == (FUSED, residual)
     found = verify.rows(opened, model)
     assert {row.stage for row in found} == {"prefill", "decode", "end to end"}
     for row in found:
@@ -72,7 +72,7 @@ def test_the_residual_stream_is_what_was_asked_for(tmp_path):
         ("float16", None, "float32"), ("bfloat16", None, "bfloat16"), ("float16", PORTABLE, "float32"),
         ("int4-float16", None, "float32"), ("int4-bfloat16", None, "bfloat16"), ("int4", None, "float32"),
     ):  # fmt: skip
-        assert bundle.prepare(loaded, precision, operators=operators).description["residual"] == residual
+        assert bundle.prepare(loaded, precision, operators=operators).description.residual == residual
     for precision, operators, residual in (("float32", None, "float16"), ("float16", PORTABLE, "float16"),
                                            ("float16", None, "bfloat16"), ("int8", None, "float16")):  # fmt: skip
         with pytest.raises(PaliGemmaError, match=f"--residual {residual}: with {operators or FUSED} operators in"):

@@ -142,7 +142,8 @@ def describe(folder, change) -> None:
     ("change", "words"),
     [
         (lambda d: d["files"]["decode.onnx"].update(bytes=float("inf")), "damaged"),
-        (lambda d: d["graphs"]["masks"].update(file=1.5), r"no checksum for 1\.5"),
+        (lambda d: d["graphs"]["masks"].update(file=1.5), r"graphs\.masks\.file is 1\.5, not text"),
+        (lambda d: d["graphs"]["masks"].update(file="other.onnx"), r"no checksum for other\.onnx"),
         (lambda d: d["graphs"].pop("sample"), "damaged .*sample"),
         (lambda d: d["files"].update({"x" * 300: d["files"]["decode.onnx"]}), "not a file name"),
         (lambda d: d.update(max_length=-1), "max_length is -1"),

@@ -23,7 +23,7 @@ LIMIT, PART_LIMIT = 30, {limit}
 def parts(settings):
     return ["raises", "dies", "hangs", "answers"]
 def run(part, settings, found):
-    found.add(begun=part)
+    found.add(started=part)
     if part == "raises":
         raise RuntimeError("CUDA failure 700")
     if part == "dies":
@@ -81,7 +81,7 @@ def test_what_fails_is_answered_and_the_rest_goes_on(settings, tmp_path, monkeyp
     assert parts["dies"]["error"] == "the process ended with exit code 3"
     assert parts["hangs"]["error"].startswith("stopped after")
     assert "broken_stage.py" in parts["hangs"]["error"]  # where it was
-    assert parts["hangs"]["begun"] == "hangs"
+    assert parts["hangs"]["started"] == "hangs"
     assert "answers it was" in capfd.readouterr().out
 
 

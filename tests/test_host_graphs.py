@@ -124,13 +124,13 @@ def test_a_bundle_alone_answers(tmp_path):
     bundle.write(loaded, tmp_path / "bundle")
     opened = bundle.load(tmp_path / "bundle")
     run = {
-        name: onnxruntime.InferenceSession(opened.path / entry["file"], providers=["CPUExecutionProvider"])
-        for name, entry in opened.description["graphs"].items()
+        name: onnxruntime.InferenceSession(opened.graph_file(name), providers=["CPUExecutionProvider"])
+        for name in opened.description.graphs
     }
     for name, session in run.items():
-        entry = opened.description["graphs"][name]
-        assert [value["name"] for value in entry["inputs"]] == [value.name for value in session.get_inputs()]
-        assert [value["name"] for value in entry["outputs"]] == [value.name for value in session.get_outputs()]
+        listed = opened.description.graphs[name]
+        assert [value.name for value in listed.inputs] == [value.name for value in session.get_inputs()]
+        assert [value.name for value in listed.outputs] == [value.name for value in session.get_outputs()]
     tokenizer = Tokenizer.load(opened.path, opened.config)
     prompt = tokenizer.prompt("caption en")
     with Image.open(checkpoint.SHIPPED / "example.png") as picture:
@@ -147,7 +147,7 @@ def test_a_bundle_alone_answers(tmp_path):
         (token,) = run["sample"].run(
             None, {"logits": values["logits"], **{name: np.array(value) for name, value in settings.items()}}
         )
-        if token[0] == opened.description["tokens"]["eos"]:
+        if token[0] == opened.description.tokens.eos:
             break
         tokens.append(int(token[0]))
         past = {name.replace("present", "past_key_values"): values[name] for name in names[1:]}
@@ -185,4 +185,4 @@ def test_a_bundle_brings_the_tokenizer_that_hosts_read(tmp_path, capsys):
     made = Tokenizer(Json((opened.path / "tokenizer.json").read_bytes()), opened.config)
     text = "detect red star ; <loc0001> naïve"
     assert made.prompt(text) == Tokenizer.load(source, opened.config).prompt(text)
-    assert bundle.plan(checkpoint.load(source))["files"].keys() == {*opened.description["files"], "bundle.json"}
+    assert bundle.plan(checkpoint.load(source))["files"].keys() == {*opened.description.files, "bundle.json"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import bundle
+from export import bundle, runtime
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.engine import NumpyEngine
@@ -204,9 +204,7 @@ def test_decodes_in_one_buffer_equal_concatenation(engine):
 
 def test_the_bundle_updates_the_cache_in_place(engines, monkeypatch, capfd):
     """Past and present are one buffer: the runtime does not warn of a copy, and the contents change."""
-    from export.session import engine as module
-
-    monkeypatch.setattr(module, "_FATAL_ONLY", 2)  # let the runtime's warnings through
+    monkeypatch.setattr(runtime, "LOGGED_FROM", 2)  # let the runtime's warnings through
     engine = Session(engines["paligemma1", "onnx"].bundle, "cpu")
     pixel_values, input_ids, lengths = batch(engine)
     _, cache = engine.prefill(pixel_values, input_ids, lengths, CAPACITY)
@@ -217,7 +215,7 @@ def test_the_bundle_updates_the_cache_in_place(engines, monkeypatch, capfd):
 
     # The warning exists: it comes as soon as the present is another buffer.
     shape = cache.buffers["0.key"].shape()
-    other = module.onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cpu", 0)
+    other = runtime.onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cpu", 0)
     cache.binding.bind_ortvalue_output("present.0.key", other)
     engine.decode(np.array([[7], [11], [13]]), lengths, cache)
     assert "in-place" in capfd.readouterr().err

@@ -76,9 +76,9 @@ def test_interleaved_generations_do_not_mix(tiny):
     for row in range(len(ids)):
         logits, cache = tiny.prefill(pixels[[row]], ids[[row]], lengths[[row]], 40)
         alone.append((logits, tiny.decode(ids[[row], -1:], lengths[[row]], cache)[0]))
-    begun = [tiny.prefill(pixels[[row]], ids[[row]], lengths[[row]], 40) for row in range(len(ids))]
-    ended = [tiny.decode(ids[[row], -1:], lengths[[row]], begun[row][1])[0] for row in reversed(range(len(ids)))]
-    for (first, second), (logits, _), after in zip(alone, begun, reversed(ended), strict=True):
+    prefilled = [tiny.prefill(pixels[[row]], ids[[row]], lengths[[row]], 40) for row in range(len(ids))]
+    ended = [tiny.decode(ids[[row], -1:], lengths[[row]], prefilled[row][1])[0] for row in reversed(range(len(ids)))]
+    for (first, second), (logits, _), after in zip(alone, prefilled, reversed(ended), strict=True):
         assert np.array_equal(first, logits)
         assert np.array_equal(second, after)
 

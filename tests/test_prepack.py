@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -31,8 +32,8 @@ def entries(folder) -> dict[str, dict[str, str]]:
     found = {}
     for name in GRAPHS:
         tensors = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.initializer
-        told = [(t.name, pair) for t in tensors for pair in t.external_data if pair.key.startswith(prepack.ENTRY)]
-        found[name] = {name: pair.value for name, pair in told}
+        pairs = [(t.name, pair) for t in tensors for pair in t.external_data if pair.key.startswith(prepack.ENTRY)]
+        found[name] = {name: pair.value for name, pair in pairs}
     return found
 
 
@@ -101,8 +102,8 @@ def test_another_processor(exported, tmp_path):
     """Its kernels want another order: the runtime does not find it, and makes its own."""
     folder = tmp_path / "moved"
     shutil.copytree(exported / "prepacked", folder)
-    told = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps({**told, "prepacked": "another"}))
+    description = replace(bundle.load(folder).description, prepacked="another")
+    (folder / "bundle.json").write_text(json.dumps(description.to_json()))
     for name in GRAPHS:
         model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
         for tensor in model.graph.initializer:
@@ -111,30 +112,30 @@ def test_another_processor(exported, tmp_path):
                     pair.value = pair.value.replace("+", "+1")  # another hash
         (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
     expected = answers(Session(bundle.load(exported / "plain"), "cpu"))
-    moved = bundle.Bundle(folder, bundle.load(exported / "plain").config, {**told, "prepacked": "another"})
+    moved = bundle.Bundle(folder, description)
     assert not moved.is_prepacked
     for a, b in zip(expected, answers(Session(moved, "cpu")), strict=True):
         assert np.array_equal(a, b)
 
 
 def test_the_allocator_is_as_before_after_a_bundle_was_opened(monkeypatch):
-    """What it is told to keep while one is opened it is told to give back again, and does, whatever happens."""
-    said = []
+    """What it keeps while one is opened it gives back again, whatever happens."""
+    called = []
 
     class Library:
         def mallopt(self, parameter, value):
-            said.append((parameter, value))
+            called.append((parameter, value))
 
         def malloc_trim(self, padding):
-            said.append("trim")
+            called.append("trim")
 
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: Library())
     with pytest.raises(ZeroDivisionError), allocator.freed_memory_kept():
         raise ZeroDivisionError
-    assert {parameter for parameter, _ in said[:3]} == {-1, -4, -8}
-    assert said[-1] == "trim"
-    assert dict(said[:-1]) == {-1: 2**26, -3: 2**25, -4: 2**16, -8: 0}
+    assert {parameter for parameter, _ in called[:3]} == {-1, -4, -8}
+    assert called[-1] == "trim"
+    assert dict(called[:-1]) == {-1: 2**26, -3: 2**25, -4: 2**16, -8: 0}
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export import bundle, drift, verify
-from export.bundle import weights
+from export.bundle import forms, weights
 from export.cli import export_onnx
 from export.model import graphs, layers, quantized
+from export.runtime import session_options
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED, parameters
@@ -24,21 +25,24 @@ from numpy_ref.tokenizer import Tokenizer
 RNG = np.random.default_rng(0)
 
 
-def pieces(encoded):
-    """What an encoder gives, each part whole."""
-    return [np.concatenate(list(part)) for part in encoded]
+def encoded(form, weight):
+    """The arrays of a form's parts, each whole."""
+    pieces = [[] for _ in form.parts]
+    for part, piece in form.encode(weight):
+        pieces[part].append(piece)
+    return [np.concatenate(part) for part in pieces]
 
 
-def tensors(parts, arrays):
-    return [ir.tensor(array, name=part.suffix) for part, array in zip(parts, arrays, strict=True)]
+def tensors(form, arrays):
+    return [ir.tensor(array, name=part.suffix) for part, array in zip(form.parts, arrays, strict=True)]
 
 
 def run(function, arguments, weight):
     """Evaluate `function(op, p={"weight": …}, **arguments)` in the runtime, as a session of a bundle does."""
     model, feeds = graphs.trace(function, arguments, {"weight": weight})
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        graphs.serialize(model), session_options(), providers=["CPUExecutionProvider"]
+    )
     return session.run(None, feeds)[0]
 
 
@@ -91,17 +95,33 @@ def test_zeros_stay_zeros():
     assert np.isfinite(scales).all()
 
 
-@pytest.mark.parametrize("by_columns", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_encoding_in_steps_changes_nothing(monkeypatch, bits, by_columns):
+@pytest.mark.parametrize(
+    "form",
+    [
+        forms.Channels((64, 48)),
+        *(forms.Blocks((64, 48), bits, ir.DataType.FLOAT, table) for bits in (4, 8) for table in (True, False)),
+    ],
+    ids=str,
+)
+def test_encoding_in_steps_changes_nothing(monkeypatch, form):
     weight = RNG.standard_normal((64, 48)).astype(np.float32)
-    whole = pieces(quantized.encode_blocks(weight, bits, by_columns)), pieces(quantized.encode_channels(weight))
-    monkeypatch.setattr(quantized, "STEP", 200)
-    apart = pieces(quantized.encode_blocks(weight, bits, by_columns)), pieces(quantized.encode_channels(weight))
-    for a, b in zip([*whole[0], *whole[1]], [*apart[0], *apart[1]], strict=True):
+    whole = encoded(form, weight)
+    monkeypatch.setattr(forms, "STEP", 200)
+    for part, a, b in zip(form.parts, whole, encoded(form, weight), strict=True):
         assert np.array_equal(a, b)
-    parts = quantized.block_parts(weight.shape, bits, by_columns) + quantized.channel_parts(weight.shape)
-    assert [part.shape for part in parts] == [array.shape for array in [*whole[0], *whole[1]]]
+        assert (part.shape, part.dtype.numpy(), part.length) == (a.shape, a.dtype, a.nbytes)
+
+
+def test_joined_weights_are_side_by_side():
+    """Kernels and biases, whose columns are found again."""
+    for rows in ((5,), ()):
+        arrays = [RNG.standard_normal((*rows, width)).astype(np.float32) for width in (7, 3, 2)]
+        form = forms.Joined(rows, (7, 3, 2), ir.DataType.FLOAT)
+        contents = b"".join(piece.tobytes() for _, piece in form.encode(*arrays))
+        joined = np.frombuffer(contents, np.float32).reshape(form.parts[0].shape)
+        assert len(contents) == form.parts[0].length
+        for member, array in enumerate(arrays):
+            assert np.array_equal(joined[..., form.columns(member)], array)
 
 
 @pytest.mark.parametrize("rows", [(2, 1), (2, 7), (1, 14), (14,)])
@@ -110,8 +130,9 @@ def test_a_kernel_by_channel_multiplies(rows):
     kernel, x = RNG.standard_normal((96, 40)).astype(np.float32), RNG.standard_normal((*rows, 96)).astype(np.float32)
     x.reshape(-1, 96)[0] *= 1000  # an outlier row costs the others nothing
     x.reshape(-1, 96)[1] = 0
-    values, scales = pieces(quantized.encode_channels(kernel))
-    weight = quantized.Channels(*tensors(quantized.channel_parts(kernel.shape), [values, scales]))
+    form = forms.Channels(kernel.shape)
+    values, scales = encoded(form, kernel)
+    weight = form.take(tensors(form, [values, scales]))
     y = run(lambda op, p, x: layers.linear(op, x, p["weight"]), {"x": x}, weight)
     expected = x @ (values * scales)
     off = np.abs(y - expected).max(-1) / np.maximum(np.abs(x).max(-1), 1e-9)
@@ -123,9 +144,9 @@ def test_a_kernel_by_channel_multiplies(rows):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_kernel_in_blocks_multiplies(bits):
     kernel, x = RNG.standard_normal((256, 40)).astype(np.float32), RNG.standard_normal((2, 1, 256)).astype(np.float32)
-    values, scales = pieces(quantized.encode_blocks(kernel, bits, by_columns=True))
-    stored = tensors(quantized.block_parts(kernel.shape, bits, True), [values, scales])
-    weight = quantized.Blocks(stored[0], None, stored[1], bits)
+    form = forms.Blocks(kernel.shape, bits, ir.DataType.FLOAT)
+    values, scales = encoded(form, kernel)
+    weight = form.take(tensors(form, [values, scales]))
     y = run(lambda op, p, x: layers.linear(op, x, p["weight"]), {"x": x}, weight)
     expected = x @ quantized.dequantize_blocks(values, scales, bits).T
     assert np.abs(y - expected).max() < 0.02 * np.abs(expected).max()
@@ -134,9 +155,9 @@ def test_a_kernel_in_blocks_multiplies(bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_table_gives_rows_and_multiplies(bits):
     table, ids = RNG.standard_normal((50, 64)).astype(np.float32), RNG.integers(0, 50, (2, 3))
-    values, scales = pieces(quantized.encode_blocks(table, bits, by_columns=False))
-    stored = tensors(quantized.block_parts(table.shape, bits, False), [values, scales])
-    flat = ir.tensor(values.reshape(50, -1), name="flat")
+    form = forms.Blocks(table.shape, bits, ir.DataType.FLOAT, is_table=True)
+    values, scales = encoded(form, table)
+    stored, flat = tensors(form, [values, scales]), ir.tensor(values.reshape(50, -1), name="flat")
     weight = quantized.Blocks(stored[0], flat, stored[1], bits)
     rounded = quantized.dequantize_blocks(values, scales, bits)
     rows = run(lambda op, p, ids: layers.embedding(op, ids, p["weight"], ir.DataType.FLOAT), {"ids": ids}, weight)
@@ -150,19 +171,19 @@ def test_a_table_gives_rows_and_multiplies(bits):
 def test_what_is_stored_in_few_bits(precision):
     loaded = checkpoint.load()
     placed = weights.plan(loaded.config, precision)
-    kinds = {(stored.path, stored.form.kind) for stored in placed.values()}
+    stored_in = {(stored.path, type(stored.form)) for stored in placed.values()}
     for parameter in parameters(loaded.config):
         path = parameter.path
-        found = {kind for other, kind in kinds if other == path}
+        found = {form for other, form in stored_in if other == path}
         if path == "text.embedding":
-            assert found == {"blocks"}
+            assert found == {forms.Blocks}
         elif path.startswith("text.blocks.") and path.endswith("kernel"):
-            kinds_of = {"int8": {"channels"}, "int4": {"channels", "blocks"}}
-            assert found == kinds_of.get(precision, {"blocks"})
+            expected = {"int8": {forms.Channels}, "int4": {forms.Channels, forms.Blocks}}
+            assert found == expected.get(precision, {forms.Blocks})
         elif path.startswith("vision.blocks.") and path.endswith("kernel"):
-            assert found == ({"whole"} if "-" in precision else {"channels"})
+            assert found == ({forms.Whole} if "-" in precision else {forms.Channels})
         else:
-            assert found == {"whole"}
+            assert found == {forms.Whole}
     ends = [(stored.offset, stored.offset + stored.length) for stored in placed.values()]
     assert all(before[1] <= after[0] for before, after in pairwise(ends))
 
@@ -177,7 +198,7 @@ def small(request, tmp_path_factory):
 
 def test_the_shipped_model_hardly_drifts(small):
     """The limits that were set: top-1 agreement 99.5 % in eight bits, 98 % in four; fewer scenes than the command takes."""
-    precision = small.description["precision"]
+    precision = small.description.precision
     loaded = checkpoint.load()
     tokenizer = Tokenizer.load(SHIPPED, loaded.config)
     engine = Session(small, "cpu")
@@ -194,7 +215,7 @@ def test_the_shipped_model_hardly_drifts(small):
 def test_a_picture_is_rounded_without_regard_to_its_neighbors(small):
     """What lies beside it in a batch, however bright, changes nothing."""
     example = verify.example(small.config)
-    budget = 1e-3 if small.description["precision"] == "int4-float16" else 1e-4  # whose products are in float16
+    budget = 1e-3 if small.description.precision == "int4-float16" else 1e-4  # whose products are in float16
     pixels, ids, lengths, capacity = example.prefill(np.float32)
     engine, alone = Session(small, "cpu"), []
     for i in range(len(lengths)):
@@ -206,7 +227,7 @@ def test_a_picture_is_rounded_without_regard_to_its_neighbors(small):
 
 
 def test_verification_is_kept(small):
-    precision = small.description["precision"]
+    precision = small.description.precision
     rows = json.loads((small.path / "bundle.json").read_text())["parity"]
     assert rows[-1]["stage"] == "drift"
     assert rows[-1]["kl_mean"] <= verify.DIVERGENCES[precision]
@@ -216,7 +237,7 @@ def test_verification_is_kept(small):
 def test_it_is_small(small):
     whole = sum(4 * np.prod(parameter.shape) for parameter in parameters(small.config))
     shares = {"int8": 0.36, "int4": 0.42, "int4-float16": 0.35}  # of float32; the small vision tower weighs most here
-    assert small.weight_bytes < shares[small.description["precision"]] * whole
+    assert small.weight_bytes < shares[small.description.precision] * whole
 
 
 def test_drift_sees_a_difference():
@@ -246,8 +267,6 @@ def test_a_wrong_graph_is_noticed(tmp_path, monkeypatch):
 
 def test_another_models_bundle_is_refused(tmp_path, small):
     config = replace(small.config, max_length=99)
-    opened = replace(small, config=config)
-    assert opened.config != small.config
     small = tmp_path / "small"
     loaded = checkpoint.load()
     bundle.write(replace(loaded, config=config), small)

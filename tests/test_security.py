@@ -130,7 +130,7 @@ def test_one_changed_bit_stops_loading(copy, name):
 
 def test_every_file_of_a_bundle_has_a_checksum(whole):
     assert {file.name for file in whole.iterdir()} == {*FILES, bundle.DESCRIPTION}
-    assert set(bundle.load(whole).description["files"]) == set(FILES)
+    assert set(bundle.load(whole).description.files) == set(FILES)
 
 
 # --- no file outside of the folder -------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,11 +13,9 @@ from tqdm import tqdm
 from numpy_ref import __version__
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import hub, kinds
-from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.errors import PaliGemmaError, quote
+from numpy_ref.errors import PaliGemmaError
 from numpy_ref.files import absent, new_directory, read_json, within
-from numpy_ref.image import RESIZES
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer, known_ids
 from numpy_ref.tokenizer.convert import convert
@@ -25,12 +23,10 @@ from numpy_ref.tokenizer.convert import convert
 from ..model import graphs
 from ..model.layers import FUSED, HALF, PORTABLE
 from . import digests, prepack, weights
+from .description import Description, File, Graph, Image, Tokens, Value
 
-FORMAT = "paligemma-onnx"
-VERSION = 1
 DESCRIPTION = "bundle.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-GRAPHS = ("prefill", "decode", "preprocess", "sample")  # that every bundle has
 ROTATED = 16  # what divides the head sizes that GroupQueryAttention rotates
 
 
@@ -39,40 +35,47 @@ class Bundle:
     """An opened bundle whose files were checked."""
 
     path: Path
-    config: PaliGemmaConfig
-    description: dict
+    description: Description
+
+    @property
+    def config(self) -> PaliGemmaConfig:
+        return self.description.config
 
     @property
     def max_length(self) -> int:
-        return self.description["max_length"]
+        return self.description.max_length
 
     @property
     def is_prepacked(self) -> bool:
         """Whether the weights are there in the order of this machine's kernels too."""
-        return self.description.get("prepacked") == prepack.processor()
+        return self.description.prepacked == prepack.processor()
 
     @property
     def operators(self) -> str:
         """Which set of operators its graphs have."""
-        return self.description.get("operators", PORTABLE)
+        return self.description.operators
+
+    def graph_file(self, name: str) -> Path:
+        """The .onnx file of a graph."""
+        return self.path / self.description.graphs[name].file
 
     @property
     def only_for_cpu(self) -> str:
         """Why it cannot run wholly on a CUDA device, and what to do about it; empty if it can."""
-        precision = self.description["precision"]
+        precision = self.description.precision
         if weights.stream_dtype(precision) not in HALF:
             if precision in weights.QUANTIZED:
                 return f"an {precision} bundle is for the CPU; for CUDA export it with --precision int4-float16"
             if self.operators != PORTABLE:
                 advice = "--precision float16, or --operators portable"
                 return f"a float32 bundle with fused operators is for the CPU; for CUDA export it with {advice}"
-        if "sample_device" not in self.description["graphs"]:
+        if "sample_device" not in self.description.graphs:
             return "it has no graph that samples on the device, as newer bundles have; for CUDA export it again"
         return ""
 
     @property
     def weight_bytes(self) -> int:
-        return self.description["files"][weights.FILE]["bytes"]
+        return self.description.files[weights.FILE].bytes
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,12 @@ class Contents:
     placed: dict[str, weights.Stored]
     made: dict[str, bytes]  # file name -> its bytes
     copies: dict[str, Path]  # file name -> where it lies now
-    description: dict
+    description: Description
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each file; of the description as it is before `--verify` adds its table."""
-        sizes = {name: entry["bytes"] for name, entry in self.description["files"].items()}
+        sizes = {name: file.bytes for name, file in self.description.files.items()}
         return {**sizes, DESCRIPTION: len(_as_json(self.description))}
 
 
@@ -112,23 +115,20 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None, re
         made |= {"tokenizer.json": converted} if converted else {}
     sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in made.items()}}
     sizes |= {name: source.stat().st_size for name, source in copies.items()}
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        "producer": f"paligemma-onnx {__version__}",
-        "precision": precision,
-        "operators": operators,
-        "residual": residual,
-        "max_length": max_length,
-        "config": to_hf(config),
-        "tokens": _tokens(config, tokenizer),
-        "prompt": "<image> * image_tokens, bos, tokens of the prefix, newline",
-        "image": {"size": config.vision.image_size, "resize": checkpoint.resize, "mean": 0.5, "std": 0.5},
-        "opset": graphs.OPSET,
-        "graphs": {name: {"file": f"{name}.onnx", **graphs.describe(model)} for name, model in models.items()},
-        "files": {name: {"bytes": sizes[name], "sha256": "0" * 64} for name in sorted(sizes)},
-        "parity": None,
-    }
+    description = Description(
+        producer=f"paligemma-onnx {__version__}",
+        precision=precision,
+        operators=operators,
+        residual=residual,
+        max_length=max_length,
+        config=config,
+        tokens=_tokens(config, tokenizer),
+        prompt="<image> * image_tokens, bos, tokens of the prefix, newline",
+        image=Image(config.vision.image_size, checkpoint.resize, mean=0.5, std=0.5),
+        opset=graphs.OPSET,
+        graphs={name: _described(f"{name}.onnx", model) for name, model in models.items()},
+        files={name: File(sizes[name], "0" * 64) for name in sorted(sizes)},
+    )
     return Contents(placed, made, copies, description)
 
 
@@ -164,22 +164,22 @@ def write(
             shutil.copyfile(source, folder / name)
         description = contents.description
         if prepacked:
-            prepack.prepack(
-                folder, {name: folder / description["graphs"][name]["file"] for name in ("prefill", "decode")}
-            )
-            description["prepacked"], sums = prepack.processor(), {}
+            prepack.prepack(folder, {name: folder / description.graphs[name].file for name in ("prefill", "decode")})
+            description, sums = replace(description, prepacked=prepack.processor()), {}
         before = digests.state(folder / weights.FILE)
-        for name, entry in description["files"].items():
-            entry["bytes"] = (folder / name).stat().st_size
-            entry["sha256"] = sums.get(name) or sha256(folder / name)
+        files = {
+            name: File((folder / name).stat().st_size, sums.get(name) or sha256(folder / name))
+            for name in description.files
+        }
+        description = replace(description, files=files)
         if verify:
-            description["parity"] = verify(Bundle(folder, checkpoint.config, description), checkpoint)
+            description = replace(description, parity=verify(Bundle(folder, description), checkpoint))
         (folder / DESCRIPTION).write_bytes(_as_json(description))
     if not sums:  # then it was read again after it was written
-        digests.remember(output / weights.FILE, description["files"][weights.FILE]["sha256"], before)
+        digests.remember(output / weights.FILE, description.files[weights.FILE].sha256, before)
     if not contents.copies:
         _warn(f"{checkpoint.path} has no tokenizer; the bundle knows only ids")
-    elif "tokenizer.json" not in description["files"]:
+    elif "tokenizer.json" not in description.files:
         _warn("this tokenizer.model has no counterpart as tokenizer.json; hosts without SentencePiece cannot use it")
 
 
@@ -206,45 +206,21 @@ def load_but_weights(path) -> Bundle:
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
     file = within(path, DESCRIPTION)
     try:
-        description = read_json(file)
+        contents = read_json(file)
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}; is this a bundle written by export-onnx?") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise PaliGemmaError(f"{path}: {DESCRIPTION} does not describe a {FORMAT} bundle")
-    if description.get("version") != VERSION:
-        found = quote(description.get("version"))
-        raise PaliGemmaError(f"{path}: bundle version {found}, but this program reads {VERSION}; export it again")
-    try:
-        config = from_hf(description["config"])
-        description["max_length"] = int(description["max_length"])
-        if not 0 < description["max_length"] <= config.max_length:
-            raise ValueError(f"max_length is {description['max_length']}")
-        known_settings = description["image"]["resize"] in RESIZES and description["precision"] in weights.PRECISIONS
-        files = {
-            name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in description["files"].items()
-        }
-        description["files"] = files
-        listed = description["graphs"]
-        graphs_listed = {str(listed[name]["file"]) for name in {*GRAPHS, *listed}}
-    except PaliGemmaError as error:
-        raise PaliGemmaError(f"{path}: {DESCRIPTION}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise PaliGemmaError(f"{path}: {DESCRIPTION} is damaged ({error!r}); export the bundle again") from None
-    if not known_settings:
-        raise PaliGemmaError(f"{path}: {DESCRIPTION} names a precision or preprocessing that this program lacks")
-    if missing := {weights.FILE, *graphs_listed} - files.keys():
-        raise PaliGemmaError(f"{path}: {DESCRIPTION} lists no checksum for {', '.join(sorted(missing))}")
-    for name, entry in files.items():
+    bundle = Bundle(path, Description.from_json(contents, file))
+    for name, listed in bundle.description.files.items():
         file = within(path, name)
-        _check_size(file, entry["bytes"])
+        _check_size(file, listed.bytes)
         if name != weights.FILE:
-            _check_digest(file, entry["sha256"])
-    return Bundle(path, config, description)
+            _check_digest(file, listed.sha256)
+    return bundle
 
 
 def check_weights(bundle: Bundle) -> None:
     """Raises PaliGemmaError unless the weights file has the SHA-256 that it had."""
-    file, digest = bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"]
+    file, digest = bundle.path / weights.FILE, bundle.description.files[weights.FILE].sha256
     before = digests.state(file)
     _check_digest(file, digest)
     digests.remember(file, digest, before)
@@ -252,7 +228,7 @@ def check_weights(bundle: Bundle) -> None:
 
 def check_weights_once(bundle: Bundle) -> None:
     """The same, but of a file that was checked and has not been written since nothing is read (digests.py)."""
-    if not digests.is_known(bundle.path / weights.FILE, bundle.description["files"][weights.FILE]["sha256"]):
+    if not digests.is_known(bundle.path / weights.FILE, bundle.description.files[weights.FILE].sha256):
         check_weights(bundle)
 
 
@@ -341,7 +317,7 @@ def _warn(message) -> None:
 
 
 def _as_json(description) -> bytes:
-    return (json.dumps(description, indent=1) + "\n").encode()
+    return (json.dumps(description.to_json(), indent=1) + "\n").encode()
 
 
 def _progress(label, total):
@@ -382,17 +358,21 @@ def _check_length(config, max_length) -> int:
     return max_length
 
 
-def _tokens(config, tokenizer) -> dict:
+def _described(file, model) -> Graph:
+    return Graph(file, **{key: [Value(**value) for value in found] for key, found in graphs.describe(model).items()})
+
+
+def _tokens(config, tokenizer) -> Tokens:
     known = known_ids(config, tokenizer.size if tokenizer else None)
-    return {
-        "image": config.image_token,
-        "image_tokens": config.vision.patches,
-        "bos": config.bos,
-        "eos": config.eos,
-        "pad": config.pad,
-        "newline": tokenizer.newline if tokenizer else None,
-        "known": _ranges(known),
-    }
+    return Tokens(
+        image=config.image_token,
+        image_tokens=config.vision.patches,
+        bos=config.bos,
+        eos=config.eos,
+        pad=config.pad,
+        newline=tokenizer.newline if tokenizer else None,
+        known=_ranges(known),
+    )
 
 
 def _ranges(known) -> list[list[int]]:

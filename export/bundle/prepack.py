@@ -16,12 +16,12 @@ import onnxruntime
 
 from numpy_ref.errors import PaliGemmaError
 
+from ..runtime import session_options
 from . import weights
 
 ENTRY = "prepacked_"  # what the keys begin with
 PAGE, HUGE_PAGE = 4096, 2**21  # bytes; what is mapped begins on one
 PIECE = 2**24  # bytes copied at once, and from which on a huge page is worth what may be left of the one before
-_FATAL_ONLY = 4
 
 
 def prepack(folder: Path, graphs: dict[str, Path]) -> None:
@@ -54,15 +54,13 @@ def processor() -> str:
 
 def _save(graph, folder, name) -> dict[str, list[tuple[str, str]]]:
     """Let the runtime save a graph as it repacked it; by weight, the entries that say where its bytes are."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
+    entries = {
+        "session.save_external_prepacked_constant_initializers": "1",
+        "session.optimized_model_external_initializers_file_name": name,
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1",
+    }
+    options = session_options(entries)
     options.optimized_model_filepath = str(folder / f"{name}.onnx")
-    for key, value in {
-        "save_external_prepacked_constant_initializers": "1",
-        "optimized_model_external_initializers_file_name": name,
-        "optimized_model_external_initializers_min_size_in_bytes": "1",
-    }.items():
-        options.add_session_config_entry(f"session.{key}", value)
     try:
         onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions have no common class
@@ -78,14 +76,14 @@ def _place(value, source, file, placed) -> str:
     """Append the pieces that an entry names to the weights file, unless they are there; the entry for their place."""
     identity, *pieces = value.split("|")
     if identity not in placed:
-        told = [identity]
+        entry = [identity]
         for piece in pieces:
             offset, length, padding = (int(number) for number in piece.split(";"))
             page = HUGE_PAGE if length >= PIECE else PAGE
             file.seek(-(-file.tell() // page) * page)
-            told.append(f"{file.tell()};{length};{padding}")
+            entry.append(f"{file.tell()};{length};{padding}")
             _copy(source, offset, length, file)
-        placed[identity] = "|".join(told)
+        placed[identity] = "|".join(entry)
     return placed[identity]
 
 

@@ -177,7 +177,7 @@ def opened(bundle, settings: Settings, captured: bool = False):
         raise NotHere("decode is captured on CUDA alone")
     if settings.on_device and bundle.only_for_cpu:
         raise NotHere(bundle.only_for_cpu)
-    if not settings.on_device and bundle.description["precision"].endswith("bfloat16"):
+    if not settings.on_device and bundle.description.precision.endswith("bfloat16"):
         raise NotHere("the CPU has no bfloat16 kernels")
     options = {GRAPH: "1"} if captured else None
     return open_session(bundle, settings.provider, kind=DeviceSession, provider_options=options)

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
+from ..runtime import session_options
 from ..session import CPU, CUDA
 from . import models
 from .stage import LABEL, NotHere, Settings
@@ -25,7 +26,7 @@ def run(part, settings, found) -> None:
         raise NotHere("the CPU has no bfloat16 kernels")
     graphs = {}
     for name in GRAPHS:
-        graphs[name] = placed(bundle.path / bundle.description["graphs"][name]["file"], settings.on_device)
+        graphs[name] = placed(bundle.graph_file(name), settings.on_device)
         found.add(graphs=graphs)
     found.add(wholly=wholly(graphs, settings.on_device))
     try:
@@ -37,9 +38,7 @@ def run(part, settings, found) -> None:
 
 def placed(file: Path, on_device: bool) -> dict:
     """Nodes by provider, those on the CPU by operator, Memcpy nodes, and where inputs and outputs live."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options = session_options({"session.record_ep_graph_assignment_info": "1"})
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "optimized.onnx"  # the copies between providers are in it alone
         options.optimized_model_filepath = str(dump)

@@ -26,7 +26,7 @@ def run(part, settings, found) -> None:
     name, way = part.split()
     bundle = models.full(settings, name)
     made = float(models.seconds_of(bundle.path).read_text())
-    found.add(made_s=made, **{key: bundle.description[key] for key in ("operators", "residual")})
+    found.add(made_s=made, operators=bundle.operators, residual=bundle.description.residual)
     before = cuda.memory()[0] if settings.on_device else 0
     started = time.perf_counter()
     engine = models.opened(bundle, settings, captured=way == "captured")

@@ -13,7 +13,6 @@ let it do their work.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +21,6 @@ from onnx_ir import DataType
 
 CONTRIB = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
-STEP = 4 * 2**20  # weights quantized at once
 CUTS = (0.93, 0.86)  # of the widest step, tried too; more of them hardly lower the error
 LEAST = 1e-20  # what a row of zeros is taken to hold
 MIDDLE = 128  # the zero of rounded activations, which are uint8: in it the kernels are quickest
@@ -139,63 +137,12 @@ def _with_last(shape, size):
     return ir.Shape([*list(shape)[:-1], size])
 
 
-# --- in a file ---------------------------------------------------------------------------------------------
+# --- in NumPy ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a stored weight: what is put behind the weight's path to name it, and its form."""
-
-    suffix: str
-    dtype: DataType
-    shape: tuple[int, ...]
-
-
-def channel_parts(shape) -> list[Part]:
-    """What Channels stores of a kernel [in, out]."""
-    return [Part(".int8", DataType.INT8, shape), Part(".int8.scale", DataType.FLOAT, shape[1:])]
-
-
-def block_parts(shape, bits: int, by_columns: bool, dtype=DataType.FLOAT) -> list[Part]:
-    """What Blocks stores of a kernel [in, out] (`by_columns`), or of a table [out, in], with scales in `dtype`."""
-    size, out = shape if by_columns else shape[::-1]
-    block = block_size(size)
-    values = (out, size // block, block * bits // 8)
-    name = f".int{bits}"
-    return [Part(name, DataType.UINT8, values), Part(f"{name}.scale", dtype, values[:2])]
-
-
-def block_size(size: int) -> int | None:
-    """How many weights of a row of `size` share a scale; None if the row does not divide."""
-    return next((block for block in BLOCK_SIZES if size % block == 0), None)
-
-
-def encode_channels(kernel) -> Iterator[Iterator[np.ndarray]]:
-    """A kernel [in, out] -> the arrays of its values, then of its scales, in pieces."""
-    size, out = kernel.shape
-    values, scales = np.empty((size, out), np.int8), np.empty(out, np.float32)
-    step = max(1, STEP // size)
-    for start in range(0, out, step):
-        columns = slice(start, start + step)
-        values[:, columns], scales[columns] = quantize_channels(np.asarray(kernel[:, columns], np.float32))
-    yield iter([values])
-    yield iter([scales])
-
-
-def encode_blocks(weight, bits: int, by_columns: bool, dtype=DataType.FLOAT) -> Iterator[Iterator[np.ndarray]]:
-    """A kernel [in, out] or a table [out, in] -> the arrays of its values, then of its scales, in pieces."""
-    rows = weight.T if by_columns else weight
-    step, scales = max(1, STEP // rows.shape[1]), []
-
-    def values():
-        for start in range(0, len(rows), step):
-            packed, scale = quantize_blocks(np.asarray(rows[start : start + step], np.float32), bits)
-            with np.errstate(over="ignore"):  # whoever writes the scales looks at whether they are finite
-                scales.append(scale.astype(dtype.numpy()))
-            yield packed
-
-    yield values()
-    yield iter(scales)
+def block_size(size: int) -> int:
+    """How many weights of a row of `size` share a scale; 0 if the row does not divide."""
+    return next((block for block in BLOCK_SIZES if size % block == 0), 0)
 
 
 def quantize_channels(kernel):

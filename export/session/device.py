@@ -16,6 +16,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from numpy_ref.engine import check_room
 
 from ..bundle.weights import FILE
+from ..runtime import run_options
 from . import cuda
 from .engine import GRAPH, Cache, Session
 from .provider import CUDA
@@ -94,12 +95,12 @@ class DeviceSession(Session):
         """How to run a graph; a captured one by a number of its own, the same for what is equal."""
         graph = graph if self.captures else ()
         if graph not in self._options:
-            options = onnxruntime.RunOptions()
+            entries = {}
             if self._stream:  # what comes next is on the same stream, and waits there
-                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+                entries["disable_synchronize_execution_providers"] = "1"
             if self.captures:
-                options.add_run_config_entry("gpu_graph_id", str(len(self._options)))
-            self._options[graph] = options
+                entries["gpu_graph_id"] = str(len(self._options))
+            self._options[graph] = run_options(entries)
         return self._options[graph]
 
     def _prepare(self):
@@ -108,8 +109,8 @@ class DeviceSession(Session):
             self._shared = upload(self.bundle, self.device, self.device_id)
         self._stream = cuda.stream(self.device_id) if self.provider == CUDA else None
 
-    def _options_of(self, name):
-        options = super()._options_of(name)
+    def _options_of(self, name, threads):
+        options = super()._options_of(name, threads)
         for tensor, value in self._shared.items():
             if name in ("prefill", "decode"):
                 options.add_initializer(tensor, value)
@@ -154,7 +155,7 @@ def upload(bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.Ort
     """The large weights of prefill and decode by name, each once on the device, from the mapped file."""
     data, values = np.memmap(bundle.path / FILE, np.uint8, "r"), {}
     for name in ("prefill", "decode"):
-        file = bundle.path / bundle.description["graphs"][name]["file"]
+        file = bundle.graph_file(name)
         for tensor in onnx.load(file, load_external_data=False).graph.initializer:
             place = ExternalDataInfo(tensor)
             if tensor.name in values or not tensor.external_data or place.length < SHARED_FROM:

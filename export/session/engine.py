@@ -19,6 +19,7 @@ from numpy_ref.model.segmentation import CELLS, SIDE
 from .. import bundle as bundles
 from ..bundle import Bundle
 from ..bundle.weights import FLOATS, stream_dtype
+from ..runtime import session_options
 from . import cuda
 from .allocator import freed_memory_kept
 from .provider import CPU, CUDA, DEFAULTS, chosen_device, place, prefer_cudnn, stdout_kept
@@ -29,7 +30,6 @@ ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small
 # float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
 # too (prepack.py). Quantized weights are always repacked: their quick kernels read no other order.
 MAPPED_FROM = 2 * 2**30
-_FATAL_ONLY = 4  # the runtime's own messages; what goes wrong is raised, and told in one line
 
 
 class Session(Engine):
@@ -43,8 +43,8 @@ class Session(Engine):
     can_capture = False  # which takes logits and tokens that stay where they are
 
     def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
-        masks = self._paint if "masks" in bundle.description["graphs"] else None
-        super().__init__(bundle.config, bundle.description["image"]["resize"], masks, bundle.max_length)
+        masks = self._paint if "masks" in bundle.description.graphs else None
+        super().__init__(bundle.config, bundle.description.image.resize, masks, bundle.max_length)
         self.bundle = bundle
         self.provider_options = {name: str(value) for name, value in (provider_options or {}).items()}
         self.provider = place(bundle, provider, self.provider_options)
@@ -59,7 +59,7 @@ class Session(Engine):
                 )
         elif self.provider_options:
             raise PaliGemmaError(f"--provider-option {next(iter(self.provider_options))}: options are for CUDA")
-        precision = bundle.description["precision"]
+        precision = bundle.description.precision
         if precision.endswith("bfloat16") and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: {precision} needs CUDA; export float32, int8 or int4 for the CPU")
         kept = freed_memory_kept() if bundle.is_prepacked else nullcontext()
@@ -133,8 +133,7 @@ class Session(Engine):
         """What comes before the graphs are opened."""
 
     def _open(self, name, threads):
-        options = self._options_of(name)
-        options.intra_op_num_threads = threads
+        options = self._options_of(name, threads)
         on_device = self.provider == CUDA and name in ON_DEVICE
         providers = [(CUDA, self._provider_options_of(name)), CPU] if on_device else [CPU]
         with self._errors_as_line(name):
@@ -174,7 +173,7 @@ class Session(Engine):
             return opened.run(None, feeds)[0]
 
     def _file(self, name):
-        return self.bundle.path / self.bundle.description["graphs"][name]["file"]
+        return self.bundle.graph_file(name)
 
     @contextmanager
     def _errors_as_line(self, name):
@@ -199,15 +198,14 @@ class Session(Engine):
                 "or a bundle in fewer bits takes less memory"
             ) from None
 
-    def _options_of(self, name):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL_ONLY
-        floats = self.bundle.description["precision"] in FLOATS
+    def _options_of(self, name, threads):
+        entries = {}
+        floats = self.bundle.description.precision in FLOATS
         if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
-            options.add_session_config_entry("session.disable_prepacking", "1")
+            entries["session.disable_prepacking"] = "1"
         if name == "prefill":  # its threads would spin on for a while, where decode's begin
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-        return options
+            entries["session.force_spinning_stop"] = "1"
+        return session_options(entries, threads)
 
     def _provider_options_of(self, name):
         return self.provider_options
@@ -244,7 +242,7 @@ class Cache:
         text = session.config.text
         self.batch, self.capacity, self.draw = batch, capacity, None
         shape = [batch, text.kv_heads, capacity, text.head_dim]
-        dtype = stream_dtype(session.bundle.description["precision"])
+        dtype = stream_dtype(session.bundle.description.precision)
         self.buffers = {
             f"{i}.{kind}": session.buffer(shape, int(dtype)) for i in range(text.depth) for kind in ("key", "value")
         }

@@ -1,6 +1,6 @@
 /**
  * Opening a bundle: its version is known, its files are all there, and each has the SHA-256 that it had.
- * Twin of `load` in `export/bundle.py`.
+ * Twin of `load` in `export/bundle`; its `description.py` says what bundle.json holds.
  *
  * A source is where the files are: `read(name)` gives the bytes of one, `measure(name)` its { bytes, sha256 }; both
  * give null where there is no such file.

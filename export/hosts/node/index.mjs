@@ -1,4 +1,6 @@
 /** PaliGemma bundles in Node: `load(folder)`, then `generate(picture, prompt)`. */
+import "./telemetry.mjs"; // first: ONNX Runtime reads it as it is loaded
+
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
