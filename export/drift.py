@@ -66,7 +66,7 @@ def follow(reference, engine, pixel_values, prompts, known, drift: Drift, new_to
         (expected, cache), (found, other_cache) = states
         drift.add(expected[alive], found[alive], known)
         token = np.where(known, expected, -np.inf).argmax(-1)
-        alive = alive & (token != config.eos)
+        alive = alive & ~np.isin(token, config.ends)
         if not alive.any() or step == new_tokens - 1:
             return
         ids = np.where(alive, token, config.pad)[:, None]

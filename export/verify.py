@@ -144,7 +144,7 @@ def compare_parts(checkpoint, bundle, provider=CPU) -> tuple[list[Row], list]:
     total = len(prefill.parts) + len(decode.parts)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
         prefill.progress = decode.progress = bar.update
-        first = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), prefill)
+        first = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), prefill)  # type: ignore[call-arg]
         for i, layer in enumerate(first[1]):
             decode.values |= {f"past_key_values.{i}.{kind}": a for kind, a in zip(("key", "value"), layer, strict=True)}
         second = paligemma.decode(checkpoint.params, config, inputs.steps[0], inputs.lengths, first[1], decode)
@@ -227,17 +227,16 @@ def cut(model) -> list[Part]:
     """The parts of a model with taps, in order. Each begins at taps of those before it and ends at its own."""
     outputs = {value.name: value for value in model.graph.outputs}
     taps = {name.removeprefix("tap."): value for name, value in outputs.items() if name.startswith("tap.")}
-    known, parts = {value: value.name for value in model.graph.inputs}, []
-    for name, own in groupby(taps, key=lambda tap: _LAYER.sub(r"\1", tap)):
-        own = list(own)
+    known, parts = {value: str(value.name) for value in model.graph.inputs}, []
+    for name, own in ((name, [*own]) for name, own in groupby(taps, key=lambda tap: _LAYER.sub(r"\1", tap))):
         ends = [taps[tap] for tap in own]
         if name.startswith("text.blocks."):
             ends += [outputs[f"present.{name.rpartition('.')[2]}.{kind}"] for kind in ("key", "value")]
         graph = ir.convenience.extract(model.graph, list(known), ends)
         for value in [value for value in graph.inputs if not value.uses()]:
             graph.inputs.remove(value)
-        names = {value.name: name for value, name in known.items()}
-        inputs = {value.name: names[value.name] for value in graph.inputs}
+        names = {str(value.name): name for value, name in known.items()}
+        inputs = {str(value.name): names[str(value.name)] for value in graph.inputs}
         parts.append(Part(name, own, ir.Model(graph, ir_version=model.ir_version), inputs))
         known |= {taps[tap].producer().inputs[0]: tap for tap in own}
     return parts

@@ -40,7 +40,7 @@ class Answer:
     """
 
     text: str
-    tokens: list[int]  # without eos
+    tokens: list[int]  # without the one that ended it
     width: int
     height: int
     convention: str = "big_vision"  # one of detection.CONVENTIONS
@@ -113,7 +113,7 @@ def answer(
     stream = Stream(tokenizer)
 
     def show(tokens):
-        if tokens[0] != engine.config.eos:
+        if tokens[0] not in engine.config.ends:
             on_text(stream.push(int(tokens[0])))
 
     (found,) = answer_all(engine, tokenizer, [question], sampling=sampling, boxes=boxes, on_tokens=show)
@@ -142,7 +142,7 @@ def answer_all(
         steps.append(tokens)
         if on_tokens:
             on_tokens(tokens)
-    rows = [ids[:most] for ids, most in zip(answers(steps, engine.config.eos), new_tokens, strict=True)]
+    rows = [ids[:most] for ids, most in zip(answers(steps, engine.config.ends), new_tokens, strict=True)]
     return [
         Answer(tokenizer.decode(ids), ids, question.width, question.height, boxes, engine.masks, timings)
         for ids, question in zip(rows, questions, strict=True)

@@ -101,7 +101,7 @@ def generate(engine: Engine, pixel_values, prompts, known, max_new_tokens=64, sa
         token = np.where(alive, token, config.pad)
         generated.append(token)
         yield token
-        alive = alive & (token != config.eos) & (step + 1 < np.asarray(max_new_tokens))
+        alive = alive & ~np.isin(token, config.ends) & (step + 1 < np.asarray(max_new_tokens))
         if not alive.any():
             return
         started = time.perf_counter()
@@ -123,7 +123,7 @@ def uniforms(rows, seed, seeds=None):
         yield np.array([generator.random(dtype=np.float32) for generator in generators])
 
 
-def answers(tokens, eos):
-    """Stacked yields [steps, B] -> one list of ids a row, cut before its eos."""
-    rows = np.stack(tokens, axis=1).tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+def answers(tokens, ends):
+    """Stacked yields [steps, B] -> one list of ids a row, cut before the first of `ends`, an id or several."""
+    ends, rows = np.atleast_1d(ends), np.stack(tokens, axis=1)
+    return [row[: np.append(np.flatnonzero(np.isin(row, ends)), len(row))[0]].tolist() for row in rows]

@@ -122,3 +122,35 @@ def test_a_cache_that_is_too_small(tmp_path):
             engine.decode(ids[:, -1:], np.full_like(lengths, size), cache)
         with pytest.raises(PaliGemmaError, match="exceeds the capacity of 97"):
             list(generate(engine, pixels[:1], [ids[0].tolist()], KNOWN, 97))
+
+
+# --- what ends an answer -----------------------------------------------------------------------------------
+
+
+class Scripted(Engine):
+    """An engine whose tokens are given: one row of steps."""
+
+    name = "scripted"
+
+    def __init__(self, config, tokens):
+        super().__init__(config)
+        self.tokens = iter(tokens)
+
+    def prefill(self, pixel_values, input_ids, lengths, capacity):
+        return self.logits(), None
+
+    def decode(self, input_ids, lengths, cache):
+        return self.logits(), None
+
+    def logits(self):
+        return np.eye(self.config.text.vocab)[[next(self.tokens)]]
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"), [(None, [8, 9]), ((1,), [8, 9]), ((9, 1), [8]), ((7, 8), []), ((), [8, 9, 1, 6])]
+)
+def test_any_of_several_tokens_ends_an_answer(stops, expected):
+    config = replace(CONFIG, eos=1, stops=stops)
+    engine, known = Scripted(config, [8, 9, 1, 6]), np.ones(config.text.vocab, bool)
+    tokens = list(generate(engine, None, [[5]], known, 4))
+    assert answers(tokens, config.ends) == [expected]

@@ -35,6 +35,7 @@ import torch_impl.model.siglip
 from export.bundle import weights
 from export.model import graphs
 from export.model.layers import FUSED, PORTABLE
+from export.runtime import session_options
 from numpy_ref.checkpoint import flatten, parameters
 from torch_impl.model.paligemma import PaliGemma
 
@@ -163,9 +164,8 @@ def test_profiles_and_errors_show_the_modules(tmp_path):
     config = CONFIGS["paligemma1"]
     params = flatten(random_params(config, dtype=np.float32))
     model = graphs.decode_model(config, lambda path: ir.tensor(params[path], name=path))
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    options.log_severity_level = 4
     session = onnxruntime.InferenceSession(graphs.serialize(model), options, providers=["CPUExecutionProvider"])
     shape = (1, config.text.kv_heads, 9, config.text.head_dim)
     cache = {value.name: np.zeros(shape, np.float32) for value in session.get_inputs()[2:]}

@@ -8,6 +8,7 @@ opens the files again.
 import hashlib
 import json
 from array import array
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -162,7 +163,8 @@ class Parquet:
     left_out: ClassVar[list[str]] = []
 
     def __init__(self, path: Path, default_prompt: str | None):
-        self.path, self._rows, self._next = path, None, 0
+        self.path, self._next = path, 0
+        self._rows: Iterator[tuple] | None = None
         with _readable(path), _open_parquet(path) as file:
             columns = file.schema_arrow.names
             groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]

@@ -335,7 +335,7 @@ def _engine(folder, threads, kind):
 
     engine = open_session(bundle.load_but_weights(folder), "cpu", threads, kind)
     known = known_ids(engine.config)
-    known[engine.config.eos] = False  # every answer has its full length
+    known[[engine.config.eos, *engine.config.ends]] = False  # every answer has its full length
 
     def run(picture, count, first, timings=None):
         steps = generate(engine, picture, [peers.prompt(engine.config)], known, count, timings=timings)

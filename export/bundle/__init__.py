@@ -369,6 +369,7 @@ def _tokens(config, tokenizer) -> Tokens:
         image_tokens=config.vision.patches,
         bos=config.bos,
         eos=config.eos,
+        stops=[*config.ends],
         pad=config.pad,
         newline=tokenizer.newline if tokenizer else None,
         known=_ranges(known),

@@ -25,6 +25,7 @@ class Tokens:
     image_tokens: int  # how many stand for a picture
     bos: int
     eos: int
+    stops: list[int]  # which tokens end an answer; eos alone in older bundles
     pad: int
     newline: list[int] | None  # None where there is no tokenizer
     known: list[list[int]]
@@ -137,8 +138,10 @@ def _config(fields) -> PaliGemmaConfig:
 
 
 def _tokens(fields) -> Tokens:
+    ids = {name: fields.whole(name) for name in ("image", "image_tokens", "bos", "eos", "pad")}
     return Tokens(
-        **{name: fields.whole(name) for name in ("image", "image_tokens", "bos", "eos", "pad")},
+        **ids,
+        stops=fields.check("stops", "a list of token ids", _are_ids, default=[ids["eos"]]),
         newline=fields.check("newline", "a list of token ids", _are_ids, default=None),
         known=fields.check("known", "a list of [first, past the last] pairs", _are_ranges),
     )

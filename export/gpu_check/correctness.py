@@ -129,7 +129,7 @@ def greedy(engine, bundle, budget) -> dict:
 
 
 def spoken(engine, pixels, prompt, known) -> list[int]:
-    return answers(list(generate(engine, pixels, [prompt], known, NEW_TOKENS)), engine.config.eos)[0]
+    return answers(list(generate(engine, pixels, [prompt], known, NEW_TOKENS)), engine.config.ends)[0]
 
 
 def is_tie(pixels, prompt, expected, actual, budget) -> bool:

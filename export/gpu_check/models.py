@@ -191,5 +191,5 @@ def picture(engine, batch: int = 1) -> np.ndarray:
 def endless(config) -> np.ndarray:
     """Which ids may be drawn where every answer is to have its full length."""
     known = known_ids(config)
-    known[config.eos] = False
+    known[[config.eos, *config.ends]] = False
     return known

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -101,10 +102,10 @@ class Padding:
     A column more in every key, 0 or -1e9, which the 1 in that column of every query adds to the score.
     """
 
-    mask: object  # [B, 1, T], True = a token
-    batch: object  # [1], how many sequences lie in the line of rows
-    column: object  # [B, T, K, 1]
-    ones: object  # [B, queries of a key head, K, 1]
+    mask: Any  # [B, 1, T], True = a token
+    batch: Any  # [1], how many sequences lie in the line of rows
+    column: Any  # [B, T, K, 1]
+    ones: Any  # [B, queries of a key head, K, 1]
 
     def part(self, op, x, heads, size):
         """x [1, B * T, N * H] -> [B, T, N, H]."""
@@ -133,7 +134,7 @@ def prefix_attention(op, p, config, asking, x, there, rotary, padding, tap=ident
         layers.linear(op, each, **p[name]) for each, name in ((asking, "query"), (x, "key"), (x, "value"))
     )
     query, key = (
-        _rotate(op, each, *(op.Squeeze(part, [1]) for part in angles), heads)
+        _rotate(op, each, op.Squeeze(angles[0], [1]), op.Squeeze(angles[1], [1]), heads)
         for each, angles, heads in ((query, there, config.heads), (key, rotary, config.kv_heads))
     )
     by_head(op, tap, config.heads, padding.batch, config.query_scale)("query", query)
@@ -144,7 +145,9 @@ def prefix_attention(op, p, config, asking, x, there, rotary, padding, tap=ident
     else:  # the operator has none
         query = op.Transpose(padding.part(op, query, config.heads, config.head_dim), perm=[0, 2, 1, 3])
         query = op.Mul(query, config.query_scale)
-        context = layers.merge_heads(op, layers.attend(op, query, *cache, padding.mask, config.attn_softcap, tap))
+        context = layers.merge_heads(
+            op, layers.attend(op, query, cache[0], cache[1], padding.mask, config.attn_softcap, tap)
+        )
     context = op.Reshape(context, [1, -1, config.heads * config.head_dim])
     context.dtype, context.shape = value.dtype, ir.Shape([1, asking.shape[1], config.heads * config.head_dim])
     context = by_head(op, tap, config.heads, padding.batch)("context", context)

@@ -11,6 +11,7 @@ The residual stream is in `op.residual`, float32 or the dtype of the weights. So
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir import DataType
@@ -73,8 +74,8 @@ def patch_attention(op, p, config, x, tap=identity):
 class Lengths:
     """What stands for a mask: how far each row is filled, which is all that GroupQueryAttention has to be told."""
 
-    last: object  # int32 [B], the position of each row's last token
-    total: object  # int32 [], keys in the longest row; from shapes alone, since the operator reads it on the host
+    last: Any  # int32 [B], the position of each row's last token
+    total: Any  # int32 [], keys in the longest row; from shapes alone, since the operator reads it on the host
     window: int | None
 
 

@@ -5,6 +5,7 @@ arrays in memory when testing. With `taps`, every named intermediate value becom
 """
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -29,15 +30,13 @@ def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operato
     """
     builder, p = _start("prefill", config, initializer, lambda path: True, operators, dtype, residual)
     size = config.vision.image_size
-    inputs = [
-        builder.input(
-            "pixel_values", DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT, ["B", 3, size, size]
-        ),
-        builder.input("input_ids", DataType.INT64, ["B", "T"]),
-        builder.input("lengths", DataType.INT32, ["B"]),
-        builder.input("capacity", DataType.INT64, []),
-    ]
-    logits, cache = paligemma.prefill(builder.op, p, config, *inputs, tap=_tap(builder, taps))
+    pixels = DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT
+    pixel_values = builder.input("pixel_values", pixels, ["B", 3, size, size])
+    input_ids = builder.input("input_ids", DataType.INT64, ["B", "T"])
+    lengths = builder.input("lengths", DataType.INT32, ["B"])
+    capacity = builder.input("capacity", DataType.INT64, [])
+    tap = _tap(builder, taps)
+    logits, cache = paligemma.prefill(builder.op, p, config, pixel_values, input_ids, lengths, capacity, tap)
     return _finish(builder, config, logits, cache)
 
 
@@ -166,7 +165,7 @@ def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None) -> Gr
     module      the path of the part that is being built, by which its nodes are named (`layers.named`)
     """
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
-    op = builder.op
+    op: Any = builder.op
     op.instead, op.residual, op.max_length, op.rounded = instead or {}, residual, max_length, {}
     op.paths, op.module = {}, ""
     return builder

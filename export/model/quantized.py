@@ -14,6 +14,7 @@ let it do their work.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,8 +35,8 @@ INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products in int8, scaled by
 class Channels:
     """A kernel [in, out] in int8. `values` and `scales` are tensors, or the graph's values once declared."""
 
-    values: object
-    scales: object
+    values: Any
+    scales: Any
     dtype = DataType.FLOAT
 
     def declare(self, builder) -> "Channels":
@@ -59,9 +60,9 @@ class Channels:
 class Blocks:
     """A kernel or a table by its rows [out, in], in `bits` bits. `flat` are the same bytes as [out, in * bits / 8]."""
 
-    values: object
-    flat: object
-    scales: object
+    values: Any
+    flat: Any
+    scales: Any
     bits: int
 
     @property

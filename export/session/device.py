@@ -36,7 +36,8 @@ class DeviceSession(Session):
     can_capture = True
 
     def __init__(self, bundle, provider="auto", threads=0, provider_options=None):
-        self._shared, self._stream, self._caches, self._options = None, None, {}, {}
+        self._shared: dict[str, onnxruntime.OrtValue] = {}
+        self._stream, self._caches, self._options = 0, {}, {}
         self._owners = WeakKeyDictionary()  # logits -> a weak reference to the cache that they came with
         super().__init__(bundle, provider, threads, provider_options)
 
@@ -107,7 +108,7 @@ class DeviceSession(Session):
         """Before the graphs are opened: the weights' one copy, and the stream."""
         with self._room():
             self._shared = upload(self.bundle, self.device, self.device_id)
-        self._stream = cuda.stream(self.device_id) if self.provider == CUDA else None
+        self._stream = cuda.stream(self.device_id) if self.provider == CUDA else 0
 
     def _options_of(self, name, threads):
         options = super()._options_of(name, threads)
@@ -158,14 +159,16 @@ def upload(bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.Ort
         file = bundle.graph_file(name)
         for tensor in onnx.load(file, load_external_data=False).graph.initializer:
             place = ExternalDataInfo(tensor)
-            if tensor.name in values or not tensor.external_data or place.length < SHARED_FROM:
+            offset, length = place.offset or 0, place.length or 0
+            if tensor.name in values or not tensor.external_data or length < SHARED_FROM:
                 continue
             value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
                 list(tensor.dims), tensor.data_type, device, device_id
             )
             kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
             bits = np.dtype(f"u{kind.itemsize}") if kind.kind == "V" else kind  # bfloat16 goes in as its bits
-            value.update_inplace(data[place.offset : place.offset + place.length].view(bits).reshape(tensor.dims))
+            piece = data[offset : offset + length].view(bits)
+            value.update_inplace(piece.reshape(tensor.dims))
             # Seen through DLPack: a session takes no buffer that is an OrtValue's own.
             values[tensor.name] = onnxruntime.OrtValue.from_dlpack(value._ortvalue)
     return values

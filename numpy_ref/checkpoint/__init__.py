@@ -23,7 +23,7 @@ from ..files import new_directory, new_file, read_json, within
 from . import adapter as adapters
 from . import hub, kinds
 from .blocks import dtypes
-from .hugging_face import PADDING, from_hf, resize_from_hf, resize_to_hf, to_hf
+from .hugging_face import GENERATION, PADDING, from_hf, not_done, resize_from_hf, resize_to_hf, to_hf
 from .layouts import (
     FUSED,
     KEY_VALUE,
@@ -99,9 +99,22 @@ def load_config(path) -> PaliGemmaConfig:
     try:
         fields = read_json(file)
         kinds.refuse_quantized(file.name, fields)
-        return from_hf(fields)
+        return from_hf(fields, _generation(path))
     except PaliGemmaError as error:
         raise PaliGemmaError(f"{path}: {error}") from None
+
+
+def _generation(path):
+    """The contents of generation_config.json, if there is one; a line on stderr for what it asks and nobody does."""
+    file = within(path, GENERATION)
+    if not file.exists():
+        return None
+    found = read_json(file)
+    if asked := not_done(found) if isinstance(found, dict) else []:
+        note(f"{path}: {GENERATION} asks for {', '.join(asked)}; that is not done, or left to the options of commands")
+    if isinstance(found, dict) and found.get("eos_token_id") is None:
+        note(f"{path}: {GENERATION} names no eos_token_id, so that, as in transformers, nothing ends an answer early")
+    return found
 
 
 def _load_directory(path) -> Checkpoint:

@@ -132,7 +132,8 @@ def _ends(eos: object, generation: object) -> dict:
     if generation is None:
         stops = [1] if own is None else own  # 1 is that of every release
     else:
-        _require(isinstance(generation, Mapping), "not a JSON object", GENERATION)
+        if not isinstance(generation, Mapping):
+            raise PaliGemmaError(f"{GENERATION}: it is not a JSON object")
         stops = _ids(GENERATION, generation.get("eos_token_id")) or []
     eos = next((token for token in own or [1] if token in stops or not stops), stops[0] if stops else 1)
     return {"eos": eos, "stops": None if stops == [eos] else tuple(stops)}
@@ -261,7 +262,9 @@ def to_hf(config: PaliGemmaConfig) -> dict:
         "pad_token_id": config.pad,
         "eos_token_id": eos,
         "bos_token_id": config.bos,
-    } | ({"final_logit_softcapping": text.final_softcap} if text.final_softcap else {})
+    }
+    if text.final_softcap:
+        hf_text["final_logit_softcapping"] = text.final_softcap
     if text.post_norms:
         scalar = text.query_scalar
         window = next((window for window in text.windows if window), None)

@@ -127,7 +127,7 @@ class TracedEngine(NumpyEngine):
             self.heading("decode 2 and on: as decode 1; printed are the tokens")
         return super().decode(input_ids, lengths, cache)
 
-    def sample(self, logits, known, temperature, top_k, top_p, uniform):
+    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
         """As the reference's. Printed beside a token: its text, and its share of the softmax of the logits."""
         token = sampling.sample(logits, known, temperature, top_k, top_p, uniform)
         if self.steps < 2:
@@ -150,7 +150,7 @@ class TracedEngine(NumpyEngine):
             if box.codes:
                 codes = np.array([box.codes])
                 self.row("codes", codes, ["B", ""], origin(detection.parse.__code__))
-                if painted is not None:
+                if painted is not None and self.masks:
                     self.row("mask", self.masks(codes), ["B", "", ""], origin(segmentation.decode.__code__))
                     self.row("painted", painted, ["", ""], origin(segmentation.paste.__code__))
 

@@ -138,7 +138,7 @@ class Tokenizer:
         self.pieces = {token: piece for piece, token in self.content.items()}
         self.content_pattern = re.compile(f"({'|'.join(self.content)})") if self.content else None
         self.size = max(self.size, 1 + max(self.pieces, default=-1))
-        self.control = {config.image_token, config.bos, config.eos, config.pad}
+        self.control = {config.image_token, config.bos, config.eos, config.pad, *config.ends}
         self.obeys_text = any(backend.encode(word) == [backend.find(word)] for word in _CONTROL)
         if self.size > config.text.vocab:
             raise PaliGemmaError(f"the tokenizer has {self.size} ids but the model only {config.text.vocab} embeddings")

@@ -41,7 +41,7 @@ export async function openBundle(source) {
 }
 
 function checkDescription({ graphs, files, config, tokens, max_length: maxLength, precision }) {
-  const whole = [maxLength, tokens?.image, tokens?.image_tokens, tokens?.bos, tokens?.eos, tokens?.pad];
+  const whole = [maxLength, tokens?.image, tokens?.image_tokens, tokens?.bos, tokens?.eos, tokens?.pad, ...(tokens?.stops ?? [])];
   whole.push(config?.vision_config?.image_size, config?.text_config?.vocab_size);
   const listed = Object.values(files ?? {});
   const sound = listed.every((file) => Number.isInteger(file?.bytes) && typeof file.sha256 === "string");

@@ -16,7 +16,8 @@ const LARGEST_UNIFORM = 1 - 2 ** -24; // of float32 below one
 export class Engine {
   constructor(ort, sessions, description, { inPlace = false } = {}) {
     Object.assign(this, { ort, sessions, description, inPlace });
-    Object.assign(this, { maxLength: description.max_length, eos: description.tokens.eos });
+    const { eos, stops = [eos] } = description.tokens; // older bundles have eos alone
+    Object.assign(this, { maxLength: description.max_length, stops: new Set(stops) });
   }
 
   /** Bytes of a picture, RGB row by row -> pixel values [1, 3, S, S]. */
@@ -93,14 +94,14 @@ export function budget(engine, promptLength, maxNewTokens) {
   return { newTokens: wanted, capacity: promptLength + wanted - 1 };
 }
 
-/** Yield one token at a time, the last of them eos unless there was no room for it. */
+/** Yield one token at a time, the last of them one that ends the answer unless there was no room for it. */
 export async function* generate(engine, pixelValues, prompt, { maxNewTokens, uniform = Math.random, ...sampling } = {}) {
   const { newTokens, capacity } = budget(engine, prompt.length, maxNewTokens);
   let { logits, cache } = await engine.prefill(pixelValues, prompt, capacity);
   for (let step = 0; ; step++) {
     const token = await engine.sample(logits, sampling, uniform());
     yield token;
-    if (token === engine.eos || step === newTokens - 1) return;
+    if (engine.stops.has(token) || step === newTokens - 1) return;
     ({ logits, cache } = await engine.decode(token, prompt.length + step, cache));
   }
 }

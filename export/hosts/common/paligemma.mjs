@@ -47,7 +47,7 @@ export class PaliGemma {
     for await (const token of generate(this.engine, pixelValues, ids, options)) {
       first ||= performance.now();
       drawn += 1;
-      if (token === this.engine.eos) break;
+      if (this.engine.stops.has(token)) break;
       tokens.push(token);
       onToken?.(stream.push(token), token);
       if (signal && (await isAborted(signal))) break;
