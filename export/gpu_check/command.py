@@ -147,11 +147,11 @@ class Tail:
         self.thread.join(5)
         if not self.thread.is_alive():  # nobody else holds the other end
             self.pipe.close()
-        return " | ".join(telling(self.kept.decode(errors="replace").splitlines()))[:800]
+        return " | ".join(last_lines(self.kept.decode(errors="replace").splitlines()))[:800]
 
 
-def telling(lines: list[str]) -> list[str]:
-    """Of what a process wrote before its end: the place that it was at, if that is told, else the last lines."""
+def last_lines(lines: list[str]) -> list[str]:
+    """Of what a process wrote before its end: the place that it was at, if that is there, else the last lines."""
     lines = [line.strip() for line in lines if line.strip()]
     places = [i for i, line in enumerate(lines) if "most recent call first" in line]
     if not places:
