@@ -34,7 +34,7 @@ def test_the_keys_of_the_file_are_a_contract(data):
         "format", "version", "producer", "precision", "operators", "residual", "max_length", "config", "tokens",
         "prompt", "image", "opset", "graphs", "files", "parity",
     ]  # fmt: skip
-    assert list(data["tokens"]) == ["image", "image_tokens", "bos", "eos", "pad", "newline", "known"]
+    assert list(data["tokens"]) == ["image", "image_tokens", "bos", "eos", "stops", "pad", "newline", "known"]
     assert list(data["image"]) == ["size", "resize", "mean", "std"]
     assert list(data["graphs"]["prefill"]) == ["file", "inputs", "outputs"]
     assert data["graphs"]["decode"]["inputs"][0] == {"name": "input_ids", "dtype": "int64", "shape": ["B", 1]}
@@ -45,7 +45,9 @@ def test_older_bundles_have_fewer_fields(written, data):
     assert written.operators == FUSED
     for name in ("operators", "residual", "parity"):
         del data[name]
+    del data["tokens"]["stops"]
     read = Description.from_json(data, "bundle.json")
+    assert read.tokens.stops == [data["tokens"]["eos"]]
     assert (read.operators, read.residual, read.prepacked, read.parity) == (PORTABLE, None, None, None)
 
 

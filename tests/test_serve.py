@@ -199,4 +199,5 @@ def test_every_module_of_the_page_is_served(port):
         targets = re.findall(r"""(?:from |src=|href=|URL\()["']([^"':]+)["']""", body.decode())
         todo += [urljoin(path, target) for target in targets if "." in target and not target.endswith("bundle/")]
     assert {f"/web/{name}" for name in serve.PAGE_FILES} == {path for path in seen if path.startswith("/web/")}
-    assert len([path for path in seen if path.startswith("/common/")]) == 6
+    common = {f"/common/{file.name}" for file in (serve.HOSTS / "common").glob("*.mjs")}
+    assert common == {path for path in seen if path.startswith("/common/")}
