@@ -60,7 +60,7 @@ def refuse_others(path) -> None:
         TENSORS: f"one file of a checkpoint: give its folder, {path.parent}",
         GRAPH: "one graph of a bundle, not a checkpoint: CHECKPOINT is what the bundle was exported from",
     }
-    if message := messages.get(kind(path)):
+    if message := messages.get(kind(path) or ""):
         raise PaliGemmaError(f"{path}: {message}")
     if path.is_file():
         raise PaliGemmaError(f"{path}: a file; a checkpoint is a Hugging Face directory, or a file that ends in .npz")
