@@ -191,8 +191,9 @@ def run_onnx_batch(argv=None):
     chosen = dict(arguments.provider_option)
     bundle = bundles.load(arguments.bundle) if arguments.bundle else shipped(arguments.provider, chosen)
     job = batch.Job(
-        rows, bundle, prompt, arguments.max_new_tokens, sampling, arguments.boxes, arguments.provider, chosen
-    )
+        rows, bundle, prompt, arguments.max_new_tokens, sampling, arguments.boxes, arguments.provider, chosen,
+        arguments.transparency,
+    )  # fmt: skip
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
     failed = f", {errors} of them {'an error' if errors == 1 else 'errors'}" if errors else ""

@@ -15,6 +15,7 @@ from numpy_ref import cli
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli.drawing import check_drawing, write_drawing
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.image import open_image
 
 EXAMPLE = SHIPPED / "example.png"
 COMMANDS = {
@@ -385,3 +386,20 @@ def test_bad_options(options):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert not result.stdout
+
+
+# --- transparency ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ENGINES)
+def test_transparency_is_an_option(tmp_path, command):
+    """A picture whose dark parts are transparent: on white it is another than without its alpha."""
+    pixels = np.asarray(Image.open(EXAMPLE).convert("RGBA")).copy()
+    pixels[:, :, 3] = np.where(pixels[:, :, :3].max(-1) > 128, 255, 0)
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    found = {}
+    for how in ("white", "drop"):
+        open_image(tmp_path / "clear.png", how).save(tmp_path / f"{how}.png")
+        found[how] = answer(command, tmp_path / "clear.png", "caption en", "--transparency", how)["tokens"]
+        assert found[how] == answer(command, tmp_path / f"{how}.png", "caption en")["tokens"]
+    assert found["white"] != found["drop"]

@@ -50,12 +50,14 @@ class Job:
     boxes: str = "big_vision"
     provider: str = "auto"
     provider_options: dict[str, str] = field(default_factory=dict)
+    transparency: str = "white"  # one of image.TRANSPARENCIES
 
     def settings(self) -> dict:
         """All that an answer depends on, as plain values: it must be the same to go on."""
         described = bundles.sha256(self.bundle.path / bundles.DESCRIPTION)  # it holds the checksums of the rest
         options = {"prompt": self.prompt, "max_new_tokens": self.max_new_tokens, **asdict(self.sampling)}
         options |= {"boxes": self.boxes, "provider": self.provider, "provider_option": self.provider_options}
+        options |= {"transparency": self.transparency}
         return {"input": self.rows.digest, "bundle": described, **options}
 
 
@@ -131,7 +133,7 @@ class Worker:
         try:
             prompt = row.question(self.job.prompt)
             fitted = answering.fit(self.engine, self.tokenizer, prompt, self.job.max_new_tokens)
-            image = row.picture()
+            image = row.picture(self.job.transparency)
         except PaliGemmaError as error:
             text = self.job.prompt if row.prompt is None else row.prompt
             return _head(row, text if isinstance(text, str) else None) | {"error": " ".join(str(error).split())}

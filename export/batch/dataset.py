@@ -44,14 +44,15 @@ class Row:
         named = self.image.get("path") if isinstance(self.image, dict) else self.image
         return named if isinstance(named, str) else None
 
-    def picture(self):
+    def picture(self, transparency: str = "white"):
         """The picture, as `image.open_image` gives it; PaliGemmaError if there is none that can be read."""
         contents = self.image.get("bytes") if isinstance(self.image, dict) else self.image
         try:
             if isinstance(contents, bytes):
-                return decode_image(BytesIO(contents), self.image_name or f"the picture of row {self.number}")
+                name = self.image_name or f"the picture of row {self.number}"
+                return decode_image(BytesIO(contents), name, transparency)
             if self.image_name:
-                return open_image(self.folder / self.image_name)
+                return open_image(self.folder / self.image_name, transparency)
         except (PaliGemmaError, MemoryError):
             raise
         except Exception as error:  # Pillow's decoders raise many kinds, and one picture must not stop the others

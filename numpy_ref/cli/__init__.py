@@ -13,7 +13,7 @@ from .. import answer as answering
 from .. import detection
 from ..answer import Answer
 from ..errors import PaliGemmaError, is_out_of_memory, out_of_memory, plural
-from ..image import open_image
+from ..image import TRANSPARENCIES, open_image
 from ..model import segmentation
 from ..model.sampling import Sampling
 from .drawing import check_drawing, write_drawing
@@ -68,6 +68,10 @@ def add_answer_options(options: Parser) -> None:
     options.add_argument(
         "--boxes", choices=detection.CONVENTIONS, default="big_vision", help="what a location token counts (big_vision)"
     )
+    options.add_argument(
+        "--transparency", choices=TRANSPARENCIES, default="white",
+        help="what stands behind transparent pixels: white, or the colors that the file has there (white)",
+    )  # fmt: skip
     options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
 
 
@@ -110,7 +114,7 @@ def answer(arguments, load, look=None, quiet=False) -> int:
     `look(engine, tokenizer, image, answer)` is called with what was answered.
     """
     streamed = not (arguments.json or quiet)
-    image = open_image(arguments.image)  # before the model: the cheaper mistake first
+    image = open_image(arguments.image, arguments.transparency)  # before the model: the cheaper mistake first
     started = time.perf_counter()
     engine, tokenizer = load(arguments.model)
     load_s = time.perf_counter() - started
