@@ -377,7 +377,7 @@ def stopped(rows, folder, *options):
     [
         (["--temperature", "0.5"], "detect cross", "another temperature;"), (["--seed", "1"], "detect cross", "another seed;"),
         (["--max-new-tokens", "3", "--top-k", "2"], "detect cross", "another max-new-tokens, top-k;"),
-        ([], "detect star", "another prompt;"),
+        ([], "detect star", "another prompt;"), (["--transparency", "drop"], "detect cross", "another transparency;"),
     ],
 )  # fmt: skip
 def test_other_options_are_refused(rows, tmp_path, capsys, options, prompt, named):
