@@ -22,8 +22,9 @@ from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED, adapter, flatten, parameters
 from numpy_ref.checkpoint.adapter import Merged, in_memory
 from numpy_ref.checkpoint.layouts import canonical
+from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.generate import NumpyEngine, generate, pad_prompts
+from numpy_ref.generate import generate, pad_prompts
 from torch_impl import __main__ as torch_command
 from torch_impl.load import TorchEngine, to_array
 
