@@ -299,7 +299,7 @@ def test_a_bundle_is_that_of_the_merged_checkpoint(lora, tmp_path, monkeypatch, 
     monkeypatch.setattr(Merged, "__getitem__", lambda self, key: read.append(get(self, key)) or read[-1])
     monkeypatch.setattr(Merged, "__array__", lambda *_: pytest.fail("a merged weight was made whole"))
     monkeypatch.setattr("numpy_ref.checkpoint.blocks.BLOCK", 1000)
-    monkeypatch.setattr("export.model.quantized.STEP", 250)
+    monkeypatch.setattr("export.bundle.forms.STEP", 250)
     weights.write(tmp_path / "ours", expected, flatten(checkpoint.load(base, folder).params))
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "expected").read_bytes()
     assert max(array.nbytes for array in read) <= 2000  # where the smallest weight has 3360

@@ -331,7 +331,7 @@ def test_what_wraps_every_name_is_taken_off(folder, capsys, prefix):
     assert same(load(folder).params, expected)
     message = capsys.readouterr().err
     assert f"every tensor's name begins with {prefix}, which is taken off" in message
-    assert message.count("\n") == 1
+    assert message.count("which is taken off") == 1
     rewrite(folder, lambda t: {n.removeprefix(prefix) if n.endswith("norm.weight") else n: a for n, a in t.items()})
     with pytest.raises(PaliGemmaError, match=f"unexpected {prefix}"):  # not all of them share it
         load(folder)
