@@ -156,8 +156,8 @@ def test_answers_stop_where_the_model_does(tmp_path, rows):
 def test_picture_tokens_in_front_are_warned_of_once(rows, tmp_path, capsys, workers):
     file, image = tmp_path / "rows.jsonl", str(rows.parent / "00.png")
     write(file, [{"image": image, "prompt": prompt} for prompt in ("caption en", *["<image>caption en"] * 5)])
-    told = answer(file, tmp_path / "out.jsonl", "--batch-size", "2", "--workers", workers)
-    assert told[0]["tokens"]
+    found = answer(file, tmp_path / "out.jsonl", "--batch-size", "2", "--workers", workers)
+    assert found[0]["tokens"]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert line.startswith("run-onnx-batch: warning: row 1: the prompt begins with <image>")
 
@@ -166,11 +166,11 @@ def test_a_default_prompt_is_read_as_run_onnx_reads_it(rows, tmp_path, capsys):
     prompt, file = tmp_path / "prompt.txt", tmp_path / "rows.jsonl"
     prompt.write_bytes(b"\xef\xbb\xbfcaption en\r\n")
     write(file, [{"image": str(rows.parent / "00.png")}])
-    told = [
+    found = [
         answer(file, tmp_path / f"{i}.jsonl", prompt=given)
         for i, given in enumerate(["caption en", "caption en\n", f"@{prompt}"])
     ]
-    assert told[0] == told[1] == told[2]
+    assert found[0] == found[1] == found[2]
     assert capsys.readouterr().out.splitlines()[-1].endswith(": 1 row")
 
 
@@ -180,9 +180,9 @@ def test_flat_boxes_are_in_the_rows(rows, monkeypatch, tmp_path):
     monkeypatch.setattr(batch.Tokenizer, "decode", lambda self, ids: text)
     file = tmp_path / "rows.jsonl"
     write(file, [{"image": str(rows.parent / "00.png")}])
-    (told,) = answer(file, tmp_path / "out.jsonl")
-    assert [box["label"] for box in told["boxes"]] == ["thin", "turned"]
-    assert told["boxes"][0]["y1"] == told["boxes"][0]["y2"]
+    (found,) = answer(file, tmp_path / "out.jsonl")
+    assert [box["label"] for box in found["boxes"]] == ["thin", "turned"]
+    assert found["boxes"][0]["y1"] == found["boxes"][0]["y2"]
 
 
 def test_a_worker_short_of_memory_says_so(monkeypatch):
@@ -200,7 +200,7 @@ def test_a_worker_short_of_memory_says_so(monkeypatch):
     assert "not enough memory (Unable to allocate 9 TiB)" in str(error)
 
 
-def test_bad_rows_are_told_and_stop_nothing(rows, greedy, tmp_path, capsys):
+def test_bad_rows_are_reported_and_stop_nothing(rows, greedy, tmp_path, capsys):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "half.png").write_bytes((SHIPPED / "example.png").read_bytes()[:-400])
     good = {"image": str(rows.parent / "00.png"), "prompt": "caption en"}

@@ -59,8 +59,8 @@ def test_an_actor_is_killed_and_every_row_is_there_once(tmp_path):
     assert victims, process.communicate()[0]
     os.kill(victims[0], signal.SIGKILL)
     done = part.read_bytes().count(b"\n")
-    told, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, told
+    found, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, found
     assert done < len(rows)  # it was killed mid-way
 
     assert run("run-onnx-batch", cli.run_onnx_batch, [*options, "--output", str(tmp_path / "local.jsonl")]) == 0
@@ -103,8 +103,8 @@ def test_an_actor_tells_what_is_wrong(monkeypatch):
         raise PaliGemmaError("the session does not open")
 
     monkeypatch.setattr(ray_workers, "Worker", fail)
-    told = ray_workers.Actor(None, 1)({"begin": [0], "end": [4], "size": [2]})
-    assert told == {"begin": [0], "answers": ["[]"], "error": ["the session does not open"]}
+    found = ray_workers.Actor(None, 1)({"begin": [0], "end": [4], "size": [2]})
+    assert found == {"begin": [0], "answers": ["[]"], "error": ["the session does not open"]}
 
 
 def test_an_actor_answers_a_task_batch_by_batch(monkeypatch):
@@ -116,6 +116,6 @@ def test_an_actor_answers_a_task_batch_by_batch(monkeypatch):
             yield from ([{"row": row} for row in range(begin, begin + size)] for begin in begins)
 
     monkeypatch.setattr(ray_workers, "Worker", Worker)
-    told = ray_workers.Actor("job", 3)({"begin": [4], "end": [8], "size": [2]})
-    assert json.loads(told["answers"][0]) == [[{"row": 4}, {"row": 5}], [{"row": 6}, {"row": 7}]]
-    assert told["error"] == [""]
+    found = ray_workers.Actor("job", 3)({"begin": [4], "end": [8], "size": [2]})
+    assert json.loads(found["answers"][0]) == [[{"row": 4}, {"row": 5}], [{"row": 6}, {"row": 7}]]
+    assert found["error"] == [""]

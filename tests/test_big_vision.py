@@ -366,7 +366,7 @@ def test_what_a_npz_cannot_say_is_refused(tmp_path, change, word):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_npz_omits_is_told(tmp_path):
+def test_what_a_npz_omits_is_reported(tmp_path):
     config, params, _ = model("paligemma2")
     text = replace(config.text, final_softcap=30.0, windows=(7, None, 7))
     checkpoint.save(tmp_path / "hf", replace(config, text=text), params)

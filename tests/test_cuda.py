@@ -408,7 +408,7 @@ except Exception as error:
     assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in second
 
 
-def test_an_upload_that_fails_is_told(bundles):
+def test_an_upload_that_fails_is_reported(bundles):
     """With the memory of the device full the session does not go on without its weights."""
     folder = bundles("shipped", "float16", "fused")
     with pytest.raises(

@@ -92,7 +92,7 @@ def test_the_host_cannot_touch_device_memory(access):
     assert failed.value.log.allocations[0].bytes == 4096
 
 
-def test_what_a_script_prints_on_failure_is_told():
+def test_what_a_script_prints_on_failure_is_shown():
     with pytest.raises(cuda_stub.ScriptFailed, match="ValueError: here"):
         run("raise ValueError('here')")
 

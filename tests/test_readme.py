@@ -148,10 +148,10 @@ def parse(command: str, monkeypatch) -> None:
     monkeypatch.setattr(Parser, "parse_args", stop(Parser.parse_args))
     monkeypatch.setattr(Parser, "parse_intermixed_args", stop(Parser.parse_intermixed_args))
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    said = io.StringIO()
-    with redirect_stderr(said), pytest.raises((Parsed, SystemExit)) as ended:
+    printed = io.StringIO()
+    with redirect_stderr(printed), pytest.raises((Parsed, SystemExit)) as ended:
         start(name)
-    assert ended.type is Parsed, f"{command}: {said.getvalue() or ended.value}"
+    assert ended.type is Parsed, f"{command}: {printed.getvalue() or ended.value}"
 
 
 def start(name: str) -> None:

@@ -160,7 +160,7 @@ def test_without_npm_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "npm (nodejs.org)" in line
 
 
-def test_an_npm_that_fails_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+def test_an_npm_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     bundle.shipped()
     without_libraries(tmp_path, monkeypatch, npm="echo npm error no network >&2; exit 1")
     assert run("run-onnx", cli.run_onnx, ["--serve", "--port", "0"]) == 1

@@ -142,7 +142,7 @@ def test_no_axis_is_declared_for_a_value_that_is_not_there():
     assert taps == AXES.keys()
 
 
-def test_functions_and_lines_are_where_they_are_said_to_be(tiny):
+def test_functions_and_lines_are_where_the_trace_has_them(tiny):
     _, lines, _, _ = tiny
     rows = [row for stage in stages(lines).values() for row in stage]
     assert {row["function"] for row in rows} >= {

@@ -129,7 +129,7 @@ def test_rows_are_of_the_operators_that_ship(tmp_path, precision):
     assert [line.split()[:2] for line in notes[1:]][-1] == ["decode", "text.blocks.*"]
 
 
-def test_what_was_not_run_is_said(tmp_path, monkeypatch):
+def test_what_was_not_run_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "choose_provider", lambda wanted: verify.CPU)
     opened, model = written(tmp_path, "paligemma1", "bfloat16")
     assert opened.operators == FUSED
