@@ -3,10 +3,12 @@
 Writes a random checkpoint into FOLDER, exports it, answers with the float32 bundle, verifies it in one more export, and
 prints seconds, GB/s against a plain copy of the same bytes, and the peak of anonymous memory (what the system cannot
 drop and read again; Linux only).
-FOLDER must not exist and is removed at the end.
+FOLDER must not exist and is removed at the end. `--sizes` instead prints how large every release is in every precision,
+from its configuration alone.
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,13 +18,32 @@ from pathlib import Path
 import numpy as np
 
 from numpy_ref import cli
-from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.checkpoint import SHIPPED, parameters
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 
+from .bundle import weights
 from .bundle.weights import PRECISIONS
+from .model.layers import FUSED
 
 PROG = "python -m export.measure"
+
+
+def sizes() -> str:
+    """A table of the releases: weights, and bytes of a checkpoint in bfloat16 and of a bundle's weights by precision.
+
+    Their sizes in pixels change no more than the table of positions. --prepack adds the same again.
+    """
+    lines = [f"{'GB':<16}{'weights':>9}{'checkpoint':>12}" + "".join(f"{name:>15}" for name in PRECISIONS)]
+    for name in (name for name in VARIANTS if name.endswith("-224")):
+        config = VARIANTS[name]
+        count = sum(math.prod(parameter.shape) for parameter in parameters(config))
+        row = f"{name.removesuffix('-224'):<16}{count / 1e9:>8.2f}B{2 * count / 1e9:>12.1f}"
+        for precision in PRECISIONS:
+            placed = weights.plan(config, precision, FUSED)
+            row += f"{weights.size(placed) / 1e9:>15.1f}"
+        lines.append(row)
+    return "\n".join(lines)
 
 
 def watch(command) -> tuple[float, float, str]:
@@ -108,7 +129,8 @@ def measure(folder: Path, variant: str, layers, precisions, runs: int) -> dict:
 
 def main(argv=None):
     options = cli.Parser(prog=PROG, description=__doc__.splitlines()[0])
-    options.add_argument("folder", type=Path, metavar="FOLDER", help="a new folder with room for three copies")
+    options.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="new, with room for three copies")
+    options.add_argument("--sizes", action="store_true", help="print the sizes of all releases, and measure nothing")
     options.add_argument("--variant", choices=VARIANTS, default="paligemma-3b-224")
     options.add_argument("--layers", type=cli.whole(1), help="keep only so many layers of each tower")
     options.add_argument(
@@ -119,6 +141,11 @@ def main(argv=None):
     )
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args(argv)
+    if arguments.sizes:
+        print(sizes())
+        return 0
+    if not arguments.folder:
+        options.error("FOLDER is needed (or --sizes)")
     if arguments.folder.exists():
         raise PaliGemmaError(f"{arguments.folder}: exists already; name a new folder")
     try:
