@@ -26,11 +26,12 @@ def drawn(seed):
     vision_heads = int(rng.integers(1, 4))
     kind, depth = one_of("gemma", "gemma2"), int(rng.integers(1, 5))
     text = {
-        "vocab_size": int(rng.integers(60, 300)), "hidden_size": int(rng.integers(5, 60)), "head_dim": head_dim,
+        "vocab_size": int(rng.integers(60, 300)), "head_dim": head_dim,
+        "hidden_size": kv_heads * group * int(rng.integers(2, 12)),  # transformers asks for a multiple of the heads
         "intermediate_size": int(rng.integers(5, 60)), "num_hidden_layers": depth, "num_key_value_heads": kv_heads,
         "num_attention_heads": kv_heads * group, "rms_norm_eps": 10.0 ** rng.uniform(-8, -1),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10.0 ** rng.uniform(1, 6)},
-        "final_logit_softcapping": one_of(None, 0.5, 30.0),
+        "final_logit_softcapping": one_of(None, 5.0, 30.0),  # a lower one makes ties of large logits
     }  # fmt: skip
     if kind == "gemma2":
         text |= {
@@ -99,8 +100,11 @@ def warped(logits, temperature, top_k, top_p):
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    steps = [TemperatureLogitsWarper(temperature)] + [TopKLogitsWarper(top_k)] * bool(top_k)
-    steps += [TopPLogitsWarper(top_p)] * (top_p < 1)
+    steps = [TemperatureLogitsWarper(temperature)]
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        steps.append(TopPLogitsWarper(top_p))
     scores = LogitsProcessorList(steps)(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(logits)[None])
     return scores.softmax(-1)[0].numpy()
 
