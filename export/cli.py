@@ -15,6 +15,7 @@ from numpy_ref.model.sampling import Sampling
 from . import bundle as bundles
 from .model.layers import OPERATORS
 
+SOME_FAILED = 3  # the exit code that --fail-on-error asks for; 1 is an error, 2 a wrong command line
 NAMED = 10  # of the files that a folder has besides pictures
 
 
@@ -168,6 +169,10 @@ def run_onnx_batch(argv=None):
     options.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="workers on this machine, or Ray's (local)"
     )
+    options.add_argument(
+        "--fail-on-error", action="store_true",
+        help=f"exit with {SOME_FAILED} where rows could not be answered; the output is written all the same",
+    )  # fmt: skip
     cli.add_answer_options(options)
     _add_provider_options(options)
     arguments = options.parse_args(argv)
@@ -197,7 +202,7 @@ def run_onnx_batch(argv=None):
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
     failed = f", {errors} of them {'an error' if errors == 1 else 'errors'}" if errors else ""
     print(f"wrote {arguments.output}: {plural(count, 'row')}{failed}")
-    return 0
+    return SOME_FAILED if errors and arguments.fail_on_error else 0
 
 
 def export_main():

@@ -37,6 +37,7 @@ class Row:
     folder: Path
     image: Any
     prompt: Any
+    problem: str = ""  # why its fields cannot be read
 
     @property
     def image_name(self) -> str | None:
@@ -60,6 +61,8 @@ class Row:
 
     def question(self, default: str | None) -> str:
         """The row's own prompt, or the one for rows without; PaliGemmaError if there is neither."""
+        if self.problem:
+            raise PaliGemmaError(f"row {self.number} cannot be read ({self.problem})")
         prompt = default if self.prompt is None else self.prompt
         if not isinstance(prompt, str) or not prompt.strip():
             raise PaliGemmaError(f"row {self.number} has no prompt")
@@ -193,9 +196,9 @@ class Parquet:
                 self._rows, self._next = self._from(group), int(self.ends[group - 1]) if group else 0
             rows = []
             while self._next < stop:
-                image, prompt = next(self._rows)
+                fields = next(self._rows)
                 if self._next >= start:
-                    rows.append(Row(self._next, self.path.parent, image, prompt))
+                    rows.append(Row(self._next, self.path.parent, *fields))
                 self._next += 1
         return rows
 
@@ -203,12 +206,17 @@ class Parquet:
         return int(np.searchsorted(self.ends, number, "right"))
 
     def _from(self, group):
-        """Yield (image, prompt) of every row from a row group's first on."""
+        """Yield (image, prompt, problem) of every row from a row group's first on."""
         with _open_parquet(self.path) as file:
             groups = range(group, len(self.ends))
             for batch in file.iter_batches(16, row_groups=groups, columns=self.columns, use_threads=False):
-                for row in batch.to_pylist():
-                    yield row["image"], _prompt(row)
+                for i in range(len(batch)):
+                    try:
+                        (row,) = batch.slice(i, 1).to_pylist()
+                    except Exception as error:  # text that is not UTF-8, for one
+                        yield None, None, str(error)
+                    else:
+                        yield row["image"], _prompt(row), ""
 
 
 def picture_suffixes() -> set[str]:
