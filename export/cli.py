@@ -6,14 +6,17 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from numpy_ref import checkpoint as checkpoints
-from numpy_ref import cli, files
-from numpy_ref.cli.options import check_on_cores, on_cores, pair
-from numpy_ref.errors import one_line, plural
-from numpy_ref.model.sampling import Sampling
+from numpy_ref import interrupts
 
-from . import bundle as bundles
-from .model.layers import OPERATORS
+with interrupts.while_loading():
+    from numpy_ref import checkpoint as checkpoints
+    from numpy_ref import cli, files
+    from numpy_ref.cli.options import check_on_cores, on_cores, pair
+    from numpy_ref.errors import note, one_line, plural
+    from numpy_ref.model.sampling import Sampling
+
+    from . import bundle as bundles
+    from .model.layers import OPERATORS
 
 SOME_FAILED = 3  # the exit code that --fail-on-error asks for; 1 is an error, 2 a wrong command line
 NAMED = 10  # of the files that a folder has besides pictures
@@ -75,7 +78,7 @@ def export_onnx(argv=None):
         checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators,
         arguments.prepack, arguments.residual,
     )  # fmt: skip
-    print(f"wrote {arguments.output}")
+    print(one_line(f"wrote {arguments.output}"))
     return 0
 
 
@@ -128,9 +131,7 @@ def _left_out(names) -> str:
     """What a folder has besides pictures, by count and name."""
     kinds = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in _endings(names).most_common(NAMED))
     some = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return one_line(
-        f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})"
-    )
+    return f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})"
 
 
 def _endings(names) -> Counter:
@@ -187,7 +188,7 @@ def run_onnx_batch(argv=None):
 
     rows = dataset.open_dataset(arguments.input, prompt)
     if rows.left_out:
-        print(f"{options.prog}: warning: {_left_out(rows.left_out)}", file=sys.stderr)
+        note(f"{options.prog}: warning: {_left_out(rows.left_out)}")
     if arguments.engine == "ray":
         from .batch.ray_workers import workers
     else:
@@ -201,7 +202,7 @@ def run_onnx_batch(argv=None):
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
     failed = f", {errors} of them {'an error' if errors == 1 else 'errors'}" if errors else ""
-    print(f"wrote {arguments.output}: {plural(count, 'row')}{failed}")
+    print(one_line(f"wrote {arguments.output}: {plural(count, 'row')}{failed}"))
     return SOME_FAILED if errors and arguments.fail_on_error else 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, note, one_line
 
 from . import bundle as bundles
 
@@ -45,7 +45,8 @@ def serve(path: Path | None, port: int = 0) -> None:
     """Serve a bundle, or the shipped model's, until interrupted. Raises PaliGemmaError if it cannot."""
     bundle = bundles.load(path) if path else bundles.shipped()
     with open_server(bundle, port) as server:
-        print(f"http://{ADDRESS}:{server.server_port}{PAGE} serves {bundle.path}; Ctrl-C stops it", flush=True)
+        address = f"http://{ADDRESS}:{server.server_port}{PAGE}"
+        print(one_line(f"{address} serves {bundle.path}; Ctrl-C stops it"), flush=True)
         server.serve_forever()
 
 
@@ -65,7 +66,7 @@ def _fetch_libraries() -> None:
     command = ["npm", "ci", "--omit=dev", "--no-audit", "--no-fund", "--prefix", str(HOSTS / "web")]
     if not (npm := shutil.which("npm")):
         raise PaliGemmaError(f"the page's libraries are missing, and so is npm (nodejs.org); then: {' '.join(command)}")
-    print(f"fetching the page's libraries: {' '.join(command)}", file=sys.stderr)
+    note(f"fetching the page's libraries: {' '.join(command)}")
     done = subprocess.run([npm, *command[1:]], capture_output=True, text=True)
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if "error" in line] or ["it gave no reason"]
@@ -91,7 +92,7 @@ class _Server(ThreadingHTTPServer):
         """A connection that broke is the browser's affair; anything else is told in a line."""
         error = sys.exception()
         if not isinstance(error, ConnectionError):
-            print(f"run-onnx: a request failed ({error!r})", file=sys.stderr)
+            note(f"run-onnx: a request failed ({error!r})")
 
 
 class _Handler(BaseHTTPRequestHandler):

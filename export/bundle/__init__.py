@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from numpy_ref import __version__
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import hub, kinds
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, note
 from numpy_ref.files import absent, new_directory, read_json, within
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer, known_ids
@@ -245,7 +244,7 @@ def shipped(for_cuda: bool = False) -> Bundle:
             return load(path)
         except PaliGemmaError:
             shutil.rmtree(path, ignore_errors=True)
-    print(f"exporting the shipped model to {path}", file=sys.stderr)
+    note(f"exporting the shipped model to {path}")
     try:
         write(checkpoints.load(checkpoints.SHIPPED), path, operators=PORTABLE if for_cuda else FUSED)
     except PaliGemmaError:
@@ -313,7 +312,7 @@ def _models(checkpoint, tokenizer, placed, dtype, operators, residual) -> dict:
 
 
 def _warn(message) -> None:
-    print(f"export-onnx: warning: {message}", file=sys.stderr)
+    note(f"export-onnx: warning: {message}")
 
 
 def _as_json(description) -> bytes:

@@ -1,9 +1,8 @@
 """The PROMPT of a command: given as it is, or read from a file."""
 
-import sys
 from pathlib import Path
 
-from ..errors import PaliGemmaError
+from ..errors import PaliGemmaError, note
 from ..tokenizer import prompt_warning
 
 HELP = "@FILE reads the prompt from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count"
@@ -42,5 +41,5 @@ def _read(file: Path) -> str:
 def warn_of_prompt(prog: str, prompt: str) -> bool:
     """Say on stderr what `prompt_warning` has to say; whether there was something."""
     if warning := prompt_warning(prompt):
-        print(f"{prog}: warning: {warning}", file=sys.stderr)
+        note(f"{prog}: warning: {warning}")
     return bool(warning)
