@@ -174,6 +174,9 @@ def write(
         if verify:
             description = replace(description, parity=verify(Bundle(folder, description), checkpoint))
         (folder / DESCRIPTION).write_bytes(_as_json(description))
+    if prepacked:
+        for graph in ("prefill", "decode"):
+            prepack.remember(output / description.graphs[graph].file, description.files[weights.FILE].sha256)
     if not sums:  # then it was read again after it was written
         digests.remember(output / weights.FILE, description.files[weights.FILE].sha256, before)
     if not contents.copies:

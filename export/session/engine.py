@@ -17,7 +17,7 @@ from numpy_ref.image import to_rgb
 from numpy_ref.model.segmentation import CELLS, SIDE
 
 from .. import bundle as bundles
-from ..bundle import Bundle
+from ..bundle import Bundle, prepack
 from ..bundle.weights import FLOATS, stream_dtype
 from ..runtime import session_options
 from . import cuda
@@ -136,8 +136,12 @@ class Session(Engine):
         options = self._options_of(name, threads)
         on_device = self.provider == CUDA and name in ON_DEVICE
         providers = [(CUDA, self._provider_options_of(name)), CPU] if on_device else [CPU]
+        digest = self.bundle.description.files[bundles.weights.FILE].sha256
+        source, entries = prepack.source(self._file(name), digest, on_cpu=not on_device)
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
         with self._errors_as_line(name):
-            opened = onnxruntime.InferenceSession(self._file(name), options, providers=providers)
+            opened = onnxruntime.InferenceSession(source, options, providers=providers)
         found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
         for value, shape in self._io(name).items():
             if not _fits(found.get(value), shape):
