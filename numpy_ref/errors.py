@@ -1,5 +1,6 @@
 """The one exception that the project raises for input that it cannot use, and how it speaks of that input."""
 
+import errno
 import reprlib
 import sys
 import traceback
@@ -25,6 +26,8 @@ class PaliGemmaError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out; PyTorch says it by a RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 

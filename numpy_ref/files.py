@@ -1,9 +1,11 @@
 """Files: reading those of a folder that may come from a stranger, and writing whole or not at all."""
 
+import errno
 import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +13,10 @@ from pathlib import Path
 from .errors import PaliGemmaError, quote
 
 MAX_JSON_BYTES = 16 * 2**20  # the largest JSON file that there is, an index of shards, has a tenth
+MAX_SMALL_BYTES = 2**28  # the largest of other files that are read whole, a tokenizer.json, has an eighth
 _PART = ".part"  # how the names of unfinished folders end
+#: Do not wait for a pipe's other end, and do not follow a link; what else to say where systems have it.
+_ONLY_FILES = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -36,12 +41,31 @@ def within(folder, name: str) -> Path:
     return file
 
 
+@contextmanager
+def opened(file):
+    """Open a file to read its bytes. Raises OSError, also for what only has a name like one: a pipe would block.
+
+    A link is followed once: if another link is put where it led, that is not.
+    """
+    descriptor = os.open(os.path.realpath(file), os.O_RDONLY | _ONLY_FILES)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a file, but a folder, pipe, socket or device", str(file))
+        yield stream
+
+
+def read_bytes(file, most: int = MAX_SMALL_BYTES) -> bytes:
+    """All bytes of a small file. Raises OSError, and PaliGemmaError if it has more than `most`."""
+    with opened(file) as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > most:
+            raise PaliGemmaError(f"{Path(file).name} has {size} bytes, more than the {most} that are read")
+        return stream.read(most)
+
+
 def read_json(file: Path):
     """Parse a JSON file; PaliGemmaError if it is absent, larger than MAX_JSON_BYTES, or not JSON."""
     try:
-        if (size := Path(file).stat().st_size) > MAX_JSON_BYTES:
-            raise PaliGemmaError(f"{Path(file).name} has {size} bytes, more than the {MAX_JSON_BYTES} that are read")
-        return json.loads(Path(file).read_bytes())
+        return json.loads(read_bytes(file, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise PaliGemmaError(f"{Path(file).name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

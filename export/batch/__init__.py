@@ -282,6 +282,9 @@ def work_file(output: Path, settings: dict):
     files.absent(output, "file")
     part = output.with_name(f"{output.name}.part")
     notes = output.with_name(f"{output.name}.part.json")
+    for path in (part, notes):
+        if os.path.lexists(path) and not path.is_file():
+            raise PaliGemmaError(f"{path}: not a file; remove it, or give another --output")
     with _written(output):
         file = part.open("a+b", buffering=0)  # what a full disk does not take must not wait for close
     try:

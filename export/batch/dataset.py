@@ -7,6 +7,7 @@ opens the files again.
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from numpy_ref import files
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import decode_image, known_formats, open_image
 
@@ -71,11 +73,13 @@ class Row:
 
 def open_dataset(path: Path, default_prompt: str | None):
     """The data set at a path. Raises PaliGemmaError if it is none, is empty, or lacks a prompt and the default too."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise PaliGemmaError(f"{path}: no such folder or file")
     rows: Folder | JsonLines | Parquet
     if path.is_dir():
         rows = Folder(path, default_prompt)
+    elif not path.is_file():
+        raise PaliGemmaError(f"{path}: neither a folder nor a file")
     elif path.suffix == ".jsonl":
         rows = JsonLines(path, default_prompt)
     elif path.suffix == ".parquet":
@@ -125,7 +129,7 @@ class JsonLines:
 
     def __init__(self, path: Path, default_prompt: str | None):
         self.path, digest, places, place = path, hashlib.sha256(), array("q"), 0
-        with _readable(path), path.open("rb") as stream:
+        with _readable(path), files.opened(path) as stream:
             for number, line in enumerate(stream, 1):
                 digest.update(line)
                 if line.strip():
@@ -139,7 +143,7 @@ class JsonLines:
 
     def read(self, start: int, stop: int) -> list[Row]:
         rows = []
-        with _readable(self.path), self.path.open("rb") as stream:
+        with _readable(self.path), files.opened(self.path) as stream:
             for number in range(start, min(stop, len(self))):
                 stream.seek(self.places[number])
                 row = _object(stream.readline())

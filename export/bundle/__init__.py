@@ -14,9 +14,9 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import hub, kinds
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError, note
-from numpy_ref.files import absent, new_directory, read_json, within
+from numpy_ref.files import absent, new_directory, opened, read_json, within
 from numpy_ref.model import segmentation
-from numpy_ref.tokenizer import Tokenizer, known_ids
+from numpy_ref.tokenizer import Tokenizer, known_ids, read_contents
 from numpy_ref.tokenizer.convert import convert
 
 from ..model import graphs
@@ -110,7 +110,7 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None, re
     models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators, residual)
     made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
     if "tokenizer.model" in copies and "tokenizer.json" not in copies:
-        converted = convert(copies["tokenizer.model"].read_bytes(), config)
+        converted = convert(read_contents(copies["tokenizer.model"]), config)
         made |= {"tokenizer.json": converted} if converted else {}
     sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in made.items()}}
     sizes |= {name: source.stat().st_size for name, source in copies.items()}
@@ -264,7 +264,7 @@ def sources() -> list[Path]:
 
 def sha256(file) -> str:
     """The SHA-256 of a file's contents, in hexadecimal."""
-    with open(file, "rb") as stream:
+    with opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Files that drawings are written to."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def check_drawing(path: Path) -> None:
         raise PaliGemmaError(f"{path}: drawings are written as {kinds}; give the name such an ending, .png for example")
     if path.is_dir():
         raise PaliGemmaError(f"{path}: cannot write the drawing, this is a folder; name a file in it")
+    if os.path.lexists(path) and not path.is_file():
+        raise PaliGemmaError(f"{path}: cannot write the drawing, it is a pipe, socket, device or dead link")
     if not path.parent.is_dir():
         raise PaliGemmaError(f"{path}: cannot write the drawing, there is no folder {path.parent}")
     try:

@@ -11,6 +11,7 @@ import torch
 
 from numpy_ref import scenes
 from numpy_ref.errors import PaliGemmaError, note, plural
+from numpy_ref.files import opened
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.scenes import questions
 from numpy_ref.tokenizer import prompt_warning
@@ -68,7 +69,8 @@ class JsonLines:
         self.file, self.tokenizer, self.resize, self.seed = Path(file), tokenizer, resize, seed
         self.turn, self.order = -1, np.arange(0)  # the order of the turn that was asked for last
         try:
-            lines = self.file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut inside strings
+            with opened(self.file) as stream:
+                lines = stream.read().decode("utf-8-sig").split("\n")  # splitlines() would cut inside strings
         except (OSError, UnicodeDecodeError) as error:
             raise PaliGemmaError(f"{file}: cannot read it ({error})") from None
         self.warned = False
