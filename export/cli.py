@@ -17,6 +17,7 @@ with interrupts.while_loading():
 
     from . import bundle as bundles
     from .model.layers import OPERATORS
+    from .stopping import leave, stoppable
 
 SOME_FAILED = 3  # the exit code that --fail-on-error asks for; 1 is an error, 2 a wrong command line
 NAMED = 10  # of the files that a folder has besides pictures
@@ -101,6 +102,7 @@ def run_onnx(argv=None):
         "--host-graphs", action="store_true", help="prepare the picture and draw tokens by the bundle's own graphs"
     )
     _add_provider_options(options)
+    _add_timeout(options)
     arguments = cli.parse(options, argv)
 
     def load(path):
@@ -109,7 +111,7 @@ def run_onnx(argv=None):
         chosen = dict(arguments.provider_option)
         return session.load(path, arguments.provider, arguments.threads, arguments.host_graphs, chosen)
 
-    return cli.answer(arguments, load)
+    return stoppable(lambda: cli.answer(arguments, load), arguments.timeout)
 
 
 def _serve(argv):
@@ -145,6 +147,13 @@ def _add_provider_options(options):
     )  # fmt: skip
 
 
+def _add_timeout(options):
+    options.add_argument(
+        "--timeout", type=cli.real(0.001, 1e9), metavar="SECONDS",
+        help="give up after so long, loading included (never): for bundles that may hold an endless graph",
+    )  # fmt: skip
+
+
 def run_onnx_batch(argv=None):
     """run-onnx-batch [BUNDLE] --input ROWS --prompt PROMPT --output OUT.jsonl: answer about every row of a data set."""
     options = cli.Parser(
@@ -176,9 +185,18 @@ def run_onnx_batch(argv=None):
     )  # fmt: skip
     cli.add_answer_options(options)
     _add_provider_options(options)
+    _add_timeout(options)
     arguments = options.parse_args(argv)
     if arguments.engine == "local":
         check_on_cores(options, arguments, "threads", "workers")
+        return stoppable(lambda: _answer_rows(options.prog, arguments), arguments.timeout)
+    if arguments.timeout:
+        options.error("argument --timeout: not with --engine ray, whose workers are Ray's to stop")
+    return _answer_rows(options.prog, arguments)
+
+
+def _answer_rows(prog, arguments) -> int:
+    """What run-onnx-batch does."""
     files.absent(arguments.output, "file")
     prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
 
@@ -188,7 +206,7 @@ def run_onnx_batch(argv=None):
 
     rows = dataset.open_dataset(arguments.input, prompt)
     if rows.left_out:
-        note(f"{options.prog}: warning: {_left_out(rows.left_out)}")
+        note(f"{prog}: warning: {_left_out(rows.left_out)}")
     if arguments.engine == "ray":
         from .batch.ray_workers import workers
     else:
@@ -207,15 +225,15 @@ def run_onnx_batch(argv=None):
 
 
 def export_main():
-    sys.exit(cli.run("export-onnx", export_onnx))
+    leave(cli.run("export-onnx", export_onnx))
 
 
 def run_main():
-    sys.exit(cli.run("run-onnx", run_onnx))
+    leave(cli.run("run-onnx", run_onnx))
 
 
 def batch_main():
-    sys.exit(cli.run("run-onnx-batch", run_onnx_batch))
+    leave(cli.run("run-onnx-batch", run_onnx_batch))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer, prompt_warning
 
 from .. import bundle as bundles
+from .. import stopping
 from ..bundle import Bundle
 from ..session import CPU, make, place
 from .dataset import Folder, JsonLines, Parquet, Row
@@ -220,6 +221,8 @@ class Process:
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=_work, args=(other_end, job, threads), daemon=True)
         self.process.start()
+        self.kill = self.process.kill
+        stopping.on_stop(self.kill)
         other_end.close()
 
     def send(self, begins, size) -> None:
@@ -248,6 +251,7 @@ class Process:
         return self
 
     def __exit__(self, *error):
+        stopping.no_more(self.kill)
         self.connection.close()
         self.process.terminate()
         self.process.join()
