@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -83,7 +84,9 @@ def new_directory(path):
     `path` exists, be it only by the end, or cannot be made.
     """
     path = absent(path, "folder")
-    with _parents(path), _sibling(path) as temporary:
+    with _parents(path), _sibling(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()  # as the umask wants it, where `folder` is nobody else's
         yield temporary
         _move_into_place(temporary, path, "folder", os.rename)  # refused where another has put something
 
@@ -95,6 +98,15 @@ def new_file(path):
     with _parents(path), _sibling(path) as folder:
         yield folder / path.name
         _move_into_place(folder / path.name, path, "file", os.link)  # a rename would replace another process's file
+
+
+@contextmanager
+def replaced_file(path):
+    """As `new_file`, for one that may be there already, in a folder that is. Raises OSError."""
+    path = Path(path)
+    with _sibling(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
 
 
 def absent(path, kind) -> Path:
@@ -117,16 +129,21 @@ def _sibling(path):
     """A folder beside `path`, locked while it is in use and removed at the end."""
     _remove_leftovers(path)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{_mark(path)}.", suffix=_PART, dir=path.parent))
         with _locked(folder):
             if not folder.exists():
                 continue  # another process took it for a left-over in the moment before it was locked
             try:
-                folder.chmod(0o755)
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
+
+
+def _mark(path) -> str:
+    """By what a sibling's name says whose it is: the name, or what is sure to fit."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) < 200 else hashlib.sha256(name).hexdigest()
 
 
 def _remove_leftovers(path) -> None:
@@ -134,7 +151,7 @@ def _remove_leftovers(path) -> None:
 
     The lock of a process ends with it, however it ends. Where there are no locks, left-overs stay, and do no harm.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{_PART}"):
+    for leftover in path.parent.glob(f".{glob.escape(_mark(path))}.{'[a-z0-9_]' * 8}{_PART}"):
         with _locked(leftover, wait=False) as held:
             if held:
                 shutil.rmtree(leftover, ignore_errors=True)

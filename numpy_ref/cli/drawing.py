@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import PaliGemmaError
+from ..files import replaced_file
 from ..image import FORMATS
 
 
@@ -37,17 +38,11 @@ def check_drawing(path: Path) -> None:
 
 
 def write_drawing(path: Path, drawing) -> None:
-    """Save a picture where it is wanted, whole or not at all."""
+    """Save a picture where it is wanted, whole or not at all; what a killed process left beside it goes."""
     check_drawing(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix or ".png", delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            drawing.save(temporary)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaced_file(path) as temporary:
+            drawing.save(temporary, None if path.suffix else "PNG")
     except (OSError, ValueError) as error:
         raise _not_written(path, error) from None
 
