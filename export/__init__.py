@@ -13,6 +13,8 @@
 
 import os
 
+import numpy_ref  # noqa: F401, first of all: it sees to Ctrl-C while the rest of a command is loaded
+
 # Before anything here imports ONNX Runtime, which reads it as it is loaded: some builds then send telemetry and write a
 # device's id to the user's cache. Whoever wants that sets it to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

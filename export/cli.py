@@ -6,15 +6,20 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from numpy_ref import checkpoint as checkpoints
-from numpy_ref import cli, files
-from numpy_ref.cli.options import check_on_cores, on_cores, pair
-from numpy_ref.errors import one_line, plural
-from numpy_ref.model.sampling import Sampling
+from numpy_ref import interrupts
 
-from . import bundle as bundles
-from .model.layers import OPERATORS
+with interrupts.while_loading():
+    from numpy_ref import checkpoint as checkpoints
+    from numpy_ref import cli, files
+    from numpy_ref.cli.options import check_on_cores, on_cores, pair
+    from numpy_ref.errors import note, one_line, plural
+    from numpy_ref.model.sampling import Sampling
 
+    from . import bundle as bundles
+    from .model.layers import OPERATORS
+    from .stopping import leave, stoppable
+
+SOME_FAILED = 3  # the exit code that --fail-on-error asks for; 1 is an error, 2 a wrong command line
 NAMED = 10  # of the files that a folder has besides pictures
 
 
@@ -74,7 +79,7 @@ def export_onnx(argv=None):
         checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators,
         arguments.prepack, arguments.residual,
     )  # fmt: skip
-    print(f"wrote {arguments.output}")
+    print(one_line(f"wrote {arguments.output}"))
     return 0
 
 
@@ -97,6 +102,7 @@ def run_onnx(argv=None):
         "--host-graphs", action="store_true", help="prepare the picture and draw tokens by the bundle's own graphs"
     )
     _add_provider_options(options)
+    _add_timeout(options)
     arguments = cli.parse(options, argv)
 
     def load(path):
@@ -105,7 +111,7 @@ def run_onnx(argv=None):
         chosen = dict(arguments.provider_option)
         return session.load(path, arguments.provider, arguments.threads, arguments.host_graphs, chosen)
 
-    return cli.answer(arguments, load)
+    return stoppable(lambda: cli.answer(arguments, load), arguments.timeout)
 
 
 def _serve(argv):
@@ -127,9 +133,7 @@ def _left_out(names) -> str:
     """What a folder has besides pictures, by count and name."""
     kinds = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in _endings(names).most_common(NAMED))
     some = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return one_line(
-        f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})"
-    )
+    return f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})"
 
 
 def _endings(names) -> Counter:
@@ -140,6 +144,13 @@ def _add_provider_options(options):
     options.add_argument(
         "--provider-option", action="append", default=[], type=pair, metavar="KEY=VALUE",
         help="an option of the CUDA provider, such as device_id=1 or enable_cuda_graph=1",
+    )  # fmt: skip
+
+
+def _add_timeout(options):
+    options.add_argument(
+        "--timeout", type=cli.real(0.001, 1e9), metavar="SECONDS",
+        help="give up after so long, loading included (never): for bundles that may hold an endless graph",
     )  # fmt: skip
 
 
@@ -168,11 +179,24 @@ def run_onnx_batch(argv=None):
     options.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="workers on this machine, or Ray's (local)"
     )
+    options.add_argument(
+        "--fail-on-error", action="store_true",
+        help=f"exit with {SOME_FAILED} where rows could not be answered; the output is written all the same",
+    )  # fmt: skip
     cli.add_answer_options(options)
     _add_provider_options(options)
+    _add_timeout(options)
     arguments = options.parse_args(argv)
     if arguments.engine == "local":
         check_on_cores(options, arguments, "threads", "workers")
+        return stoppable(lambda: _answer_rows(options.prog, arguments), arguments.timeout)
+    if arguments.timeout:
+        options.error("argument --timeout: not with --engine ray, whose workers are Ray's to stop")
+    return _answer_rows(options.prog, arguments)
+
+
+def _answer_rows(prog, arguments) -> int:
+    """What run-onnx-batch does."""
     files.absent(arguments.output, "file")
     prompt = None if arguments.prompt is None else cli.read_prompt(arguments.prompt)
 
@@ -182,7 +206,7 @@ def run_onnx_batch(argv=None):
 
     rows = dataset.open_dataset(arguments.input, prompt)
     if rows.left_out:
-        print(f"{options.prog}: warning: {_left_out(rows.left_out)}", file=sys.stderr)
+        note(f"{prog}: warning: {_left_out(rows.left_out)}")
     if arguments.engine == "ray":
         from .batch.ray_workers import workers
     else:
@@ -197,20 +221,20 @@ def run_onnx_batch(argv=None):
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)
     failed = f", {errors} of them {'an error' if errors == 1 else 'errors'}" if errors else ""
-    print(f"wrote {arguments.output}: {plural(count, 'row')}{failed}")
-    return 0
+    print(one_line(f"wrote {arguments.output}: {plural(count, 'row')}{failed}"))
+    return SOME_FAILED if errors and arguments.fail_on_error else 0
 
 
 def export_main():
-    sys.exit(cli.run("export-onnx", export_onnx))
+    leave(cli.run("export-onnx", export_onnx))
 
 
 def run_main():
-    sys.exit(cli.run("run-onnx", run_onnx))
+    leave(cli.run("run-onnx", run_onnx))
 
 
 def batch_main():
-    sys.exit(cli.run("run-onnx-batch", run_onnx_batch))
+    leave(cli.run("run-onnx-batch", run_onnx_batch))
 
 
 if __name__ == "__main__":

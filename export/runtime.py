@@ -6,7 +6,10 @@ onnxruntime_run_options_config_keys.h list them.
 
 import onnxruntime
 
+from . import stopping
+
 LOGGED_FROM = 4  # of the runtime's levels of severity: fatal. What goes wrong is raised too, and becomes one line.
+onnxruntime.set_default_logger_severity(LOGGED_FROM)  # what belongs to no session, such as the folding of constants
 
 
 def session_options(entries: dict[str, str] | None = None, threads: int = 0, optimized: bool = True):
@@ -24,9 +27,11 @@ def session_options(entries: dict[str, str] | None = None, threads: int = 0, opt
     return options
 
 
-def run_options(entries: dict[str, str]):
-    """Options of one run of a session."""
+def run_options(entries: dict[str, str] | None = None):
+    """Options of runs of a session, which end when the command is to stop."""
     options = onnxruntime.RunOptions()
-    for key, value in entries.items():
+    options.log_severity_level = LOGGED_FROM
+    for key, value in (entries or {}).items():
         options.add_run_config_entry(key, value)
+    stopping.RUNS.add(options)
     return options

@@ -4,10 +4,12 @@ Serves what the page needs and nothing else: its own modules, the two libraries 
 that the bundle's description lists, and the example picture.
 """
 
-import mimetypes
+import errno
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +17,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, note, one_line
+from numpy_ref.files import opened, within
 
 from . import bundle as bundles
 
@@ -38,14 +41,21 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_TYPES = {".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json"}
+_TYPES = {
+    ".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json", ".html": "text/html",
+    ".css": "text/css", ".png": "image/png",
+}  # fmt: skip
+#: What a stranger wrote is bytes, whatever its name: no page, no script, no style, no picture that could hold one.
+_FROM_BUNDLE = {"Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'"}
+_BUNDLE_TYPE = "application/octet-stream"
 
 
 def serve(path: Path | None, port: int = 0) -> None:
     """Serve a bundle, or the shipped model's, until interrupted. Raises PaliGemmaError if it cannot."""
     bundle = bundles.load(path) if path else bundles.shipped()
     with open_server(bundle, port) as server:
-        print(f"http://{ADDRESS}:{server.server_port}{PAGE} serves {bundle.path}; Ctrl-C stops it", flush=True)
+        address = f"http://{ADDRESS}:{server.server_port}{PAGE}"
+        print(one_line(f"{address} serves {bundle.path}; Ctrl-C stops it"), flush=True)
         server.serve_forever()
 
 
@@ -65,21 +75,35 @@ def _fetch_libraries() -> None:
     command = ["npm", "ci", "--omit=dev", "--no-audit", "--no-fund", "--prefix", str(HOSTS / "web")]
     if not (npm := shutil.which("npm")):
         raise PaliGemmaError(f"the page's libraries are missing, and so is npm (nodejs.org); then: {' '.join(command)}")
-    print(f"fetching the page's libraries: {' '.join(command)}", file=sys.stderr)
+    note(f"fetching the page's libraries: {' '.join(command)}")
     done = subprocess.run([npm, *command[1:]], capture_output=True, text=True)
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if "error" in line] or ["it gave no reason"]
         raise PaliGemmaError(f"{' '.join(command)} failed: {reason[0].strip()}")
 
 
-def files_of(bundle) -> dict[str, Path]:
-    """Every path that is served -> its file."""
+@dataclass(frozen=True)
+class Served:
+    """A file, and of what kind it is to the browser. One out of a bundle has as many bytes as it had when checked."""
+
+    file: Path
+    kind: str
+    bundled: bool = False
+    size: int | None = None
+
+
+def files_of(bundle) -> dict[str, Served]:
+    """Every path that is served -> what is."""
     files = {f"/{file.relative_to(HOSTS).as_posix()}": file for file in [*HOSTS.glob("common/*.mjs"), *_page_files()]}
     for folder in LIBRARIES:
         libraries = (file for file in (HOSTS / folder).iterdir() if file.suffix in (".mjs", ".wasm"))
         files |= {f"/{folder}/{file.name}": file for file in libraries}
-    files |= {f"/bundle/{name}": bundle.path / name for name in (bundles.DESCRIPTION, *bundle.description.files)}
-    return {PAGE: HOSTS / "web" / "index.html", "/example.png": checkpoints.SHIPPED / "example.png", **files}
+    files |= {PAGE: HOSTS / "web" / "index.html", "/example.png": checkpoints.SHIPPED / "example.png"}
+    served = {path: Served(file, _TYPES[file.suffix]) for path, file in files.items()}
+    for name, listed in bundle.description.files.items():
+        served[f"/bundle/{name}"] = Served(bundle.path / name, _BUNDLE_TYPE, True, listed.bytes)
+    served[f"/bundle/{bundles.DESCRIPTION}"] = Served(bundle.path / bundles.DESCRIPTION, "application/json", True)
+    return served
 
 
 def _page_files():
@@ -91,7 +115,7 @@ class _Server(ThreadingHTTPServer):
         """A connection that broke is the browser's affair; anything else is told in a line."""
         error = sys.exception()
         if not isinstance(error, ConnectionError):
-            print(f"run-onnx: a request failed ({error!r})", file=sys.stderr)
+            note(f"run-onnx: a request failed ({error!r})")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -122,18 +146,37 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(HTTPStatus.FOUND, {"Location": PAGE, "Content-Length": "0"})
         elif path not in self.files:
             self._refuse(HTTPStatus.NOT_FOUND)
+        elif self.files[path].bundled and not self._is_fetched():
+            self._refuse(HTTPStatus.FORBIDDEN)
         else:
             self._send(self.files[path], with_body)
 
-    def _send(self, file, with_body):
-        if not file.is_file():  # any more
+    def _send(self, served, with_body):
+        sent = False
+        try:
+            if served.bundled:
+                within(served.file.parent, served.file.name)  # still: it may have become a link
+            with opened(served.file) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if served.size not in (None, size):
+                    raise OSError(errno.ESTALE, "another file by now")
+                sent = True
+                headers = {"Content-Type": served.kind, "Content-Length": str(size)}
+                self._head(HTTPStatus.OK, headers | (_FROM_BUNDLE if served.bundled else {}))
+                if with_body:
+                    self._copy(stream, size)
+        except (OSError, PaliGemmaError) as error:
+            if isinstance(error, ConnectionError | TimeoutError) or sent:
+                raise
+            note(f"run-onnx: {served.file} is not served any more ({error})")
             self._refuse(HTTPStatus.NOT_FOUND)
-            return
-        with open(file, "rb") as stream:
-            kind = _TYPES.get(file.suffix) or mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-            self._head(HTTPStatus.OK, {"Content-Type": kind, "Content-Length": str(file.stat().st_size)})
-            if with_body:
-                shutil.copyfileobj(stream, self.wfile, 2**20)
+
+    def _copy(self, stream, size) -> None:
+        """Send so many bytes: a file that grows must not become the next answer, nor one that shrinks its head."""
+        while size and (block := stream.read(min(size, 2**20))):
+            self.wfile.write(block)
+            size -= len(block)
+        self.close_connection = self.close_connection or size > 0
 
     def _refuse(self, status):
         self._head(status, {"Content-Length": "0"})
@@ -143,6 +186,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**_HEADERS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+
+    def _is_fetched(self):
+        """Whether it is a page that asks for data, and not for a document, a script, a style or a service worker."""
+        kind = self.headers.get("Sec-Fetch-Dest", "empty")  # older browsers, and all other programs, say nothing
+        return kind == "empty" and "Service-Worker" not in self.headers
 
     def _names(self):
         names, port = (ADDRESS, "localhost"), self.server.server_port

@@ -17,4 +17,9 @@ Axis letters, used in every docstring of the project:
     D width    F hidden width of the MLP    P patches    V vocabulary rows
 """
 
+from . import interrupts
+
 __version__ = "0.1.0"
+
+if interrupts.is_command():
+    interrupts.end_process()  # until `cli.run` begins

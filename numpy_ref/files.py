@@ -1,9 +1,12 @@
 """Files: reading those of a folder that may come from a stranger, and writing whole or not at all."""
 
+import errno
 import glob
+import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +14,10 @@ from pathlib import Path
 from .errors import PaliGemmaError, quote
 
 MAX_JSON_BYTES = 16 * 2**20  # the largest JSON file that there is, an index of shards, has a tenth
+MAX_SMALL_BYTES = 2**28  # the largest of other files that are read whole, a tokenizer.json, has an eighth
 _PART = ".part"  # how the names of unfinished folders end
+#: Do not wait for a pipe's other end, and do not follow a link; what else to say where systems have it.
+_ONLY_FILES = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -36,12 +42,31 @@ def within(folder, name: str) -> Path:
     return file
 
 
+@contextmanager
+def opened(file):
+    """Open a file to read its bytes. Raises OSError, also for what only has a name like one: a pipe would block.
+
+    A link is followed once: if another link is put where it led, that is not.
+    """
+    descriptor = os.open(os.path.realpath(file), os.O_RDONLY | _ONLY_FILES)
+    with open(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a file, but a folder, pipe, socket or device", str(file))
+        yield stream
+
+
+def read_bytes(file, most: int = MAX_SMALL_BYTES) -> bytes:
+    """All bytes of a small file. Raises OSError, and PaliGemmaError if it has more than `most`."""
+    with opened(file) as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > most:
+            raise PaliGemmaError(f"{Path(file).name} has {size} bytes, more than the {most} that are read")
+        return stream.read(most)
+
+
 def read_json(file: Path):
     """Parse a JSON file; PaliGemmaError if it is absent, larger than MAX_JSON_BYTES, or not JSON."""
     try:
-        if (size := Path(file).stat().st_size) > MAX_JSON_BYTES:
-            raise PaliGemmaError(f"{Path(file).name} has {size} bytes, more than the {MAX_JSON_BYTES} that are read")
-        return json.loads(Path(file).read_bytes())
+        return json.loads(read_bytes(file, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise PaliGemmaError(f"{Path(file).name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -59,7 +84,9 @@ def new_directory(path):
     `path` exists, be it only by the end, or cannot be made.
     """
     path = absent(path, "folder")
-    with _parents(path), _sibling(path) as temporary:
+    with _parents(path), _sibling(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()  # as the umask wants it, where `folder` is nobody else's
         yield temporary
         _move_into_place(temporary, path, "folder", os.rename)  # refused where another has put something
 
@@ -71,6 +98,15 @@ def new_file(path):
     with _parents(path), _sibling(path) as folder:
         yield folder / path.name
         _move_into_place(folder / path.name, path, "file", os.link)  # a rename would replace another process's file
+
+
+@contextmanager
+def replaced_file(path):
+    """As `new_file`, for one that may be there already, in a folder that is. Raises OSError."""
+    path = Path(path)
+    with _sibling(path) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
 
 
 def absent(path, kind) -> Path:
@@ -93,16 +129,21 @@ def _sibling(path):
     """A folder beside `path`, locked while it is in use and removed at the end."""
     _remove_leftovers(path)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{_mark(path)}.", suffix=_PART, dir=path.parent))
         with _locked(folder):
             if not folder.exists():
                 continue  # another process took it for a left-over in the moment before it was locked
             try:
-                folder.chmod(0o755)
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             return
+
+
+def _mark(path) -> str:
+    """By what a sibling's name says whose it is: the name, or what is sure to fit."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) < 200 else hashlib.sha256(name).hexdigest()
 
 
 def _remove_leftovers(path) -> None:
@@ -110,7 +151,7 @@ def _remove_leftovers(path) -> None:
 
     The lock of a process ends with it, however it ends. Where there are no locks, left-overs stay, and do no harm.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{_PART}"):
+    for leftover in path.parent.glob(f".{glob.escape(_mark(path))}.{'[a-z0-9_]' * 8}{_PART}"):
         with _locked(leftover, wait=False) as held:
             if held:
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -4,6 +4,7 @@ Decode to RGB, resize to a square (the aspect ratio is not kept), then (x / 255 
 named setting, since the projects differ: transformers takes the bicubic filter, big_vision the bilinear one.
 """
 
+import os
 import re
 import threading
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import PaliGemmaError
+from .files import opened
 
 #: What is opened, by Pillow's names. It knows many more, some of which start other programs or are seldom looked after.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -30,17 +32,21 @@ def open_image(path, transparency: str = "white"):
     unfolds to more pixels than Pillow's limit (about 89 million) is refused before it is decoded.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PaliGemmaError(f"{path}: a folder, not a picture; run-onnx-batch --input answers about all in a folder")
     if re.match(r"https?:/", str(path)):
         raise PaliGemmaError(f"{path}: pictures are not fetched from the net; download it first")
-    if not path.is_file():
-        raise PaliGemmaError(f"{path}: no such picture")
-    return decode_image(path, path, transparency)
+    try:
+        with opened(path) as stream:
+            return decode_image(stream, path, transparency)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last has a name with a NUL
+        raise PaliGemmaError(f"{path}: no such picture") from None
+    except OSError as error:
+        raise PaliGemmaError(f"{path}: the picture cannot be read ({error.strerror or error})") from None
 
 
 def decode_image(file, name, transparency: str = "white"):
-    """A path, or an open binary file, as `open_image` gives it; PaliGemmaError that begins with `name`."""
+    """An open binary file as `open_image` gives it; PaliGemmaError that begins with `name`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     formats = known_formats()
@@ -82,12 +88,8 @@ def known_formats() -> tuple[str, ...]:
 def _is_heif(file) -> bool:
     """Whether a file begins as HEIC ones do."""
     try:
-        if isinstance(file, Path):
-            with file.open("rb") as stream:
-                start = stream.read(12)
-        else:
-            file.seek(0)
-            start = file.read(12)
+        file.seek(0)
+        start = file.read(12)
     except OSError:
         return False
     return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS

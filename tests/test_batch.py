@@ -27,6 +27,7 @@ from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli import run
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model.sampling import Sampling
+from numpy_ref.tokenizer import Tokenizer
 
 COMMAND = [sys.executable, "-c", "from export.cli import batch_main; batch_main()"]
 PROMPTS = ["caption en", "detect star", "answer en how many shapes are there?", "segment {}", None]
@@ -221,6 +222,80 @@ def test_bad_rows_are_reported_and_stop_nothing(rows, greedy, tmp_path, capsys):
         assert words.strip() in each["error"]
     for each in results[1::2]:
         assert each["tokens"] == greedy[0]["tokens"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep"), ValueError("odd"), KeyError("x")])
+@pytest.mark.parametrize("step", ["ask", "as_json", "prefill"])
+def test_no_row_ends_the_run(rows, greedy, tmp_path, monkeypatch, error, step):
+    """Whatever is raised while the third row is prepared, asked or spelled is that row's error alone."""
+    with Image.open(rows.parent / "02.png") as picture:
+        width = picture.width
+    ids = Tokenizer.load(bundle.shipped().path, bundle.shipped().config).prompt(greedy[2]["prompt"])
+
+    def breaks(owner, name, is_third):
+        original = getattr(owner, name)
+
+        def broken(*arguments, **options):
+            if is_third(*arguments):
+                raise error
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, broken)
+
+    if step == "ask":
+        breaks(batch.answering, "ask", lambda engine, image, *rest: image.width == width)
+    elif step == "as_json":
+        breaks(batch.answering.Answer, "as_json", lambda answer: answer.width == width)
+    else:
+        breaks(batch.answering, "generate", lambda engine, pixels, prompts, *rest: ids in prompts)
+    few = tmp_path / "rows.jsonl"
+    write(few, [row | {"image": str(rows.parent / row["image"])} for row in read(rows)[:5]])
+    results = answer(few, tmp_path / "out.jsonl", "--batch-size", "4")
+    assert ["error" in each for each in results] == [i == 2 for i in range(5)]
+    assert [each["tokens"] for each in results if "error" not in each] == [greedy[i]["tokens"] for i in (0, 1, 3, 4)]
+
+
+def test_text_of_a_parquet_row_that_is_not_utf8(rows, greedy, tmp_path):
+    picture = (rows.parent / "00.png").read_bytes()
+    prompts = pa.array([b"caption en", b"\xff\xfe", b"caption en"], pa.binary()).view(pa.string())
+    table = pa.table({"image": [picture] * 3, "prompt": prompts})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    results = answer(tmp_path / "rows.parquet", tmp_path / "out.jsonl")
+    assert ["error" in each for each in results] == [False, True, False]
+    assert "row 1 cannot be read" in results[1]["error"]
+    assert results[2]["tokens"] == greedy[0]["tokens"]
+
+
+def test_the_exit_code_tells_of_errors_where_it_is_asked_to(rows, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    for failed, options, code in ((True, ["--fail-on-error"], 3), (True, [], 0), (False, ["--fail-on-error"], 0)):
+        image = "absent.png" if failed else str(rows.parent / "00.png")
+        write(file, [{"image": image}])
+        output = tmp_path / f"{code}{len(options)}{failed}.jsonl"
+        assert run("run-onnx-batch", cli.run_onnx_batch, arguments(file, output, *options)) == code
+        assert output.exists()
+
+
+@pytest.mark.parametrize("limit", [0, 100, 700])
+def test_a_disk_that_fills_up(rows, tmp_path, limit):
+    """One line; what is left is what the next run goes on from, or nothing."""
+    bundle.shipped()
+    output = tmp_path / "out" / "out.jsonl"
+    output.parent.mkdir()
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        "from export.cli import batch_main; batch_main()"
+    )
+    command = [sys.executable, "-c", code, *arguments(rows, output, "--batch-size", "2")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "cannot be written (File too large)" in line
+    assert "part" in line or "out.jsonl" in line
+    left = {file.name: file.stat().st_size for file in output.parent.iterdir()}
+    assert not left or left["out.jsonl.part"] > 0
+    answer(rows, output, "--batch-size", "2")
+    assert [file.name for file in output.parent.iterdir()] == ["out.jsonl"]
 
 
 def test_progress_is_for_terminals(rows, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The commands as a user meets them: answers, JSON, and one clear line for everything that is wrong."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from numpy_ref import cli
+from numpy_ref import cli, files
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli.drawing import check_drawing, write_drawing
 from numpy_ref.errors import PaliGemmaError
@@ -167,6 +168,39 @@ def test_a_drawing_of_a_thread_of_a_picture(tmp_path):
         assert drawing.height < 4000
 
 
+@pytest.mark.parametrize("name", ["out.png", "out", "out.webp"])
+def test_what_a_killed_process_left_beside_a_drawing_goes(tmp_path, name):
+    """Its name says whose it is."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from numpy_ref.cli.drawing import write_drawing\n"
+        "class Slow:\n    def save(self, file, kind=None):\n        Path(file).write_bytes(b'half')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_drawing(Path(sys.argv[1]), Slow())"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)])
+    assert ended.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name != name
+    write_drawing(tmp_path / name, Image.new("RGB", (3, 3)))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o027, 0o000])
+def test_what_is_written_is_as_the_umask_wants_it(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_drawing(tmp_path / "out.png", Image.new("RGB", (3, 3)))
+        with files.new_directory(tmp_path / "above" / "folder") as folder:
+            (folder / "file").touch()
+        with files.new_file(tmp_path / "file") as file:
+            file.touch()
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    folders = dict.fromkeys(("above", "above/folder"), 0o777 & ~mask)
+    assert modes == folders | dict.fromkeys(("out.png", "above/folder/file", "file"), 0o666 & ~mask)
+
+
 @pytest.mark.parametrize(("command", "option"), [*((engine, "--draw") for engine in ENGINES), ("numpy", "--heatmap")])
 def test_a_drawing_is_refused_before_the_model_runs(tmp_path, command, option):
     (tmp_path / "file").write_text("")
@@ -193,7 +227,7 @@ def test_a_folder_that_takes_no_drawing(tmp_path, monkeypatch):
         check_drawing(tmp_path / "out.png")
     assert str(refusal.value) == f"{tmp_path / 'out.png'}: cannot write the drawing (Permission denied)"
     monkeypatch.undo()
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(PaliGemmaError) as refusal:
         write_drawing(tmp_path / "out.png", Image.new("RGB", (3, 3)))
     assert "tmpabcdef" not in str(refusal.value)

@@ -4,6 +4,7 @@ A machine without Node or Chromium skips them and says so; where REQUIRE_HOSTS i
 """
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -27,6 +29,9 @@ from numpy_ref.model.sampling import Sampling
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer, prompt_warning
 
+from .fuzz import corpus
+
+SHIPPED = checkpoint.SHIPPED
 TESTS, HOSTS = Path(__file__).parent, Path(serve.__file__).parent / "hosts"
 RUN = HOSTS / "node" / "run.mjs"
 TASKS = {"caption": 15, "detect": 15, "answer": 10, "segment": 10}
@@ -449,3 +454,76 @@ def test_tokenizers_of_other_makes(node, shipped, tmp_path):
     source.rename(target)
     answered = run_node(node, "host_node.mjs", bundle=target, cases=[], pictures=[], texts=["<loc0010> star <seg003>"])
     assert answered["decoded"] == ["<loc0010> star <seg003>"]
+
+
+# --- a bad day ---------------------------------------------------------------------------------------------
+
+
+def failed_line(ended) -> str:
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("run.mjs: error: ")
+    assert len(line) <= 2000
+    assert line.isprintable()
+    return line
+
+
+def call_node(node, *arguments, **options):
+    options = {"stdout": subprocess.PIPE, **options}
+    return subprocess.run(
+        [node, RUN, *map(str, arguments)], stderr=subprocess.PIPE, text=True, timeout=60, **options
+    )  # fmt: skip
+
+
+def test_node_on_a_full_output_is_one_line(node, shipped):
+    with open("/dev/full", "w") as full:
+        ended = call_node(node, shipped.path, SHIPPED / "example.png", "caption en", stdout=full)
+    assert "standard output cannot be written" in failed_line(ended)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "tokenizer.json", "weights.bin", "prefill.onnx"])
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_node_reads_files_of_the_folder_alone(node, copy, tmp_path, name, kind):
+    outside = tmp_path / "outside"
+    (copy / "tokenizer.json").touch()
+    (copy / name).rename(outside)
+    description = json.loads((outside if name == "bundle.json" else copy / "bundle.json").read_text())
+    description["files"]["tokenizer.json"] = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    (outside if name == "bundle.json" else copy / "bundle.json").write_text(json.dumps(description))
+    {"fifo": os.mkfifo, "link": lambda path: path.symlink_to(outside), "folder": Path.mkdir}[kind](copy / name)
+    line = failed_line(call_node(node, copy, SHIPPED / "example.png", "caption en"))
+    assert ("this link leads out of its folder" if kind == "link" else "missing") in line
+
+
+def test_node_prompts_from_files_alone(node, shipped, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    assert "not a file" in failed_line(call_node(node, shipped.path, SHIPPED / "example.png", f"@{tmp_path / 'fifo'}"))
+
+
+def test_node_does_not_trust_repacked_weights(node, tmp_path):
+    """Whose pieces are shorter than the kernels read: in a bundle of a stranger with the right checksums."""
+    folder = tmp_path / "out"
+    bundle.write(checkpoint.load(), folder, prepacked=True)
+    end = (folder / "weights.bin").stat().st_size - 16
+    for name in ("prefill", "decode"):
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        for pair in (pair for tensor in model.graph.initializer for pair in tensor.external_data):
+            if pair.key.startswith("prepacked_"):
+                pair.value = f"{pair.value.split('|')[0]}|{end};16;0"
+        corpus.sealed(folder, f"{name}.onnx", model.SerializeToString())
+    ended = call_node(node, folder, SHIPPED / "example.png", "caption en")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "black cross" in ended.stdout
+
+
+def test_node_shows_characters_of_format(node):
+    code = (
+        f"import {{ printable, oneLine }} from {json.dumps(str(HOSTS / 'common' / 'errors.mjs'))};"
+        r"console.log(JSON.stringify([printable('a\u202eb\u{e0001}\x1b[2J\n☕'), oneLine('a\u202e\x1b\n' + 'b'.repeat(9e6) + '; c')]))"
+    )
+    ended = subprocess.run([node, "--input-type=module", "-e", code], capture_output=True, text=True, check=True)
+    shown, line = json.loads(ended.stdout)
+    assert shown == "a\\u202eb\\U000e0001\N{REPLACEMENT CHARACTER}[2J\n☕"
+    assert line.startswith(r"a\u202e\x1b bbb")
+    assert line.endswith("bbb; c")
+    assert len(line) <= 1900

@@ -151,14 +151,16 @@ def test_too_little_memory_is_one_line(error, capsys):
     assert " ".join(str(error).split()) in line
 
 
-def test_other_errors_stay_what_they_are():
+def test_a_fault_of_ours_is_one_line_too(capsys):
     from numpy_ref.cli import run
 
     def main(argv):
         raise RuntimeError("a mistake of ours")
 
-    with pytest.raises(RuntimeError):
-        run("command", main)
+    assert run("command", main) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("command: error: this should not have happened")
+    assert "RuntimeError: a mistake of ours" in line
 
 
 def test_a_picture_that_memory_is_too_short_for_is_not_called_broken(monkeypatch):

@@ -15,6 +15,8 @@ from export.session import Session, allocator, open_session
 from numpy_ref import checkpoint
 from numpy_ref.errors import PaliGemmaError
 
+from .fuzz import corpus
+
 GRAPHS = ("prefill", "decode")
 
 
@@ -96,6 +98,73 @@ def test_the_repacked_bytes_are_what_runs(exported, tmp_path):
     assert not np.array_equal(expected[1], found[1])
     with pytest.raises(PaliGemmaError, match=r"weights\.bin: contents differ from their SHA-256"):
         open_session(bundle.load_but_weights(folder), "cpu")
+
+
+def change_entries(folder, change) -> None:
+    """Change what the graphs say of repacked weights, with the right checksums."""
+    for name in GRAPHS:
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            for pair in tensor.external_data:
+                if pair.key.startswith(prepack.ENTRY):
+                    pair.value = change(pair.value)
+        corpus.sealed(folder, f"{name}.onnx", model.SerializeToString())
+
+
+@pytest.fixture
+def elsewhere(exported, tmp_path, monkeypatch):
+    """A copy of the repacked bundle on a machine that has never seen it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return shutil.copytree(exported / "prepacked", tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "pieces", ["|{end};16;0", "|0;1;0", "", "|0", "|0;;", "|{end};-1;0", "|x;y;z", "|0;16;0|0;16;0"]
+)
+def test_pieces_of_another_length_are_refused(elsewhere, pieces):
+    """The kernels would read beyond them, and beyond the file."""
+    end = (elsewhere / weights.FILE).stat().st_size - 16
+    change_entries(elsewhere, lambda value: value.split("|")[0] + pieces.format(end=end))
+    with pytest.raises(PaliGemmaError, match="repacked weights have other lengths than this processor reads"):
+        open_session(bundle.load(elsewhere), "cpu")
+
+
+def test_pieces_under_another_weights_name_are_refused(elsewhere):
+    """What a weight is repacked into is found by its hash, whichever tensor names it."""
+    found = [value for each in entries(elsewhere).values() for value in each.values()]
+    shortest = min(found, key=lambda value: int(value.split(";")[1]))
+    _, place = shortest.split("|", 1)
+    change_entries(elsewhere, lambda value: value.split("|")[0] + "|" + place)
+    with pytest.raises(PaliGemmaError, match="other lengths"):
+        open_session(bundle.load(elsewhere), "cpu")
+
+
+def test_pieces_that_are_unknown_here_are_not_used(exported, elsewhere):
+    """As of another processor; also where some are known."""
+    expected = answers(Session(bundle.load(exported / "plain"), "cpu"))
+    end = (elsewhere / weights.FILE).stat().st_size - 16
+    count = itertools.count()
+    change_entries(elsewhere, lambda value: f"Odd+1|{end};16;0" if next(count) % 2 else value)
+    for a, b in zip(expected, answers(Session(bundle.load(elsewhere), "cpu")), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_entries_within_an_inner_graph_are_refused(elsewhere):
+    model = onnx.load(elsewhere / "masks.onnx", load_external_data=False)
+    inner = onnx.helper.make_graph([], "inner", [], [], [onnx.numpy_helper.from_array(np.zeros(1), "w")])
+    inner.initializer[0].external_data.add(key="prepacked_0", value="MatMul+1|0;16;0")
+    model.graph.node.add(op_type="If").attribute.append(onnx.helper.make_attribute("then_branch", inner))
+    corpus.sealed(elsewhere, "masks.onnx", model.SerializeToString())
+    with pytest.raises(PaliGemmaError, match=r"masks\.onnx: repacked weights where export-onnx puts none"):
+        open_session(bundle.load(elsewhere), "cpu").masks(np.zeros((1, 16), np.int64))
+
+
+def test_a_copy_is_compared_once(elsewhere, monkeypatch):
+    saved, save = [], prepack._save
+    monkeypatch.setattr(prepack, "_save", lambda *arguments: saved.append(1) or save(*arguments))
+    for count in (2, 2):
+        open_session(bundle.load(elsewhere), "cpu")
+        assert len(saved) == count
 
 
 def test_another_processor(exported, tmp_path):

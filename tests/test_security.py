@@ -371,4 +371,4 @@ def test_the_server_has_a_list_and_nothing_else(whole, monkeypatch):
         (serve.HOSTS / "common").resolve(),
         (serve.HOSTS / "web").resolve(),
     }
-    assert {file.resolve().parent for file in files.values()} == homes
+    assert {served.file.resolve().parent for served in files.values()} == homes

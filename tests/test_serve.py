@@ -1,11 +1,12 @@
 """run-onnx --serve: the page's server gives out what it must, to this machine, and nothing else."""
 
 import http.client
+import os
 import re
 import shutil
 import socket
 import threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 from urllib.parse import urljoin
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from export import bundle, cli, serve
 from numpy_ref.cli import run
 from numpy_ref.errors import PaliGemmaError
+
+from .fuzz import corpus
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,78 @@ def test_headers_keep_the_page_to_itself(port):
     assert "default-src 'none'" in policy
     assert "http" not in policy
     assert "unsafe-eval" not in policy.replace("wasm-unsafe-eval", "")
+
+
+STRANGE = ("evil.html", "evil.mjs", "evil.js", "evil.svg", "evil.css", "evil.wasm", "evil.xhtml", "evil", "evil.json")
+
+
+@pytest.fixture
+def strangers(copy, libraries, monkeypatch):
+    """The port that serves a bundle with files that a browser would run, and the bundle's folder."""
+    for name in STRANGE:
+        corpus.sealed(copy, name, b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
+    monkeypatch.setattr(serve, "HOSTS", libraries)
+    with serve.open_server(bundle.load(copy)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield server.server_port, copy
+        server.shutdown()
+        thread.join()
+
+
+def test_what_a_stranger_wrote_is_bytes(strangers):
+    """To the browser no page, script, style or picture, whatever its name; and no service worker."""
+    port, folder = strangers
+    for name in (*STRANGE, *(file.name for file in folder.iterdir())):
+        response, _ = ask(port, f"/bundle/{name}")
+        assert response.status == 200
+        kind = "application/json" if name == bundle.DESCRIPTION else "application/octet-stream"
+        assert response.headers.get_all("Content-Type") == [kind]
+        (policy,) = response.headers.get_all("Content-Security-Policy")
+        assert policy.startswith("sandbox; default-src 'none'")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        for use in ("document", "iframe", "script", "worker", "serviceworker", "style", "image", "object", "embed"):
+            assert ask(port, f"/bundle/{name}", **{"Sec-Fetch-Dest": use})[0].status == 403
+        assert ask(port, f"/bundle/{name}", **{"Service-Worker": "script"})[0].status == 403
+        assert ask(port, f"/bundle/{name}", **{"Sec-Fetch-Dest": "empty"})[0].status == 200
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder", "absent", "longer", "shorter"])
+@pytest.mark.parametrize("name", ["evil.json", bundle.DESCRIPTION])
+def test_files_that_were_changed_are_not_served(strangers, tmp_path, capfd, name, kind):
+    port, folder = strangers
+    file = folder / name
+    (tmp_path / "secret").write_bytes(b"secret".ljust(file.stat().st_size))
+    contents = file.read_bytes()
+    file.unlink()
+    {"link": lambda: file.symlink_to(tmp_path / "secret"), "fifo": lambda: os.mkfifo(file), "folder": file.mkdir,
+     "absent": lambda: None, "longer": lambda: file.write_bytes(contents + b" "),
+     "shorter": lambda: file.write_bytes(contents[:-1])}[kind]()  # fmt: skip
+    response, body = ask(port, f"/bundle/{name}")
+    assert b"secret" not in body
+    assert response.status == (200 if name == bundle.DESCRIPTION and kind in ("longer", "shorter") else 404)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_file_that_grows_while_it_is_sent_ends_where_it_was(strangers, monkeypatch):
+    """Two answers on one connection: what came to the file is not taken for the second."""
+    port, folder = strangers
+    file, opened = folder / bundle.DESCRIPTION, serve.opened
+    size = file.stat().st_size
+
+    @contextmanager
+    def growing(path):
+        with opened(path) as stream:
+            fstat = os.fstat(stream.fileno())
+            monkeypatch.setattr(serve.os, "fstat", lambda descriptor: fstat)
+            with file.open("ab") as more:
+                more.write(b"HTTP/1.1 200 OK\r\n\r\nsmuggled")
+            yield stream
+
+    monkeypatch.setattr(serve, "opened", growing)
+    response, body = ask(port, f"/bundle/{bundle.DESCRIPTION}")
+    assert len(body) == int(response.headers["Content-Length"]) == size
+    assert b"smuggled" not in body
 
 
 def test_the_root_leads_to_the_page(port):

@@ -17,16 +17,18 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from numpy_ref import answer as answering
 from numpy_ref import files
-from numpy_ref.answer import Answer, Question
-from numpy_ref.errors import PaliGemmaError, out_of_memory, plural
+from numpy_ref.answer import Question
+from numpy_ref.errors import PaliGemmaError, explained, plural
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer, prompt_warning
 
 from .. import bundle as bundles
+from .. import stopping
 from ..bundle import Bundle
 from ..session import CPU, make, place
 from .dataset import Folder, JsonLines, Parquet, Row
@@ -124,31 +126,47 @@ class Worker:
         """The answers of a batch that was prepared."""
         asked = [each for each in prepared if isinstance(each, Asked)]
         answers = iter(self._answer(asked) if asked else [])
-        return [
-            _head(each.row, each.prompt) | next(answers).as_json() if isinstance(each, Asked) else each
-            for each in prepared
-        ]
+        return [_head(each.row, each.prompt) | next(answers) if isinstance(each, Asked) else each for each in prepared]
 
     def _prepare(self, row: Row) -> Asked | dict:
         try:
             prompt = row.question(self.job.prompt)
             fitted = answering.fit(self.engine, self.tokenizer, prompt, self.job.max_new_tokens)
-            image = row.picture(self.job.transparency)
-        except PaliGemmaError as error:
+            picture = row.picture(self.job.transparency)
+            return Asked(row, prompt, answering.ask(self.engine, picture, *fitted))
+        except Exception as error:  # of any kind: one row must not stop the others
             text = self.job.prompt if row.prompt is None else row.prompt
-            return _head(row, text if isinstance(text, str) else None) | {"error": " ".join(str(error).split())}
-        return Asked(row, prompt, answering.ask(self.engine, image, *fitted))
+            return _head(row, text if isinstance(text, str) else None) | {"error": str(explained(error))}
 
-    def _answer(self, asked: list[Asked]) -> list[Answer]:
+    def _answer(self, asked: list[Asked]) -> list[dict]:
+        """What was answered to each, or {"error"}: rows that fail together are asked one by one.
+
+        Raises PaliGemmaError if it is not the rows: a model that answers nothing any more.
+        """
         questions, rows = [each.question for each in asked], [each.row.number for each in asked]
         sampling, seeds = self.job.sampling, [[self.job.sampling.seed, row] for row in rows]
         try:
-            return answering.answer_all(
+            answers = answering.answer_all(
                 self.engine, self.tokenizer, questions, sampling=sampling, boxes=self.job.boxes, seeds=seeds
             )
+            return [answer.as_json() for answer in answers]
         except Exception as error:  # the runtime's exceptions have no common class
-            reason = f"rows {rows[0]} to {rows[-1]}: the model failed ({error})"
-            raise PaliGemmaError(f"{reason}; if memory is short, a smaller --batch-size takes less") from error
+            if not self._works():
+                reason = f"rows {rows[0]} to {rows[-1]}: the model failed ({error})"
+                raise PaliGemmaError(f"{reason}; if memory is short, a smaller --batch-size takes less") from error
+            if len(asked) > 1:
+                return [fields for each in asked for fields in self._answer([each])]
+            return [{"error": str(explained(error))}]
+
+    def _works(self) -> bool:
+        """Whether the model answers the plainest question: no prompt about a grey picture."""
+        size = self.engine.config.vision.image_size
+        question = Question(self.tokenizer.prompt(""), 1, np.zeros((1, 3, size, size), np.float32), size, size)
+        try:
+            answering.answer_all(self.engine, self.tokenizer, [question])
+        except Exception:
+            return False
+        return True
 
 
 def _head(row: Row, prompt) -> dict:
@@ -206,6 +224,8 @@ class Process:
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=_work, args=(other_end, job, threads), daemon=True)
         self.process.start()
+        self.kill = self.process.kill
+        stopping.on_stop(self.kill)
         other_end.close()
 
     def send(self, begins, size) -> None:
@@ -234,6 +254,7 @@ class Process:
         return self
 
     def __exit__(self, *error):
+        stopping.no_more(self.kill)
         self.connection.close()
         self.process.terminate()
         self.process.join()
@@ -250,10 +271,10 @@ def _work(connection, job, threads):
             while True:
                 for answers in worker.answers(*connection.recv()):
                     connection.send(answers)
-        except PaliGemmaError as error:
-            connection.send(error)
-        except MemoryError as error:
-            connection.send(out_of_memory(error))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:
+            connection.send(explained(error))
 
 
 # --- the work file -----------------------------------------------------------------------------------------
@@ -268,22 +289,31 @@ def work_file(output: Path, settings: dict):
     files.absent(output, "file")
     part = output.with_name(f"{output.name}.part")
     notes = output.with_name(f"{output.name}.part.json")
-    with ExitStack() as stack:
+    for path in (part, notes):
+        if os.path.lexists(path) and not path.is_file():
+            raise PaliGemmaError(f"{path}: not a file; remove it, or give another --output")
+    with _written(output):
+        file = part.open("a+b", buffering=0)  # what a full disk does not take must not wait for close
+    try:
         with _written(output):
-            file = stack.enter_context(part.open("a+b"))
             _lock(file, part)
+    except PaliGemmaError:
+        file.close()
+        raise
+    try:
+        with _written(output):
             if part.stat().st_size:
                 _check_settings(part, notes, settings)
             else:
                 notes.write_text(json.dumps(settings) + "\n")
-        work = Work(output, part, notes, file)
-        try:
-            yield work
-        finally:
-            if not work.rows:
-                file.close()
+        yield Work(output, part, notes, file)
+    finally:
+        with suppress(OSError):  # the folder is gone
+            if not file.closed and not os.fstat(file.fileno()).st_size:
                 part.unlink()
-                notes.unlink()
+                notes.unlink(missing_ok=True)
+        with suppress(OSError):  # of what counts, every byte was seen to be written
+            file.close()
 
 
 class Work:
@@ -291,27 +321,35 @@ class Work:
 
     def __init__(self, output: Path, part: Path, notes: Path, file):
         self.output, self.part, self.notes, self.file = output, part, notes, file
-        self.rows = self.errors = 0
+        self.rows = self.errors = self.end = 0
 
     def keep(self, count: int, batch_size: int) -> int:
         """Keep the answers of whole batches from row 0 on, cut off what follows; how many rows are kept."""
-        self.file.seek(0)
-        rows = errors = place = end = 0
-        for line in self.file:
-            answer = _answer(line)
-            if answer is None or answer.get("row") != rows or rows == count:
-                break
-            rows, errors, place = rows + 1, errors + ("error" in answer), place + len(line)
-            if rows % batch_size == 0 or rows == count:
-                self.rows, self.errors, end = rows, errors, place
-        self.file.truncate(end)
+        rows = errors = place = 0
+        with _written(self.part), self.part.open("rb") as lines:
+            for line in lines:
+                answer = _answer(line)
+                if answer is None or answer.get("row") != rows or rows == count:
+                    break
+                rows, errors, place = rows + 1, errors + ("error" in answer), place + len(line)
+                if rows % batch_size == 0 or rows == count:
+                    self.rows, self.errors, self.end = rows, errors, place
+            self.file.truncate(self.end)
         return self.rows
 
     def write(self, answers) -> None:
-        """Add the answers of a batch."""
+        """Add the answers of a batch: all of them, or none."""
+        lines = "".join(f"{json.dumps(answer)}\n" for answer in answers).encode()
         with _written(self.part):
-            self.file.write("".join(f"{json.dumps(answer)}\n" for answer in answers).encode())
-            self.file.flush()
+            try:
+                rest = memoryview(lines)
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    self.file.truncate(self.end)
+                raise
+        self.end += len(lines)
         self.rows += len(answers)
         self.errors += sum("error" in answer for answer in answers)
 

@@ -7,6 +7,7 @@ opens the files again.
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from numpy_ref import files
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import decode_image, known_formats, open_image
 
@@ -37,6 +39,7 @@ class Row:
     folder: Path
     image: Any
     prompt: Any
+    problem: str = ""  # why its fields cannot be read
 
     @property
     def image_name(self) -> str | None:
@@ -61,6 +64,8 @@ class Row:
 
     def question(self, default: str | None) -> str:
         """The row's own prompt, or the one for rows without; PaliGemmaError if there is neither."""
+        if self.problem:
+            raise PaliGemmaError(f"row {self.number} cannot be read ({self.problem})")
         prompt = default if self.prompt is None else self.prompt
         if not isinstance(prompt, str) or not prompt.strip():
             raise PaliGemmaError(f"row {self.number} has no prompt")
@@ -69,11 +74,13 @@ class Row:
 
 def open_dataset(path: Path, default_prompt: str | None):
     """The data set at a path. Raises PaliGemmaError if it is none, is empty, or lacks a prompt and the default too."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise PaliGemmaError(f"{path}: no such folder or file")
     rows: Folder | JsonLines | Parquet
     if path.is_dir():
         rows = Folder(path, default_prompt)
+    elif not path.is_file():
+        raise PaliGemmaError(f"{path}: neither a folder nor a file")
     elif path.suffix == ".jsonl":
         rows = JsonLines(path, default_prompt)
     elif path.suffix == ".parquet":
@@ -123,7 +130,7 @@ class JsonLines:
 
     def __init__(self, path: Path, default_prompt: str | None):
         self.path, digest, places, place = path, hashlib.sha256(), array("q"), 0
-        with _readable(path), path.open("rb") as stream:
+        with _readable(path), files.opened(path) as stream:
             for number, line in enumerate(stream, 1):
                 digest.update(line)
                 if line.strip():
@@ -137,7 +144,7 @@ class JsonLines:
 
     def read(self, start: int, stop: int) -> list[Row]:
         rows = []
-        with _readable(self.path), self.path.open("rb") as stream:
+        with _readable(self.path), files.opened(self.path) as stream:
             for number in range(start, min(stop, len(self))):
                 stream.seek(self.places[number])
                 row = _object(stream.readline())
@@ -194,9 +201,9 @@ class Parquet:
                 self._rows, self._next = self._from(group), int(self.ends[group - 1]) if group else 0
             rows = []
             while self._next < stop:
-                image, prompt = next(self._rows)
+                fields = next(self._rows)
                 if self._next >= start:
-                    rows.append(Row(self._next, self.path.parent, image, prompt))
+                    rows.append(Row(self._next, self.path.parent, *fields))
                 self._next += 1
         return rows
 
@@ -204,12 +211,17 @@ class Parquet:
         return int(np.searchsorted(self.ends, number, "right"))
 
     def _from(self, group):
-        """Yield (image, prompt) of every row from a row group's first on."""
+        """Yield (image, prompt, problem) of every row from a row group's first on."""
         with _open_parquet(self.path) as file:
             groups = range(group, len(self.ends))
             for batch in file.iter_batches(16, row_groups=groups, columns=self.columns, use_threads=False):
-                for row in batch.to_pylist():
-                    yield row["image"], _prompt(row)
+                for i in range(len(batch)):
+                    try:
+                        (row,) = batch.slice(i, 1).to_pylist()
+                    except Exception as error:  # text that is not UTF-8, for one
+                        yield None, None, str(error)
+                    else:
+                        yield row["image"], _prompt(row), ""
 
 
 def picture_suffixes() -> set[str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from numpy_ref.errors import PaliGemmaError, out_of_memory, plural
+from numpy_ref.errors import PaliGemmaError, explained, plural
 
 from ..session.provider import stays_on_cpu
 from . import Job, Worker
@@ -88,10 +88,8 @@ class Actor:
         self.worker, self.error = None, ""
         try:
             self.worker = Worker(job, threads)
-        except PaliGemmaError as error:
-            self.error = str(error)
-        except MemoryError as error:
-            self.error = str(out_of_memory(error))
+        except Exception as error:
+            self.error = str(explained(error))
 
     def __call__(self, task: dict) -> dict:
         answers: list = []
@@ -99,10 +97,8 @@ class Actor:
             begin, end, size = (int(task[name][0]) for name in ("begin", "end", "size"))
             try:
                 answers = list(self.worker.answers(range(begin, end, size), size))
-            except PaliGemmaError as error:
-                self.error = str(error)
-            except MemoryError as error:
-                self.error = str(out_of_memory(error))
+            except Exception as error:
+                self.error = str(explained(error))
         return {"begin": task["begin"], "answers": [json.dumps(answers)], "error": [self.error]}
 
 

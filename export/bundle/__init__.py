@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from numpy_ref import __version__
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import hub, kinds
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.errors import PaliGemmaError
-from numpy_ref.files import absent, new_directory, read_json, within
+from numpy_ref.errors import PaliGemmaError, note
+from numpy_ref.files import absent, new_directory, opened, read_json, within
 from numpy_ref.model import segmentation
-from numpy_ref.tokenizer import Tokenizer, known_ids
+from numpy_ref.tokenizer import Tokenizer, known_ids, read_contents
 from numpy_ref.tokenizer.convert import convert
 
 from ..model import graphs
@@ -111,7 +110,7 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None, re
     models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators, residual)
     made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
     if "tokenizer.model" in copies and "tokenizer.json" not in copies:
-        converted = convert(copies["tokenizer.model"].read_bytes(), config)
+        converted = convert(read_contents(copies["tokenizer.model"]), config)
         made |= {"tokenizer.json": converted} if converted else {}
     sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in made.items()}}
     sizes |= {name: source.stat().st_size for name, source in copies.items()}
@@ -175,6 +174,9 @@ def write(
         if verify:
             description = replace(description, parity=verify(Bundle(folder, description), checkpoint))
         (folder / DESCRIPTION).write_bytes(_as_json(description))
+    if prepacked:
+        for graph in ("prefill", "decode"):
+            prepack.remember(output / description.graphs[graph].file, description.files[weights.FILE].sha256)
     if not sums:  # then it was read again after it was written
         digests.remember(output / weights.FILE, description.files[weights.FILE].sha256, before)
     if not contents.copies:
@@ -245,7 +247,7 @@ def shipped(for_cuda: bool = False) -> Bundle:
             return load(path)
         except PaliGemmaError:
             shutil.rmtree(path, ignore_errors=True)
-    print(f"exporting the shipped model to {path}", file=sys.stderr)
+    note(f"exporting the shipped model to {path}")
     try:
         write(checkpoints.load(checkpoints.SHIPPED), path, operators=PORTABLE if for_cuda else FUSED)
     except PaliGemmaError:
@@ -262,7 +264,7 @@ def sources() -> list[Path]:
 
 def sha256(file) -> str:
     """The SHA-256 of a file's contents, in hexadecimal."""
-    with open(file, "rb") as stream:
+    with opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -313,7 +315,7 @@ def _models(checkpoint, tokenizer, placed, dtype, operators, residual) -> dict:
 
 
 def _warn(message) -> None:
-    print(f"export-onnx: warning: {message}", file=sys.stderr)
+    note(f"export-onnx: warning: {message}")
 
 
 def _as_json(description) -> bytes:

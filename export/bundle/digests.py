@@ -31,10 +31,23 @@ def remember(file: Path, digest: str, before: str) -> None:
     settled = int(before.split()[-1]) < time.time_ns() - _SETTLED
     if not settled or state(file) != before:
         return
-    note = _note(file, digest)
+    noted = _note(file, digest)
     with suppress(OSError):  # a home that cannot be written costs only time
-        note.parent.mkdir(parents=True, exist_ok=True)
-        _replace(note, before)
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        _replace(noted, before)
+
+
+def is_noted(kind: str, key: str) -> bool:
+    """Whether something of a kind, by its key in hexadecimal, was noted on this machine."""
+    return (cache_folder() / kind / key).is_file()
+
+
+def note(kind: str, key: str) -> None:
+    """Note something of a kind."""
+    file = cache_folder() / kind / key
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
 
 def _replace(file, text) -> None:

@@ -17,13 +17,14 @@ from numpy_ref.image import to_rgb
 from numpy_ref.model.segmentation import CELLS, SIDE
 
 from .. import bundle as bundles
-from ..bundle import Bundle
+from ..bundle import Bundle, prepack
 from ..bundle.weights import FLOATS, stream_dtype
-from ..runtime import session_options
+from ..runtime import run_options, session_options
 from . import cuda
 from .allocator import freed_memory_kept
 from .provider import CPU, CUDA, DEFAULTS, chosen_device, place, prefer_cudnn, stdout_kept
 
+RUN = run_options()
 GRAPH = "enable_cuda_graph"
 ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small, and made for the host
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
@@ -92,7 +93,7 @@ class Session(Engine):
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_output(f"present.{name}", buffer)
         with self._errors_as_line("prefill"):
-            self._prefill.run_with_iobinding(binding)
+            self._prefill.run_with_iobinding(binding, RUN)
         return self._logits(cache), cache
 
     def decode(self, input_ids, lengths, cache):
@@ -119,7 +120,7 @@ class Session(Engine):
         return Cache(self, batch, capacity)
 
     def _run_options(self, cache):
-        return None
+        return RUN
 
     @cached_property  # here as below, two threads that come first together both open it, and either's does
     def _masks(self):
@@ -136,8 +137,12 @@ class Session(Engine):
         options = self._options_of(name, threads)
         on_device = self.provider == CUDA and name in ON_DEVICE
         providers = [(CUDA, self._provider_options_of(name)), CPU] if on_device else [CPU]
+        digest = self.bundle.description.files[bundles.weights.FILE].sha256
+        source, entries = prepack.source(self._file(name), digest, on_cpu=not on_device)
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
         with self._errors_as_line(name):
-            opened = onnxruntime.InferenceSession(self._file(name), options, providers=providers)
+            opened = onnxruntime.InferenceSession(source, options, providers=providers)
         found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
         for value, shape in self._io(name).items():
             if not _fits(found.get(value), shape):
@@ -170,7 +175,7 @@ class Session(Engine):
     def _run(self, name, opened, feeds):
         """The one output of a graph."""
         with self._errors_as_line(name):
-            return opened.run(None, feeds)[0]
+            return opened.run(None, feeds, RUN)[0]
 
     def _file(self, name):
         return self.bundle.graph_file(name)

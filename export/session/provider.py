@@ -9,7 +9,7 @@ from threading import Lock
 import numpy as np
 import onnxruntime
 
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, note
 
 from ..bundle import Bundle
 from . import cuda
@@ -49,7 +49,7 @@ def stays_on_cpu(bundle: Bundle, provider: str) -> bool:
         return False
     if provider == "cuda":
         raise PaliGemmaError(f"{bundle.path}: --provider cuda: {bundle.only_for_cpu}")
-    print(f"running on the CPU: {bundle.path}: {bundle.only_for_cpu}", file=sys.stderr)
+    note(f"running on the CPU: {bundle.path}: {bundle.only_for_cpu}")
     return True
 
 
@@ -74,7 +74,7 @@ def choose_provider(wanted: str, provider_options=None, quietly: bool = False) -
     if wanted == "cuda":
         raise PaliGemmaError(f"--provider cuda: {missing}; {INSTALL}")
     if has_device and not quietly:
-        print(f"running on the CPU: there is an NVIDIA device, but {missing}; {INSTALL}", file=sys.stderr)
+        note(f"running on the CPU: there is an NVIDIA device, but {missing}; {INSTALL}")
     return CPU
 
 

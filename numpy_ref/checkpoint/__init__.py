@@ -336,21 +336,18 @@ def convert(source, target, tokenizer=None) -> list[str]:
 
 def companions(checkpoint, tokenizer=None) -> dict[str, bytes]:
     """The files that go beside the weights of a directory, by name."""
-    from ..tokenizer import Json, SentencePiece, Tokenizer
+    from ..tokenizer import Json, SentencePiece, Tokenizer, read_contents
 
     from_npz = checkpoint.path.suffix == ".npz"
     names = _TOKENIZERS if from_npz else COMPANIONS  # a npz lies among files that may not be its own
     found = [file for name in names if (file := within(checkpoint.folder, name)).is_file()]
-    files = {file.name: file.read_bytes() for file in found}
+    files = {file.name: read_contents(file) for file in found}
     if from_npz:
         picture = resize_to_hf(checkpoint.resize, checkpoint.config.vision)
         files["preprocessor_config.json"] = (json.dumps(picture, indent=1) + "\n").encode()
     if tokenizer:
         backend = Json if Path(tokenizer).suffix == ".json" else SentencePiece
-        try:
-            contents = Path(tokenizer).read_bytes()
-        except OSError as error:
-            raise PaliGemmaError(f"{tokenizer}: cannot read the tokenizer ({error.strerror})") from None
+        contents = read_contents(tokenizer)
         Tokenizer(backend(contents, tokenizer), checkpoint.config)  # before anything is written
         files = {name: files[name] for name in files if name not in _TOKENIZERS} | {backend.FILE: contents}
     return files

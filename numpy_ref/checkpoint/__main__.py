@@ -3,6 +3,7 @@
 import sys
 
 from ..cli import Parser, run
+from ..errors import note, one_line
 from . import convert
 
 PROG = "python -m numpy_ref.checkpoint"
@@ -19,8 +20,8 @@ def main(argv=None):
     arguments = options.parse_args(argv)
     omitted = convert(arguments.source, arguments.target, arguments.tokenizer)
     if omitted:
-        print(f"{PROG}: warning: a .npz does not say: {', '.join(omitted)}", file=sys.stderr)
-    print(f"wrote {arguments.target}")
+        note(f"{PROG}: warning: a .npz does not say: {', '.join(omitted)}")
+    print(one_line(f"wrote {arguments.target}"))
     return 0
 
 

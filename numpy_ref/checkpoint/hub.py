@@ -5,12 +5,12 @@ environment variables say from where (HF_ENDPOINT), as whom (HF_TOKEN), into whi
 be (HF_HUB_OFFLINE).
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 from ..errors import PaliGemmaError, quote
+from ..files import read_json
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,9 +61,9 @@ def _is_whole(folder) -> bool:
 def _names(file, key) -> set[str]:
     """The files that an index lists; of a damaged one a name that no folder has, so that it is fetched again."""
     try:
-        listed = json.loads(file.read_bytes())[key]
+        listed = read_json(file)[key]
         return {*listed.values()} if key == "weight_map" else {*listed}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (PaliGemmaError, KeyError, TypeError, AttributeError):
         return {""}
 
 

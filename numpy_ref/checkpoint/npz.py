@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import PaliGemmaError
+from ..files import opened
 from .blocks import BLOCK, bfloat16, checked_blocks
 
 MAX_INFLATION = 100  # how often its own size a compressed file may unfold to; weights hardly shrink at all
@@ -26,9 +27,9 @@ def map_npz(file: Path) -> dict[str, np.ndarray]:
     """
     tensors = {}
     try:
-        with zipfile.ZipFile(file) as archive:
+        with opened(file) as stream, zipfile.ZipFile(stream) as archive:
             _check_compression(file, archive)
-            whole = np.memmap(file, np.uint8, "r")
+            whole = np.memmap(stream, np.uint8, "r")
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if name == member.filename or name in tensors:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import PaliGemmaError, listed
-from ..files import read_json, within
+from ..errors import PaliGemmaError, listed, quote
+from ..files import opened, read_json, within
 from .blocks import checked_blocks, dtypes
 
+MAX_HEADER_BYTES = 10**8  # the library's own limit
 SHARD = 5 * 10**9  # bytes of a file before the next one starts
 
 
@@ -71,10 +72,11 @@ def map_safetensors_file(file: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError) as error:
         reason = _find_bad_entry(file) or error
         raise PaliGemmaError(f"{file}: not a whole safetensors file ({reason}); download or copy it again") from None
-    header, offset = _read_header(file)
-    if not header:
-        return {}  # an empty file cannot be mapped
-    body = np.memmap(file, np.uint8, "r", offset=offset)
+    with opened(file) as stream:
+        header, offset = _read_header(stream)
+        if not header:
+            return {}  # an empty file cannot be mapped
+        body = np.memmap(stream, np.uint8, "r", offset=offset)
     known, tensors = dtypes(), {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -84,15 +86,17 @@ def map_safetensors_file(file: Path) -> dict[str, np.ndarray]:
             raise PaliGemmaError(
                 f"{file}: tensor {name} has dtype {stored}, not {', '.join(known)}{_quantized(stored)}"
             )
-        tensors[name] = body[begin:end].view(dtype).reshape(entry["shape"]).view(np.ndarray)
+        try:
+            tensors[name] = body[begin:end].view(dtype).reshape(entry["shape"]).view(np.ndarray)
+        except (ValueError, OverflowError):  # none of it, in a shape that no array has
+            raise PaliGemmaError(f"{file}: tensor {name} has the shape {quote(entry['shape'])}") from None
     return tensors
 
 
-def _read_header(file) -> tuple[dict, int]:
-    """A file's header, {tensor: {dtype, shape, data_offsets}}, and the byte at which the tensors begin."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(size, file.stat().st_size)))
+def _read_header(stream) -> tuple[dict, int]:
+    """An opened file's header, {tensor: {dtype, shape, data_offsets}}, and the byte at which the tensors begin."""
+    size = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(min(size, MAX_HEADER_BYTES)))
     header.pop("__metadata__", None)
     return header, 8 + size
 
@@ -101,7 +105,8 @@ def _find_bad_entry(file) -> str | None:
     """The first tensor of a header whose dtype, shape and place do not fit each other or the file; None if all do."""
     known = dtypes()
     try:
-        header, offset = _read_header(file)
+        with opened(file) as stream:
+            header, offset = _read_header(stream)
         body = file.stat().st_size - offset
         for name, entry in header.items():
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import cli
 from ..config import VARIANTS
+from ..errors import one_line
 from ..files import new_directory
 from .blocks import dtypes
 from .hugging_face import to_hf
@@ -85,7 +86,7 @@ def main(argv=None):
         with tqdm(total=total, desc="random weights", unit="B", unit_scale=True, disable=None, delay=1) as bar:
             write_safetensors(folder, tensors, bar.update)
         (folder / "config.json").write_text(json.dumps(to_hf(config), indent=2) + "\n")
-    print(f"wrote {arguments.output}, {total / 1e9:.2f} GB")
+    print(one_line(f"wrote {arguments.output}, {total / 1e9:.2f} GB"))
     return 0
 
 

@@ -3,44 +3,83 @@
 import argparse
 import json
 import math
-import os
-import re
+import signal
 import sys
 import time
 from pathlib import Path
+from unicodedata import category
 
 from .. import answer as answering
-from .. import detection
+from .. import detection, interrupts
 from ..answer import Answer
-from ..errors import PaliGemmaError, is_out_of_memory, out_of_memory, plural
+from ..errors import PaliGemmaError, explained, plural
 from ..image import TRANSPARENCIES, open_image
 from ..model import segmentation
 from ..model.sampling import Sampling
+from . import streams
 from .drawing import check_drawing, write_drawing
 from .options import Parser, real, whole
 from .prompt import HELP as PROMPT_HELP
 from .prompt import read_prompt, warn_of_prompt
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
 
 def run(prog, main, argv=None) -> int:
-    """Call `main(argv)`; bad input, or too little memory for it, becomes one line on stderr and exit code 1."""
+    """Call `main(argv)`, the whole of a program; its exit code.
+
+    The one place that decides how a command fails: in one line on stderr of at most 2,000 letters, and with exit code
+    1. Ctrl-C ends it without a word, with 130; a reader of its output who has seen enough, with 0.
+    """
+    streams.prepare()
+    interrupts.raise_again()
+    hook, sys.unraisablehook = sys.unraisablehook, _not_lost(sys.unraisablehook)
     try:
-        return main(argv) or 0
-    except PaliGemmaError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"{prog}: error: {out_of_memory(error)}", file=sys.stderr)
-        return 1
+        return _ended(main, argv)
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _interrupted()
+    except BrokenPipeError:
+        streams.close_broken()
         return 0
+    except Exception as error:
+        if interrupts.caused(error):
+            return _interrupted()
+        reason = explained(error)
+        if streams.is_refusal(error):
+            reason = PaliGemmaError(f"standard output cannot be written ({error.strerror})")
+        elif sys.flags.dev_mode and not isinstance(error, PaliGemmaError):
+            raise
+        streams.tell(f"{prog}: error: {reason}")
+        return 1
+    finally:
+        streams.close_broken()
+        sys.unraisablehook = hook
+
+
+def _ended(main, argv) -> int:
+    """Call `main(argv)`, and see that what it printed is written."""
+    try:
+        code = main(argv) or 0
+    except SystemExit:  # argparse's, after --help for one
+        streams.flush()
+        raise
+    streams.flush()
+    return code
+
+
+def _interrupted() -> int:
+    interrupts.end_process()  # a second Ctrl-C, while threads come to an end, needs no words either
+    return 130
+
+
+def _not_lost(hook):
+    """A hook for exceptions that Python cannot raise where they arise: an interrupt among them comes again."""
+
+    def tell(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            hook(unraisable)
+
+    return tell
 
 
 def parser(prog, model, description) -> Parser:
@@ -139,8 +178,24 @@ def _print_piece(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """A model's text without what a terminal would obey: line breaks and tabs stay, other controls do not."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+    """A model's text without what a terminal would obey.
+
+    Line breaks and tabs stay. Other control characters are replaced; characters of format, which turn the direction of
+    what follows or have no width, are shown as escapes.
+    """
+    return "".join(letter if letter in "\n\t" else _SHOWN.get(category(letter), _as_it_is)(letter) for letter in text)
+
+
+def _as_it_is(letter: str) -> str:
+    return letter
+
+
+def _escape(letter: str) -> str:
+    return ascii(letter)[1:-1]
+
+
+#: How characters of Unicode's categories are shown: control, format, surrogate, line and paragraph separator.
+_SHOWN = {"Cc": lambda _: "\N{REPLACEMENT CHARACTER}", **dict.fromkeys(("Cf", "Cs", "Zl", "Zp"), _escape)}
 
 
 def as_json(answered: Answer, load_s: float) -> dict:

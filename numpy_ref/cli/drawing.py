@@ -1,9 +1,11 @@
 """Files that drawings are written to."""
 
+import os
 import tempfile
 from pathlib import Path
 
 from ..errors import PaliGemmaError
+from ..files import replaced_file
 from ..image import FORMATS
 
 
@@ -25,6 +27,8 @@ def check_drawing(path: Path) -> None:
         raise PaliGemmaError(f"{path}: drawings are written as {kinds}; give the name such an ending, .png for example")
     if path.is_dir():
         raise PaliGemmaError(f"{path}: cannot write the drawing, this is a folder; name a file in it")
+    if os.path.lexists(path) and not path.is_file():
+        raise PaliGemmaError(f"{path}: cannot write the drawing, it is a pipe, socket, device or dead link")
     if not path.parent.is_dir():
         raise PaliGemmaError(f"{path}: cannot write the drawing, there is no folder {path.parent}")
     try:
@@ -34,17 +38,11 @@ def check_drawing(path: Path) -> None:
 
 
 def write_drawing(path: Path, drawing) -> None:
-    """Save a picture where it is wanted, whole or not at all."""
+    """Save a picture where it is wanted, whole or not at all; what a killed process left beside it goes."""
     check_drawing(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix or ".png", delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            drawing.save(temporary)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaced_file(path) as temporary:
+            drawing.save(temporary, None if path.suffix else "PNG")
     except (OSError, ValueError) as error:
         raise _not_written(path, error) from None
 

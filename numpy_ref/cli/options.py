@@ -7,10 +7,11 @@ import argparse
 import difflib
 import math
 import os
+import sys
 from argparse import ArgumentTypeError
 
 from .. import __version__
-from ..errors import quote
+from ..errors import one_line, quote, shortened
 
 MOST_PER_CORE = 4  # threads, or processes: beyond, each only waits and takes memory
 
@@ -23,8 +24,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str):
-        """Print usage and message, and exit with 2."""
-        super().error(message + self._suggestion(message))
+        """Print usage and message, which may quote anything, and exit with 2."""
+        super().error(shortened(one_line(message + self._suggestion(message))))
+
+    def _print_message(self, message, file=None):  # argparse's own takes an output that nobody takes for a success
+        if message:
+            (file or sys.stderr).write(message)
 
     def _suggestion(self, message) -> str:
         if not message.startswith("unrecognized arguments"):

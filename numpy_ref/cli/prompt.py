@@ -1,11 +1,12 @@
 """The PROMPT of a command: given as it is, or read from a file."""
 
-import sys
 from pathlib import Path
 
-from ..errors import PaliGemmaError
+from ..errors import PaliGemmaError, note
+from ..files import read_bytes
 from ..tokenizer import prompt_warning
 
+MAX_BYTES = 2**24  # of a prompt's file
 HELP = "@FILE reads the prompt from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count"
 
 
@@ -30,7 +31,7 @@ def read_prompt(argument: str) -> str:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_bytes(file, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise PaliGemmaError(f"{file}: cannot read the prompt, which is not UTF-8; save it as UTF-8") from None
     except (OSError, ValueError) as error:
@@ -42,5 +43,5 @@ def _read(file: Path) -> str:
 def warn_of_prompt(prog: str, prompt: str) -> bool:
     """Say on stderr what `prompt_warning` has to say; whether there was something."""
     if warning := prompt_warning(prompt):
-        print(f"{prog}: warning: {warning}", file=sys.stderr)
+        note(f"{prog}: warning: {warning}")
     return bool(warning)

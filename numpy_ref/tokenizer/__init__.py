@@ -15,7 +15,7 @@ import numpy as np
 from ..checkpoint.hugging_face import PADDING
 from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError
-from ..files import within
+from ..files import read_bytes, within
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
@@ -38,6 +38,16 @@ def prompt_warning(prefix: str) -> str:
         f"the prompt begins with {markup[1]}, which is read as text; leave it out: "
         "the picture's tokens and <bos> are put in front of every prompt"
     )
+
+
+def read_contents(file) -> bytes:
+    """The bytes of a tokenizer's file; PaliGemmaError if it cannot be read, or is larger than any."""
+    try:
+        return read_bytes(file)
+    except OSError as error:
+        raise PaliGemmaError(f"{file}: cannot read the tokenizer ({error.strerror or error})") from None
+    except PaliGemmaError as error:
+        raise PaliGemmaError(f"{file}: not a tokenizer ({error})") from None
 
 
 class SentencePiece:
@@ -150,7 +160,7 @@ class Tokenizer:
         for backend in (SentencePiece, Json):
             file = within(path, backend.FILE)
             if file.is_file():
-                return cls(backend(file.read_bytes(), file), config)
+                return cls(backend(read_contents(file), file), config)
         raise PaliGemmaError(f"{path}: neither tokenizer.model nor tokenizer.json; text needs one of them")
 
     def encode(self, text: str) -> list[int]:

@@ -281,7 +281,8 @@ def request(folder):
     (folder / "secret").write_text("secret of the folder above")
     (folder / "served").mkdir()
     (folder / "served" / "bundle.json").write_text("{}")
-    files = {"/web/": folder / "served" / "bundle.json", "/bundle/bundle.json": folder / "served" / "bundle.json"}
+    file = folder / "served" / "bundle.json"
+    files = {"/web/": serve.Served(file, "text/html"), "/bundle/bundle.json": serve.Served(file, "text/html", True, 2)}
 
     def read(data):
         browser, ours = socket.socketpair()
@@ -295,6 +296,7 @@ def request(folder):
                 answered = stream.read()
         assert b"secret" not in answered
         assert b"Traceback" not in answered
+        assert answered.count(b"HTTP/1.1 200 OK\r\n") <= answered.count(b"X-Content-Type-Options: nosniff\r\n")
 
     return read
 

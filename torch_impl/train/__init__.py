@@ -10,7 +10,6 @@ made from nothing is in recipe.py.
 
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
 from numpy_ref.checkpoint.safetensors import map_safetensors
-from numpy_ref.errors import PaliGemmaError, plural
+from numpy_ref.errors import PaliGemmaError, note, one_line, plural
 from numpy_ref.files import absent
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer
@@ -132,7 +131,7 @@ def main(argv=None):
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise PaliGemmaError("--device cuda: this build of torch finds no CUDA device")
     if state_folder(arguments.output).exists():
-        print(f"going on from {state_folder(arguments.output)}", file=sys.stderr)
+        note(f"going on from {state_folder(arguments.output)}")
     curve = fine_tune(arguments)
-    print(f"wrote {arguments.output}, loss {curve[-1][2]} after {plural(curve[-1][0], 'step')}")
+    print(one_line(f"wrote {arguments.output}, loss {curve[-1][2]} after {plural(curve[-1][0], 'step')}"))
     return 0

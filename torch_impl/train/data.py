@@ -4,14 +4,14 @@ Each is a map from a number to an example, the same for the same seed; there is 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from numpy_ref import scenes
-from numpy_ref.errors import PaliGemmaError, plural
+from numpy_ref.errors import PaliGemmaError, note, plural
+from numpy_ref.files import opened
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.scenes import questions
 from numpy_ref.tokenizer import prompt_warning
@@ -69,7 +69,8 @@ class JsonLines:
         self.file, self.tokenizer, self.resize, self.seed = Path(file), tokenizer, resize, seed
         self.turn, self.order = -1, np.arange(0)  # the order of the turn that was asked for last
         try:
-            lines = self.file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut inside strings
+            with opened(self.file) as stream:
+                lines = stream.read().decode("utf-8-sig").split("\n")  # splitlines() would cut inside strings
         except (OSError, UnicodeDecodeError) as error:
             raise PaliGemmaError(f"{file}: cannot read it ({error})") from None
         self.warned = False
@@ -98,7 +99,7 @@ class JsonLines:
         if not all(isinstance(value, str) for value in (image, prefix, suffix)) or not image:
             raise PaliGemmaError(f"{where}: image, prefix and suffix must be text")
         if not self.warned and (warning := prompt_warning(prefix)):
-            print(f"{where}: warning: {warning} (said once)", file=sys.stderr)
+            note(f"{where}: warning: {warning} (said once)")
             self.warned = True
         path = self.file.parent / image
         try:

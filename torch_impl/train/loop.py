@@ -102,6 +102,8 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PaliGemmaError(f"{folder}: cannot be written ({error.strerror})") from None
+    if os.path.lexists(folder / LOG) and not (folder / LOG).is_file():
+        raise PaliGemmaError(f"{folder / LOG}: not a file; remove it")
     run = asdict(settings) | (about or {})
     begin, curve, recent = _resume(folder / STATE, model, optimizers, run)
     _write_log(folder / LOG, curve)

@@ -17,6 +17,7 @@ import torch
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint.safetensors import write_safetensors
 from numpy_ref.config import PaliGemmaConfig
+from numpy_ref.errors import one_line
 from numpy_ref.files import absent, new_directory
 from numpy_ref.model.contrastive import ContrastiveConfig, TextConfig, recall_at_1
 from numpy_ref.scenes import questions
@@ -121,7 +122,7 @@ def main(argv=None):
         (output / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # the result is there: what stays behind does no harm
     print(f"{arguments.loss}: recall@1 {found:.1%} of {PAIRS} held-out pairs, loss {curve[-1][2]}")
-    print(f"wrote {arguments.output}")
+    print(one_line(f"wrote {arguments.output}"))
     return 0
 
 

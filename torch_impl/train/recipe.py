@@ -24,7 +24,7 @@ import torch
 from numpy_ref import checkpoint, cli, scenes
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.files import absent
+from numpy_ref.files import absent, read_json
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
@@ -107,7 +107,7 @@ def _codec(folder, seed) -> dict:
         temporary = log.with_suffix(".part")
         temporary.write_text(json.dumps(record))
         temporary.replace(log)
-    record = json.loads(log.read_text())
+    record = read_json(log)
     if record["seed"] != seed:
         raise PaliGemmaError(f"{folder}: this run was begun with seed {record['seed']}; go on with that, or remove it")
     return record

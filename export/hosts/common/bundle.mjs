@@ -47,7 +47,7 @@ function checkDescription({ graphs, files, config, tokens, max_length: maxLength
   const sound = listed.every((file) => Number.isInteger(file?.bytes) && typeof file.sha256 === "string");
   if (!whole.every(Number.isInteger) || !graphs || !sound) fail(`${DESCRIPTION} is damaged; export the bundle again`);
   for (const name of new Set([...NEEDED, ...Object.keys(graphs)])) {
-    if (!graphs[name]?.file) fail(`${DESCRIPTION} lists no ${name} graph; export the bundle again`);
+    if (!graphs[name]?.file || typeof graphs[name].file !== "string") fail(`${DESCRIPTION} lists no ${name} graph; export the bundle again`);
     if (!files[graphs[name].file]) fail(`${DESCRIPTION} lists no checksum for ${graphs[name].file}`);
   }
   if (!files[WEIGHTS]) fail(`${DESCRIPTION} lists no checksum for ${WEIGHTS}`);

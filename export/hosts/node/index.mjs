@@ -3,8 +3,8 @@ import "./telemetry.mjs"; // first: ONNX Runtime reads it as it is loaded
 
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
-import { readFile, stat } from "node:fs/promises";
-import { join } from "node:path";
+import { readFile, realpath, stat } from "node:fs/promises";
+import { basename, dirname, join } from "node:path";
 
 import { Tokenizer as Library } from "@huggingface/tokenizers";
 import * as ort from "onnxruntime-node";
@@ -19,18 +19,21 @@ export { PaliGemmaError, promptWarning };
 
 // Below this the runtime may repack weights for speed, a private copy a session; from here on both map the one file.
 const MAPPED_FROM = 2 ** 31;
+const MAX_JSON_BYTES = 2 ** 24;
 const QUANTIZED = ["int8", "int4"]; // always repacked: their quick kernels read no other order
 
 /** A bundle's folder, opened. `threads` 0 takes every core. */
 export async function load(folder, { threads = 0 } = {}) {
   if (!(await kindOf(folder))?.isDirectory()) throw new PaliGemmaError(`${folder}: no such bundle directory; export-onnx makes one`);
-  const createSession = (file, { files, graphs, precision }) => {
+  const createSession = async (file, { files, graphs, precision }) => {
     const large = [graphs.prefill.file, graphs.decode.file].includes(file);
     const mapped = large && !QUANTIZED.includes(precision) && files["weights.bin"].bytes > MAPPED_FROM;
+    // The runtime believes a graph that says where, and how long, its repacked weights are: kernels would read beyond them.
+    const repacked = (await readFile(join(folder, file))).includes("prepacked_");
     return ort.InferenceSession.create(join(folder, file), {
       intraOpNumThreads: large ? threads : 1,
       logSeverityLevel: 4,
-      ...(mapped && { extra: { session: { disable_prepacking: "1" } } }),
+      ...((mapped || repacked) && { extra: { session: { disable_prepacking: "1" } } }),
     });
   };
   try {
@@ -73,9 +76,15 @@ export async function decodePicture(picture, transparency) {
 /** The files of a folder, as `openBundle` asks for them. */
 function filesOf(folder) {
   return {
-    read: (name) => readFile(join(folder, name)).catch(() => null),
-    async measure(name) {
+    async read(name) {
       const file = join(folder, name);
+      const found = await kindOf(file);
+      if (!found?.isFile()) return null;
+      if (name === "bundle.json" && found.size > MAX_JSON_BYTES) throw new PaliGemmaError(`${name} has ${found.size} bytes, more than are read`);
+      return within(folder, file).then(readFile);
+    },
+    async measure(name) {
+      const file = await within(folder, join(folder, name));
       const found = await kindOf(file);
       if (!found?.isFile()) return null;
       const digest = createHash("sha256");
@@ -83,6 +92,17 @@ function filesOf(folder) {
       return { bytes: found.size, sha256: digest.digest("hex") };
     },
   };
+}
+
+/** A file that may be a link, but does not lead out of its folder, except as in a Hugging Face cache. */
+async function within(folder, file) {
+  const home = await realpath(folder);
+  const target = await realpath(file).catch(() => file);
+  const homes = [home, folder, ...(basename(dirname(home)) === "snapshots" ? [join(dirname(dirname(home)), "blobs")] : [])];
+  if (!homes.includes(dirname(target))) {
+    throw new PaliGemmaError(`${file}: this link leads out of its folder; put a copy of the file in its place`);
+  }
+  return target;
 }
 
 const kindOf = (path) => stat(path).catch(() => null);

@@ -1,10 +1,10 @@
 #!/usr/bin/env node
 /** node run.mjs BUNDLE IMAGE PROMPT [options]: answer a prompt about a picture. */
-import { readFile } from "node:fs/promises";
+import { readFile, stat } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { parseArgs } from "node:util";
 
-import { PaliGemmaError, plural } from "../common/errors.mjs";
+import { oneLine, PaliGemmaError, plural, printable } from "../common/errors.mjs";
 import { promptWarning } from "../common/tokenizer.mjs";
 import { TRANSPARENCIES } from "../common/transparency.mjs";
 
@@ -56,7 +56,7 @@ async function main(argv) {
   const started = performance.now();
   const model = await load(bundle, { threads });
   const loaded = (performance.now() - started) / 1000;
-  if (!values.json) options.onToken = (text) => process.stdout.write(text);
+  if (!values.json) options.onToken = (text) => process.stdout.write(printable(text));
   const { timings, ...answer } = await model.generate(image, prompt, options);
   console.log(values.json ? JSON.stringify({ ...answer, timings: { load_s: loaded, ...timings } }) : "");
 }
@@ -85,12 +85,13 @@ async function readPrompt(argument) {
   if (argument.startsWith("@") && prompt === argument) prompt = await readText(argument.slice(1));
   prompt = prompt.replace(/[\r\n]+$/, "");
   const warning = promptWarning(prompt);
-  if (warning) console.error(`run.mjs: warning: ${warning}`);
+  if (warning) console.error(`run.mjs: warning: ${oneLine(warning)}`);
   return prompt;
 }
 
 async function readText(file) {
   try {
+    if (!(await stat(file)).isFile()) throw new Error("not a file");
     return new TextDecoder("utf-8", { fatal: true }).decode(await readFile(file)); // which leaves out a byte order mark
   } catch (error) {
     if (error instanceof TypeError) throw new PaliGemmaError(`${file}: cannot read the prompt, which is not UTF-8; save it as UTF-8`);
@@ -132,19 +133,19 @@ function numbers(seed) {
 }
 
 process.stdout.on("error", (error) => {
-  if (error.code !== "EPIPE") throw error;
-  process.exit(0); // the reader has seen enough
+  if (error.code === "EPIPE") process.exit(0); // the reader has seen enough
+  console.error(`run.mjs: error: standard output cannot be written (${oneLine(error.message)})`);
+  process.exit(1);
 });
 try {
   await main(process.argv.slice(2));
 } catch (error) {
   if (error instanceof Misuse) {
-    console.error(`${USAGE}\nrun.mjs: error: ${error.message}`);
+    console.error(`${USAGE}\nrun.mjs: error: ${oneLine(error.message)}`);
     process.exitCode = 2;
-  } else if (error instanceof PaliGemmaError) {
-    console.error(`run.mjs: error: ${error.message.replace(/\s+/g, " ")}`);
-    process.exitCode = 1;
   } else {
-    throw error;
+    const fault = error instanceof PaliGemmaError ? "" : "this should not have happened: ";
+    console.error(`run.mjs: error: ${fault}${oneLine(error?.message ?? String(error))}`);
+    process.exitCode = 1;
   }
 }
