@@ -44,10 +44,10 @@ def run(prog, main, argv=None) -> int:
             return _interrupted()
         reason = explained(error)
         if streams.is_refusal(error):
-            reason = PaliGemmaError(f"standard output cannot be written ({error.strerror})")
+            reason = PaliGemmaError(f"standard output cannot be written ({getattr(error, 'strerror', error)})")
         elif sys.flags.dev_mode and not isinstance(error, PaliGemmaError):
             raise
-        streams.tell(f"{prog}: error: {reason}")
+        streams.print_error(f"{prog}: error: {reason}")
         return 1
     finally:
         streams.close_broken()
@@ -73,7 +73,7 @@ def _interrupted() -> int:
 def _not_lost(hook):
     """A hook for exceptions that Python cannot raise where they arise: an interrupt among them comes again."""
 
-    def tell(unraisable):
+    def print_error(unraisable):
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         else:

@@ -40,7 +40,7 @@ def close_broken() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def tell(line: str) -> None:
+def print_error(line: str) -> None:
     """Print a line on standard errors, if they take one."""
     with suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
