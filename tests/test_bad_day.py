@@ -166,6 +166,6 @@ def test_an_interrupt_in_the_first_second(command, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    said = [line for line in errors.decode().splitlines() if not line.startswith("import time:")]
+    printed = [line for line in errors.decode().splitlines() if not line.startswith("import time:")]
     assert process.returncode in (0, 130, -signal.SIGINT)
-    assert not [line for line in said if not line.startswith("exporting the shipped model")]
+    assert not [line for line in printed if not line.startswith("exporting the shipped model")]

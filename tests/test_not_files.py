@@ -43,19 +43,19 @@ KINDS = {
 
 def at_once(function) -> str:
     """The one line that a function ends with, before anybody would call it a hang."""
-    said = []
+    messages = []
 
     def call():
         try:
             function()
         except PaliGemmaError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(20)
     assert not thread.is_alive(), "it hangs"
-    (line,) = said
+    (line,) = messages
     return line
 
 

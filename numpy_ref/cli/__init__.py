@@ -73,13 +73,13 @@ def _interrupted() -> int:
 def _not_lost(hook):
     """A hook for exceptions that Python cannot raise where they arise: an interrupt among them comes again."""
 
-    def print_error(unraisable):
+    def raised_again(unraisable):
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         else:
             hook(unraisable)
 
-    return tell
+    return raised_again
 
 
 def parser(prog, model, description) -> Parser:
