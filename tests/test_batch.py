@@ -413,7 +413,7 @@ def test_an_output_is_never_overwritten(rows, tmp_path, capsys):
 def test_rows_that_are_lost_are_noticed(tmp_path):
     with batch.work_file(tmp_path / "out", {}) as work:
         work.write([{"row": 0}])
-        with pytest.raises(PaliGemmaError, match="1 answers to 2 rows"):
+        with pytest.raises(PaliGemmaError, match="1 answer to 2 rows"):
             work.finish(2)
     assert not (tmp_path / "out").exists()
 
