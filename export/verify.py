@@ -310,8 +310,10 @@ def compare_stages(checkpoint, bundle, provider=CPU, answered=()) -> list[Row]:
         rows.append(row(f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
     rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     if session.masks:
+        decode_masks = segmentation.decoder_of(checkpoint)
+        assert decode_masks is not None, "a bundle's mask codec comes from its checkpoint"
         codes = np.random.default_rng(0).integers(0, segmentation.CODES, (4, segmentation.CELLS**2))
-        expected = segmentation.decoder_of(checkpoint)(codes)
+        expected = decode_masks(codes)
         rows.append(row("masks", {"masks": expected}, {"masks": session.masks(codes)}, operators=PORTABLE))
     return rows
 

@@ -2,6 +2,7 @@
 
 import reprlib
 import sys
+from collections.abc import Iterable
 
 _QUOTED = reprlib.Repr()
 _QUOTED.maxlevel, _QUOTED.maxstring, _QUOTED.maxother, _QUOTED.maxlong = 3, 100, 100, 40
@@ -32,7 +33,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def quote(value) -> str:
+def quote(value: object) -> str:
     """A value out of a file as Python writes it, shortened: it may be deeper than repr can go, or very long."""
     return _QUOTED.repr(value)
 
@@ -43,7 +44,7 @@ def one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
-def listed(items, separator=", ", most=10) -> str:
+def listed(items: Iterable[str], separator: str = ", ", most: int = 10) -> str:
     """Items in a row, cut behind the first ten, with a count of the others."""
     items = list(items)
     rest = [f"and {len(items) - most} more"] if len(items) > most else []

@@ -4,6 +4,7 @@ A block is some rows of about BLOCK bytes, so that an array that is mapped from 
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def dtypes() -> dict[str, np.dtype]:
     return {"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": bfloat16()}
 
 
-def all_finite(array) -> bool:
+def all_finite(array: np.ndarray) -> bool:
     """Whether no number of an array is a NaN or infinite.
 
     Read as whole numbers, with and without sign, those sort behind all others: two maxima over the bytes as they lie,
@@ -36,7 +37,7 @@ def all_finite(array) -> bool:
     return all(array.view(kind).max(initial=0) < bound.view(kind) for kind, bound in bounds.items())
 
 
-def check_finite(name, array) -> None:
+def check_finite(name: str, array: np.ndarray) -> None:
     """Raise PaliGemmaError that names the tensor and the place of its first NaN or infinity, if it has one."""
     if all_finite(array):
         return
@@ -47,7 +48,7 @@ def check_finite(name, array) -> None:
     )
 
 
-def first_not_finite(array, dtype=None) -> tuple[int, ...] | None:
+def first_not_finite(array: np.ndarray, dtype: np.dtype | None = None) -> tuple[int, ...] | None:
     """The index of the first number that, in `dtype`, is a NaN or infinite; None if all are finite."""
     dtype, seen = dtype or array.dtype, 0
     for block in blocks(array, dtype):
@@ -58,7 +59,7 @@ def first_not_finite(array, dtype=None) -> tuple[int, ...] | None:
     return None
 
 
-def checked_blocks(name, array):
+def checked_blocks(name: str, array: np.ndarray) -> Iterator[memoryview]:
     """The `blocks` of an array in its own dtype, each looked at as it passes: `check_finite` without another pass."""
     for block in blocks(array):
         if not all_finite(np.frombuffer(block, np.uint8).view(array.dtype)):
@@ -66,7 +67,7 @@ def checked_blocks(name, array):
         yield block
 
 
-def blocks(array, dtype=None):
+def blocks(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[memoryview]:
     """The array's bytes in row-major order, and in `dtype`, in pieces of about BLOCK bytes."""
     dtype = array.dtype if dtype is None else dtype
     if array.ndim == 0:
