@@ -5,6 +5,7 @@ A block is some rows of about BLOCK bytes, so that an array that is mapped from 
 
 import math
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +13,23 @@ from ..errors import PaliGemmaError
 
 BLOCK = 32 * 2**20  # bytes converted at once
 STRIP = 128  # columns of a transposed matrix turned at once
+
+
+class Rows(Protocol):
+    """An array, or what gives slices of its rows as one does: `adapter.Merged`, `synthetic.RandomArray`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
 def bfloat16() -> np.dtype:
@@ -59,15 +77,15 @@ def first_not_finite(array: np.ndarray, dtype: np.dtype | None = None) -> tuple[
     return None
 
 
-def checked_blocks(name: str, array: np.ndarray) -> Iterator[memoryview]:
+def checked_blocks(name: str, array: Rows) -> Iterator[memoryview]:
     """The `blocks` of an array in its own dtype, each looked at as it passes: `check_finite` without another pass."""
     for block in blocks(array):
         if not all_finite(np.frombuffer(block, np.uint8).view(array.dtype)):
-            check_finite(name, array)
+            check_finite(name, np.asarray(array))
         yield block
 
 
-def blocks(array: np.ndarray, dtype: np.dtype | None = None) -> Iterator[memoryview]:
+def blocks(array: Rows, dtype: np.dtype | None = None) -> Iterator[memoryview]:
     """The array's bytes in row-major order, and in `dtype`, in pieces of about BLOCK bytes."""
     dtype = array.dtype if dtype is None else dtype
     if array.ndim == 0:
