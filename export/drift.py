@@ -8,6 +8,7 @@ shipped model knows, the accuracy of each task is measured too.
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref import cli
+from numpy_ref.engine import Engine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import choose_capacity, pad_prompts
 from numpy_ref.scenes import evaluate
@@ -36,7 +38,7 @@ class Drift:
     divergences: list[float] = field(default_factory=list)
     agreements: list[bool] = field(default_factory=list)
 
-    def add(self, reference, logits, known) -> None:
+    def add(self, reference: np.ndarray, logits: np.ndarray, known: np.ndarray) -> None:
         """Compare logits [B, V] of both; only ids that can be drawn count."""
         expected, found = (_log_softmax(np.asarray(each, np.float64)[:, known]) for each in (reference, logits))
         self.divergences += (np.exp(expected) * (expected - found)).sum(-1).tolist()
@@ -55,7 +57,15 @@ def _log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def follow(reference, engine, pixel_values, prompts, known, drift: Drift, new_tokens=NEW_TOKENS) -> None:
+def follow(
+    reference: Engine,
+    engine: Engine,
+    pixel_values: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    known: np.ndarray,
+    drift: Drift,
+    new_tokens: int = NEW_TOKENS,
+) -> None:
     """Let both engines answer prompts, each fed the greedy answer of `reference`; what differs goes into `drift`."""
     config = reference.config
     input_ids, lengths = pad_prompts(prompts, config.pad)
@@ -74,7 +84,7 @@ def follow(reference, engine, pixel_values, prompts, known, drift: Drift, new_to
         lengths = np.where(alive, lengths + 1, lengths).astype(np.int32)
 
 
-def on_scenes(reference, engine, tokenizer, scenes: int, seed: int) -> dict:
+def on_scenes(reference: Engine, engine: Engine, tokenizer: Tokenizer, scenes: int, seed: int) -> dict:
     """Drift over the answers to held-out scenes of every task, and both accuracies."""
     drift, known, accuracy = Drift(), tokenizer.known(), {}
     for task, name in evaluate.SCORES.items():
@@ -90,7 +100,7 @@ def on_scenes(reference, engine, tokenizer, scenes: int, seed: int) -> dict:
     return {**drift.figures(), "accuracy": accuracy}
 
 
-def table(precision, results) -> str:
+def table(precision: str, results: dict) -> str:
     """The figures as text."""
     lines = [
         f"{precision} against float32 over {results['tokens']} tokens: "

@@ -6,12 +6,15 @@ A checkpoint is exported into a temporary bundle first.
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
+from numpy_ref.engine import Engine
 from numpy_ref.scenes import evaluate
+from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
 from . import session
@@ -20,7 +23,7 @@ PROG = "python -m export.evaluate"
 
 
 @contextmanager
-def opened(path: Path | None):
+def opened(path: Path | None) -> Iterator[tuple[Engine, Tokenizer]]:
     """Engine and tokenizer of a bundle or a checkpoint; None is the shipped model's bundle."""
     if path is not None:
         path = hub.directory(path)
@@ -33,7 +36,7 @@ def opened(path: Path | None):
         yield session.load(bundle)
 
 
-def table(results) -> str:
+def table(results: dict) -> str:
     """The accuracies as text."""
     lines = [f"{'':<16}{'seen pairs':>12}{'new pairs':>12}"]
     lines += [

@@ -7,7 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from numpy_ref import cli, scenes
+from numpy_ref.engine import Engine
 from numpy_ref.scenes import evaluate, questions
+from numpy_ref.tokenizer import Tokenizer
 
 from .evaluate import opened
 
@@ -15,7 +17,7 @@ PROG = "python -m export.gallery"
 TILE, GAP = 448, 16
 
 
-def gallery(engine, tokenizer, seed: int, columns: int, compositional=False) -> Image.Image:
+def gallery(engine: Engine, tokenizer: Tokenizer, seed: int, columns: int, compositional: bool = False) -> Image.Image:
     """A row a task; the scenes are the first of the seed, not chosen."""
     rows = []
     for task in questions.TASKS:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
-def watch(command) -> tuple[float, float, str]:
+def watch(command: Sequence[str | Path]) -> tuple[float, float, str]:
     """Run a command: seconds, peak anonymous GiB, and what it printed."""
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -80,17 +81,17 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
-def module(name, *arguments):
+def module(name: str, *arguments: object) -> list[str]:
     """A command that runs a module of this project."""
     return [sys.executable, "-m", name, *map(str, arguments)]
 
 
-def entry(name, *arguments):
+def entry(name: str, *arguments: object) -> list[str]:
     """A command that runs `export_main` or `run_main`."""
     return [sys.executable, "-c", f"from export.cli import {name}; {name}()", *map(str, arguments)]
 
 
-def measure(folder: Path, variant: str, layers, precisions, runs: int) -> dict:
+def measure(folder: Path, variant: str, layers: int | None, precisions: Sequence[str], runs: int) -> dict:
     """Everything, into one dict."""
     checkpoint, picture = folder / "checkpoint", SHIPPED / "example.png"
     options = ["--layers", layers] if layers else []

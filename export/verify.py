@@ -8,26 +8,32 @@ decode steps that feed on each other, and logits and cache are compared.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.reference
 import onnx_ir as ir
 import onnxruntime
+from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.adapter import in_memory
+from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
 from numpy_ref.model import paligemma, segmentation
+from numpy_ref.model.layers import Pair
 from numpy_ref.tokenizer import known_ids
 
 from . import drift
-from .bundle import weights
+from .bundle import Bundle, weights
 from .model import graphs
 from .model.layers import PORTABLE
 from .runtime import session_options
@@ -77,7 +83,7 @@ class Part:
     inputs: dict[str, str]  # name of the model's input -> the tap, or input of the whole graph, that it is
 
 
-def verify(bundle, checkpoint) -> list[dict]:
+def verify(bundle: Bundle, checkpoint: Checkpoint) -> list[dict]:
     """Compare an opened bundle with the checkpoint it was made from. Prints the table and returns its rows.
 
     Raises PaliGemmaError if a budget is exceeded, a tap is absent, or this machine cannot run the precision.
@@ -108,7 +114,7 @@ def verify(bundle, checkpoint) -> list[dict]:
     return results
 
 
-def check(checkpoint, precision) -> None:
+def check(checkpoint: Checkpoint, precision: str) -> None:
     """Raise PaliGemmaError if this machine cannot verify a bundle of this precision."""
     if not precision.endswith("bfloat16") or choose_provider("auto") == CUDA:
         return
@@ -116,7 +122,7 @@ def check(checkpoint, precision) -> None:
         raise PaliGemmaError(f"--verify in {precision} needs a CUDA device for this model: the CPU has no kernels")
 
 
-def rows(bundle, checkpoint) -> list[Row]:
+def rows(bundle: Bundle, checkpoint: Checkpoint) -> list[Row]:
     """Both views of a bundle: its parts, and, where this machine has the kernels, end to end.
 
     A quantized one is compared with the weights before they were rounded.
@@ -136,7 +142,7 @@ def rows(bundle, checkpoint) -> list[Row]:
 # --- part by part ------------------------------------------------------------------------------------------
 
 
-def compare_parts(checkpoint, bundle, provider=CPU) -> tuple[list[Row], list]:
+def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -> tuple[list[Row], list]:
     """One row a part of prefill and of a decode step; and what the reference answered to both, as `answers` has it."""
     config, inputs = checkpoint.config, example(checkpoint.config)
     feeds = dict(zip(("pixel_values", "input_ids", "lengths", "capacity"), inputs.prefill(np.float32), strict=True))
@@ -145,7 +151,7 @@ def compare_parts(checkpoint, bundle, provider=CPU) -> tuple[list[Row], list]:
     total = len(prefill.parts) + len(decode.parts)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
         prefill.progress = decode.progress = bar.update
-        first = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), prefill)  # type: ignore[call-arg]
+        first = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), prefill)
         for i, layer in enumerate(first[1]):
             decode.values |= {f"past_key_values.{i}.{kind}": a for kind, a in zip(("key", "value"), layer, strict=True)}
         second = paligemma.decode(checkpoint.params, config, inputs.steps[0], inputs.lengths, first[1], decode)
@@ -159,7 +165,7 @@ class Comparison:
     A part is given the reference's values, in float64, where it is cut off. They are dropped when no part takes them.
     """
 
-    def __init__(self, stage, config, bundle, provider, inputs):
+    def __init__(self, stage: str, config: PaliGemmaConfig, bundle: Bundle, provider: str, inputs: dict[str, Any]):
         self.stage, self.values = stage, dict(inputs)
         # Without a device nothing but ONNX's own evaluator multiplies bfloat16, and it has standard operators alone.
         self.by_evaluator = bundle.description.precision == "bfloat16" and provider != CUDA
@@ -169,7 +175,7 @@ class Comparison:
         self.lengths, self.size = inputs["lengths"], inputs["input_ids"].shape[1]
         self.rows, self.cache, self.recorded = [], {}, {}
 
-    def __call__(self, name, value):
+    def __call__(self, name: str, value: np.ndarray) -> np.ndarray:
         """Take in a value of the reference, and run the next part if there now is all that it is compared with."""
         self.recorded[name] = value
         if self.parts and self.recorded.keys() >= set(self.parts[0].taps):
@@ -178,7 +184,7 @@ class Comparison:
             self.progress()
         return value
 
-    def finish(self, cache, lengths) -> list[Row]:
+    def finish(self, cache: list[Pair], lengths: np.ndarray) -> list[Row]:
         """The rows of all parts, and one of what they wrote into the cache, each row up to its length."""
         if self.parts:
             raise PaliGemmaError(f"{self.stage}: the graph has taps that the reference lacks: {self.parts[0].taps}")
@@ -211,22 +217,22 @@ def _within(part, name) -> str:
     return "output" if name == part else name.removeprefix(f"{part}.")
 
 
-def tapped_model(config, bundle, graph, operators) -> ir.Model:
+def tapped_model(config: PaliGemmaConfig, bundle: Bundle, graph: str, operators: str) -> ir.Model:
     """The bundle's prefill or decode over its weights, with every tap as an output; or the same of other operators."""
     precision, residual = bundle.description.precision, None
     placed = weights.plan(config, precision, bundle.operators)
     if operators == bundle.operators:
         initializer = weights.initializer(placed, bundle.path, graph)
-        residual = weights.FLOATS.get(bundle.description.residual)
+        residual = weights.FLOATS.get(bundle.description.residual or "")
     else:
         initializer = weights.apart(config, placed, bundle.path)
     build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
     return build(config, initializer, weights.stream_dtype(precision), True, operators, residual)
 
 
-def cut(model) -> list[Part]:
+def cut(model: ir.Model) -> list[Part]:
     """The parts of a model with taps, in order. Each begins at taps of those before it and ends at its own."""
-    outputs = {value.name: value for value in model.graph.outputs}
+    outputs = {str(value.name): value for value in model.graph.outputs}
     taps = {name.removeprefix("tap."): value for name, value in outputs.items() if name.startswith("tap.")}
     known, parts = {value: str(value.name) for value in model.graph.inputs}, []
     for name, own in ((name, [*own]) for name, own in groupby(taps, key=lambda tap: _LAYER.sub(r"\1", tap))):
@@ -239,11 +245,19 @@ def cut(model) -> list[Part]:
         names = {str(value.name): name for value, name in known.items()}
         inputs = {str(value.name): names[str(value.name)] for value in graph.inputs}
         parts.append(Part(name, own, ir.Model(graph, ir_version=model.ir_version), inputs))
-        known |= {taps[tap].producer().inputs[0]: tap for tap in own}
+        known |= {_tapped(taps[tap]): tap for tap in own}
     return parts
 
 
-def as_in_graph(array, shape, lengths, size):
+def _tapped(output: ir.Value) -> ir.Value:
+    """The value that an output is of: a tap puts an Identity between them."""
+    node = output.producer()
+    assert node is not None
+    assert node.inputs[0] is not None
+    return node.inputs[0]
+
+
+def as_in_graph(array: np.ndarray, shape: Sequence[int], lengths: np.ndarray, size: int) -> np.ndarray:
     """A value of the reference in the shape that a fused graph has it in; unchanged if it does not fit.
 
     All rows may lie along one axis, [1, B * T, D] for [B, T, D]; or there may be each row's last position alone, [1, B,
@@ -257,7 +271,7 @@ def as_in_graph(array, shape, lengths, size):
     return np.take_along_axis(by_position, lengths[:, None, None, None] - 1, 2).reshape(shape)
 
 
-def is_token(shape, lengths, size):
+def is_token(shape: Sequence[int], lengths: np.ndarray, size: int) -> np.ndarray:
     """Where a value of the reference stands at a token: False at padding, where graphs may compute what they like."""
     if len(shape) < 3 or shape[-2] % size:
         return np.ones(shape, bool)  # it has no positions of the text, or but one
@@ -293,7 +307,7 @@ def _evaluate(model, feeds, directory, provider) -> dict:
 # --- end to end --------------------------------------------------------------------------------------------
 
 
-def compare_stages(checkpoint, bundle, provider=CPU, answered=()) -> list[Row]:
+def compare_stages(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU, answered: Sequence = ()) -> list[Row]:
     """Logits and cache of the shipped graphs, run as a host runs them. `answered`: see `answers`."""
     inputs = example(checkpoint.config)
     session = Session(bundle, "cuda" if provider == CUDA else "cpu")
@@ -310,13 +324,15 @@ def compare_stages(checkpoint, bundle, provider=CPU, answered=()) -> list[Row]:
         rows.append(row(f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
     rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     if session.masks:
+        decode_masks = segmentation.decoder_of(checkpoint)
+        assert decode_masks is not None, "a bundle's mask codec comes from its checkpoint"
         codes = np.random.default_rng(0).integers(0, segmentation.CODES, (4, segmentation.CELLS**2))
-        expected = segmentation.decoder_of(checkpoint)(codes)
+        expected = decode_masks(codes)
         rows.append(row("masks", {"masks": expected}, {"masks": session.masks(codes)}, operators=PORTABLE))
     return rows
 
 
-def answers(checkpoint, inputs, answered=()) -> list:
+def answers(checkpoint: Checkpoint, inputs: "Example", answered: Sequence = ()) -> list:
     """The reference's logits and cache after prefill and after each decode step, of which some may be there already."""
     params, config = checkpoint.params, checkpoint.config
     found = [*answered] or [paligemma.prefill(params, config, *inputs.prefill(np.float64))]
@@ -325,7 +341,7 @@ def answers(checkpoint, inputs, answered=()) -> list:
     return found
 
 
-def drift_of(bundle, checkpoint) -> dict:
+def drift_of(bundle: Bundle, checkpoint: Checkpoint) -> dict:
     """How far a quantized bundle's distributions are from the reference's, over the answers to a few examples."""
     found, config = drift.Drift(), checkpoint.config
     provider = "cuda" if bundle.description.precision.endswith("bfloat16") else "cpu"  # which has no kernels for it
@@ -347,12 +363,12 @@ class Example:
     capacity: int
     steps: list[np.ndarray]
 
-    def prefill(self, dtype):
+    def prefill(self, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """The arguments of prefill, pictures in `dtype`."""
         return self.pixel_values.astype(dtype), self.input_ids, self.lengths, self.capacity
 
 
-def example(config, seed=0) -> Example:
+def example(config: PaliGemmaConfig, seed: int = 0) -> Example:
     """Pictures of noise and prompts of random ids."""
     random = np.random.default_rng(seed)
     drawable = np.flatnonzero(known_ids(config))
@@ -368,7 +384,7 @@ def example(config, seed=0) -> Example:
 # --- the table ---------------------------------------------------------------------------------------------
 
 
-def table(rows, budget) -> str:
+def table(rows: list[Row], budget: float) -> str:
     """The rows as text."""
     lines = [f"{'stage':<12}{'part':<27}{'operators':<11}{'taps':>4}  {'error':>8}  {'budget':>8}        worst tap"]
     for row in rows:
@@ -379,7 +395,7 @@ def table(rows, budget) -> str:
     return "\n".join(lines)
 
 
-def notes(rows, bundle) -> list[str]:
+def notes(rows: list[Row], bundle: Bundle) -> list[str]:
     """What the rows do not show: values that the graphs do not have apart, and graphs that were not run."""
     lines = []
     unseen = {(row.stage, re.sub(r"\d+", "*", row.part)): row.unseen for row in rows if row.unseen}
@@ -394,7 +410,7 @@ def notes(rows, bundle) -> list[str]:
     return lines
 
 
-def as_stored(checkpoint, precision):
+def as_stored(checkpoint: Checkpoint, precision: str) -> Checkpoint:
     """The checkpoint as its bundle stores it: what half precision does to the weights is not an error of the graph."""
     if precision == "float32" or precision in weights.QUANTIZED:
         return checkpoint
@@ -448,7 +464,7 @@ def _trouble(reference, values) -> str:
     return ""
 
 
-def relative_error(value, reference) -> float:
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
     """max|a - b| / max|b|; infinite where shapes differ or a value is not finite."""
     if value.shape != reference.shape or not np.isfinite(value).all():
         return float("inf")

@@ -15,7 +15,9 @@ from .tokenizer import Tokenizer
 PROG = "python -m numpy_ref"
 
 
-def load(path, traced=False, adapter=None):
+def load(
+    path: str | Path | None, traced: bool = False, adapter: str | Path | None = None
+) -> tuple[NumpyEngine, Tokenizer]:
     """A checkpoint, or the shipped one, perhaps with an adapter, as engine and tokenizer."""
     loaded = checkpoint.load(path, adapter)
     tokenizer = Tokenizer.load(loaded.folder, loaded.config)

@@ -106,7 +106,7 @@ VARIANTS = {
 }
 
 
-def check(config: PaliGemmaConfig, source="config.json") -> None:
+def check(config: PaliGemmaConfig, source: object = "config.json") -> None:
     """Raise PaliGemmaError, naming the source, if the sizes cannot belong together."""
     vision, text = config.vision, config.text
     table = [

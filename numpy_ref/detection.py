@@ -14,7 +14,14 @@ How an answer is read, here and in `export/hosts/common/detection.mjs` (`tests/d
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: How a location token is turned back into a fraction of the side. big_vision's evaluators divide by 1023,
 #: which inverts its encoder; the Hugging Face demo and many tools divide by 1024. The difference is 0.1 %.
@@ -97,7 +104,9 @@ def zoom_of(width: int, height: int) -> int:
     return max(1, min(-(-LEAST_WIDTH // width), TALLEST // height))
 
 
-def draw(image, boxes: list[Box], caption: str = "", masks=()):
+def draw(
+    image: "Image.Image", boxes: list[Box], caption: str = "", masks: Sequence[np.ndarray | None] = ()
+) -> "Image.Image":
     """A copy of the picture with masks, boxes and labels, the caption written below.
 
     It is enlarged as `zoom_of` says, on white where that leaves it narrower than LEAST_WIDTH. `masks` are bool

@@ -5,18 +5,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .checkpoint import flatten
+from .checkpoint import Checkpoint, flatten
 from .checkpoint.adapter import in_memory
 from .checkpoint.blocks import all_finite, check_finite
 from .config import PaliGemmaConfig
 from .errors import PaliGemmaError, plural
 from .image import preprocess
 from .model import paligemma, segmentation
+from .model.layers import Pair
 from .model.sampling import sample
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: What overflows in the reference is found in its logits; NumPy's own warnings would come beside it.
 _quietly = np.errstate(over="ignore", invalid="ignore")
@@ -46,7 +50,9 @@ class Engine(ABC):
         self.max_length = max_length or config.max_length
 
     @abstractmethod
-    def prefill(self, pixel_values, input_ids, lengths, capacity) -> tuple[Any, Any]:
+    def prefill(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+    ) -> tuple[Any, Any]:
         """Read the prompts; pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache.
 
         `capacity` is for how many positions a row the cache has slots. The logits are those of each row's last token.
@@ -54,21 +60,31 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def decode(self, input_ids, lengths, cache) -> tuple[Any, Any]:
+    def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: Any) -> tuple[Any, Any]:
         """One more token a row: input_ids [B, 1] at position lengths [B] -> logits [B, V] and the cache.
 
         Raises PaliGemmaError if the cache is full.
         """
 
-    def preprocess(self, image) -> np.ndarray:
+    def preprocess(self, image: "Image.Image") -> np.ndarray:
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
         return preprocess(image, self.config.vision.image_size, resize=self.resize)
 
-    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None) -> np.ndarray:
+    def sample(
+        self,
+        logits: np.ndarray,
+        known: np.ndarray,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        uniform: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Draw a token a row as `sampling.sample` does: logits [B, V], known [V], uniform [B] -> int64 [B]."""
         return sample(logits, known, temperature, top_k, top_p, uniform)
 
-    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths) -> str | None:
+    def first_not_finite(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray
+    ) -> str | None:
         """The first tap of one pass over prompts and answers that is not finite; None if all are, or without taps."""
         return None
 
@@ -85,7 +101,7 @@ class FirstNotFinite:
         return value
 
 
-def check_room(needed, capacity) -> None:
+def check_room(needed: int, capacity: int) -> None:
     """Raise PaliGemmaError unless a cache of `capacity` slots holds `needed` positions."""
     if needed > capacity:
         raise PaliGemmaError(f"a cache of {plural(capacity, 'slot')} is too small for {plural(needed, 'position')}")
@@ -96,24 +112,28 @@ class NumpyEngine(Engine):
 
     name = "numpy"
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint: Checkpoint):
         self.params = in_memory(checkpoint.params)
         for path, array in flatten(self.params).items():
             check_finite(path, array)
         super().__init__(checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint))
 
     @_quietly
-    def prefill(self, pixel_values, input_ids, lengths, capacity):
+    def prefill(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+    ) -> tuple[np.ndarray, list[Pair]]:
         check_room(input_ids.shape[1], capacity)
         return paligemma.prefill(self.params, self.config, pixel_values, input_ids, lengths, capacity)
 
     @_quietly
-    def decode(self, input_ids, lengths, cache):
+    def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
         check_room(lengths.max() + 1, cache[0][0].shape[2])
         return paligemma.decode(self.params, self.config, input_ids, lengths, cache)
 
     @_quietly
-    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths):
+    def first_not_finite(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray
+    ) -> str | None:
         tap = FirstNotFinite()
         paligemma.forward(self.params, self.config, pixel_values, input_ids, lengths, prefix_lengths, tap)
         return tap.name

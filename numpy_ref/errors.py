@@ -4,6 +4,7 @@ import errno
 import reprlib
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 _QUOTED = reprlib.Repr()
@@ -73,7 +74,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def quote(value) -> str:
+def quote(value: object) -> str:
     """A value out of a file as Python writes it, shortened: it may be deeper than repr can go, or very long."""
     return _QUOTED.repr(value)
 
@@ -84,7 +85,7 @@ def one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
-def listed(items, separator=", ", most=10) -> str:
+def listed(items: Iterable[str], separator: str = ", ", most: int = 10) -> str:
     """Items in a row, cut behind the first ten, with a count of the others."""
     items = list(items)
     rest = [f"and {len(items) - most} more"] if len(items) > most else []

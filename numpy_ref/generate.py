@@ -1,6 +1,7 @@
 """The generation loop, over any engine."""
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Timings:
         return self.decode_tokens / self.decode_s if self.decode_s else 0.0
 
 
-def pad_prompts(prompts, pad):
+def pad_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Lists of ids of unequal length -> input_ids [B, T] int64, padded on the right, and lengths [B] int32."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     input_ids = np.full((len(prompts), lengths.max()), pad, np.int64)
@@ -39,7 +40,7 @@ def pad_prompts(prompts, pad):
     return input_ids, lengths
 
 
-def choose_capacity(engine: Engine, lengths, max_new_tokens) -> int:
+def choose_capacity(engine: Engine, lengths: np.ndarray, max_new_tokens: int | np.ndarray) -> int:
     """Cache slots for the longest prompt and answer (the last token is never fed back); lengths [B].
 
     `max_new_tokens` is one number, or [B]. Raises PaliGemmaError if that is more than the engine has positions for.
@@ -56,7 +57,14 @@ def choose_capacity(engine: Engine, lengths, max_new_tokens) -> int:
     return needed
 
 
-def check_logits(engine: Engine, logits, alive, pixel_values, prompts, generated) -> None:
+def check_logits(
+    engine: Engine,
+    logits: np.ndarray,
+    alive: np.ndarray,
+    pixel_values: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    generated: Sequence[np.ndarray],
+) -> None:
     """Raise PaliGemmaError if a row that is alive has logits [B, V] that are not finite, and say where they arose.
 
     `generated` are the tokens [B] of the steps before. An engine that has taps runs that row again with one. Logits
@@ -76,7 +84,16 @@ def check_logits(engine: Engine, logits, alive, pixel_values, prompts, generated
     raise PaliGemmaError(f"the logits for token {len(generated) + 1} of the answer are not finite numbers; {where}")
 
 
-def generate(engine: Engine, pixel_values, prompts, known, max_new_tokens=64, sampling=None, timings=None, seeds=None):
+def generate(
+    engine: Engine,
+    pixel_values: np.ndarray,
+    prompts: Sequence[Sequence[int]],
+    known: np.ndarray,
+    max_new_tokens: int | np.ndarray = 64,
+    sampling: Sampling | None = None,
+    timings: Timings | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens, one number or one a row.
 
     A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
@@ -112,7 +129,7 @@ def generate(engine: Engine, pixel_values, prompts, known, max_new_tokens=64, sa
         lengths = np.minimum(lengths + alive, capacity - 1).astype(np.int32)
 
 
-def uniforms(rows, seed, seeds=None):
+def uniforms(rows: int, seed: int, seeds: Sequence[int] | None = None) -> Iterator[np.ndarray]:
     """Without end, uniform [B] float32 in [0, 1): from one generator, or each row's from one of its own."""
     if seeds is None:
         generator = np.random.default_rng(seed)
@@ -123,7 +140,7 @@ def uniforms(rows, seed, seeds=None):
         yield np.array([generator.random(dtype=np.float32) for generator in generators])
 
 
-def answers(tokens, ends):
+def answers(tokens: Sequence[np.ndarray], ends: int | Sequence[int]) -> list[list[int]]:
     """Stacked yields [steps, B] -> one list of ids a row, cut before the first of `ends`, an id or several."""
-    ends, rows = np.atleast_1d(ends), np.stack(tokens, axis=1)
+    rows = np.stack(tokens, axis=1)
     return [row[: np.append(np.flatnonzero(np.isin(row, ends)), len(row))[0]].tolist() for row in rows]

@@ -9,11 +9,16 @@ import re
 import threading
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .errors import PaliGemmaError
 from .files import opened
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: What is opened, by Pillow's names. It knows many more, some of which start other programs or are seldom looked after.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -25,7 +30,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 _WARNINGS_LOCK = threading.Lock()  # what is done with warnings holds for all threads
 
 
-def open_image(path, transparency: str = "white"):
+def open_image(path: str | Path, transparency: str = "white") -> "Image.Image":
     """A picture file as an upright RGB Pillow image; `transparency` is one of TRANSPARENCIES.
 
     Raises PaliGemmaError if it is absent, broken, not a picture, or of numbers that have no fixed range. A file that
@@ -45,7 +50,7 @@ def open_image(path, transparency: str = "white"):
         raise PaliGemmaError(f"{path}: the picture cannot be read ({error.strerror or error})") from None
 
 
-def decode_image(file, name, transparency: str = "white"):
+def decode_image(file: BinaryIO, name: object, transparency: str = "white") -> "Image.Image":
     """An open binary file as `open_image` gives it; PaliGemmaError that begins with `name`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -108,7 +113,7 @@ def _check(image) -> None:
         raise PaliGemmaError(f"its pixels are {kind}, which have no fixed range; save it with 8 or 16 bits a channel")
 
 
-def to_rgb(image, transparency: str = "white"):
+def to_rgb(image: "Image.Image", transparency: str = "white") -> "Image.Image":
     """Any Pillow image as RGB; `transparency` is one of TRANSPARENCIES.
 
     Sixteen bits are scaled to eight, where Pillow itself would cut them off to white. Raises PaliGemmaError for
@@ -127,19 +132,21 @@ def to_rgb(image, transparency: str = "white"):
     return image.convert("RGB")
 
 
-def preprocess(image, size: int, dtype=np.float32, resize: str = "bicubic", transparency="white") -> np.ndarray:
+def preprocess(
+    image: "Image.Image", size: int, dtype: DTypeLike = np.float32, resize: str = "bicubic", transparency: str = "white"
+) -> np.ndarray:
     """A Pillow image -> pixel values [1, 3, S, S] in [-1, 1]; `resize` is one of RESIZES, the other as in `to_rgb`."""
     return scale(RESIZES[resize](to_rgb(image, transparency), size), dtype)
 
 
-def resize_bicubic(image, size: int) -> np.ndarray:
+def resize_bicubic(image: "Image.Image", size: int) -> np.ndarray:
     """Bytes [S, S, 3], as transformers resizes: antialiased cubic, rounded to bytes."""
     from PIL import Image
 
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def resize_bilinear(image, size: int) -> np.ndarray:
+def resize_bilinear(image: "Image.Image", size: int) -> np.ndarray:
     """Bytes [S, S, 3], as big_vision resizes: antialiased linear in floating point, cut off to bytes.
 
     big_vision calls TensorFlow's resize with antialias=True and casts to uint8 (`pp/ops_image.py`). Pillow's filter
@@ -157,6 +164,6 @@ def resize_bilinear(image, size: int) -> np.ndarray:
 RESIZES = {"bicubic": resize_bicubic, "bilinear": resize_bilinear}
 
 
-def scale(pixels: np.ndarray, dtype=np.float32) -> np.ndarray:
+def scale(pixels: np.ndarray, dtype: DTypeLike = np.float32) -> np.ndarray:
     """Bytes [S, S, 3] -> [1, 3, S, S] in [-1, 1]."""
     return ((pixels.astype(dtype) / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None]

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.tokenizer import Tokenizer
@@ -11,7 +12,7 @@ from .load import TorchEngine
 PROG = "python -m torch_impl"
 
 
-def load(path, adapter=None):
+def load(path: str | Path | None, adapter: str | Path | None = None) -> tuple[TorchEngine, Tokenizer]:
     """A checkpoint, or the shipped one, as engine and tokenizer."""
     loaded = checkpoint.load(path, adapter)
     return TorchEngine(loaded), Tokenizer.load(loaded.folder, loaded.config)

@@ -1,25 +1,33 @@
 """Weights between the NumPy dict and the modules, strictly, and the twin as a generation engine."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.blocks import bfloat16, check_finite
-from numpy_ref.engine import Engine, FirstNotFinite, check_room
+from numpy_ref.config import PaliGemmaConfig
+from numpy_ref.engine import Engine, FirstNotFinite, MaskDecoder, check_room
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.model.layers import Params
 from numpy_ref.model.segmentation import decoder_of
 
-from .model.layers import upcast
+from .model.layers import Pair, upcast
 from .model.paligemma import PaliGemma
 
 
-def load(path=None, dtype=torch.float32, adapter=None):
+def load(
+    path: str | Path | None = None, dtype: torch.dtype = torch.float32, adapter: str | Path | None = None
+) -> tuple[PaliGemma, Checkpoint]:
     """A checkpoint directory, and perhaps an adapter -> the module in evaluation mode, and the loaded checkpoint."""
     checkpoint = checkpoints.load(path, adapter)
     return from_params(checkpoint.config, checkpoint.params, dtype), checkpoint
 
 
-def from_params(config, params, dtype=torch.float32):
+def from_params(config: PaliGemmaConfig, params: Params, dtype: torch.dtype = torch.float32) -> PaliGemma:
     """A nested dict of arrays -> the module.
 
     Raises PaliGemmaError if a tensor is missing or left over, or holds a NaN or an infinity.
@@ -41,18 +49,18 @@ def from_params(config, params, dtype=torch.float32):
     return model
 
 
-def to_params(model, dtype=torch.float32) -> dict:
+def to_params(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict:
     """The module's weights as the nested dict of NumPy arrays, which `checkpoint.save` writes."""
     return checkpoints.unflatten({name: to_array(tensor.to(dtype)) for name, tensor in model.state_dict().items()})
 
 
-def to_array(tensor) -> np.ndarray:
+def to_array(tensor: Tensor) -> np.ndarray:
     """A tensor, bfloat16 included, as a NumPy array of the same dtype."""
     tensor = tensor.detach()
     return tensor.view(torch.uint16).numpy().view(bfloat16()) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def to_tensor(array) -> torch.Tensor:
+def to_tensor(array: np.ndarray) -> Tensor:
     """A NumPy array, bfloat16 included, as a tensor of the same dtype."""
     array = np.ascontiguousarray(array)
     if array.dtype.name == "bfloat16":
@@ -65,25 +73,29 @@ class ModuleEngine(Engine):
 
     name = "torch"
 
-    def __init__(self, model: PaliGemma, resize: str = "bicubic", masks=None):
+    def __init__(self, model: PaliGemma, resize: str = "bicubic", masks: MaskDecoder | None = None):
         super().__init__(model.config, resize, masks)
         self.model = model
 
     @torch.inference_mode()
-    def prefill(self, pixel_values, input_ids, lengths, capacity):
+    def prefill(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+    ) -> tuple[np.ndarray, list[Pair]]:
         check_room(input_ids.shape[1], capacity)
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
         return upcast(logits).numpy(), cache
 
     @torch.inference_mode()
-    def decode(self, input_ids, lengths, cache):
+    def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
         check_room(lengths.max() + 1, cache[0][0].shape[2])
         logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
         return upcast(logits).numpy(), cache
 
     @torch.inference_mode()
-    def first_not_finite(self, pixel_values, input_ids, lengths, prefix_lengths):
+    def first_not_finite(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray
+    ) -> str | None:
         tap = FirstNotFinite(lambda value: bool(torch.isfinite(value).all()))
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         self.model(pixels, *map(torch.from_numpy, (input_ids, lengths, prefix_lengths)), tap)
@@ -93,6 +105,6 @@ class ModuleEngine(Engine):
 class TorchEngine(ModuleEngine):
     """The twin of a loaded checkpoint as an engine."""
 
-    def __init__(self, checkpoint, dtype=torch.float32):
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
         model = from_params(checkpoint.config, checkpoint.params, dtype)
         super().__init__(model, checkpoint.resize, decoder_of(checkpoint))

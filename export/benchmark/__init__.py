@@ -18,7 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
@@ -31,6 +32,7 @@ from numpy_ref import cli
 from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.cli.options import on_cores
 from numpy_ref.config import VARIANTS
+from numpy_ref.engine import Engine
 from numpy_ref.errors import PaliGemmaError, plural
 
 from ..bundle.weights import PRECISIONS
@@ -44,7 +46,7 @@ FAR, PAIRS = 1000, 25  # cached positions of a late step; how often one thing is
 STEP, BESIDE = "step", "beside"  # what a worker may be asked besides an answer
 
 
-def measure(folder: Path, arguments, threads: int) -> dict:
+def measure(folder: Path, arguments: Namespace, threads: int) -> dict:
     """Everything, into one dict."""
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     folders = {OURS: bundle, PEER: checkpoint}
@@ -68,7 +70,7 @@ def measure(folder: Path, arguments, threads: int) -> dict:
     return {**settings, "threads": threads, **compared}
 
 
-def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, against="bfloat16") -> dict:
+def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, against: str = "bfloat16") -> dict:
     """All sides in turns, since the machine's speed drifts: figures of each, and ratios."""
     runs, read = {side: [] for side in folders}, weight_bytes(folders[OURS], "decode")
     with ExitStack() as stack:
@@ -99,12 +101,12 @@ def rotated(sides: list, i: int) -> list:
     return sides[i:] + sides[:i]
 
 
-def medians(runs) -> dict:
+def medians(runs: list[dict]) -> dict:
     """The median of each figure."""
     return {name: round(float(np.median([run[name] for run in runs])), 4) for name in runs[0]}
 
 
-def faster(theirs, ours) -> dict:
+def faster(theirs: list[dict], ours: list[dict]) -> dict:
     """How many times faster ours are, as medians over rounds."""
 
     def ratio(name):
@@ -113,7 +115,7 @@ def faster(theirs, ours) -> dict:
     return {"decode": ratio("ms_per_token"), "prefill": ratio("first_token_s")}
 
 
-def against_bandwidth(worker, read: int, threads: int) -> tuple[float, float]:
+def against_bandwidth(worker: "Worker", read: int, threads: int) -> tuple[float, float]:
     """The read bandwidth in GB/s, and which share of it a decode step that reads so many bytes reaches: in turns."""
     arrays, widths, shares = [np.ones(2**26, np.float32) for _ in range(threads)], [], []
     for _ in range(PAIRS):
@@ -124,7 +126,7 @@ def against_bandwidth(worker, read: int, threads: int) -> tuple[float, float]:
     return round(float(np.median(widths)), 1), round(float(np.median(shares)), 3)
 
 
-def read_bandwidth(arrays) -> float:
+def read_bandwidth(arrays: Sequence[np.ndarray]) -> float:
     """GB/s of dot products side by side over arrays that no cache holds; the best of several."""
     best = 0.0
     with ThreadPoolExecutor(len(arrays)) as pool:
@@ -175,7 +177,7 @@ class Worker:
             most = peak.stop()
         self.figures["peak_gib"] = round(most / 2**30, 3)
 
-    def ask(self, what="answer") -> dict:
+    def ask(self, what: str = "answer") -> dict:
         """Seconds to the first token, and milliseconds of each further one; or what else it is asked for."""
         self.questions.write(f"{what}\n")
         self.questions.flush()
@@ -187,7 +189,7 @@ class Worker:
     def __exit__(self, *error):
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         self.questions.close()
         self.process.wait()
         self.answers.close()
@@ -248,7 +250,7 @@ def work(side: str, folder: Path, tokens: int, threads: int, against: str) -> No
         print(json.dumps(reply()), flush=True)
 
 
-def timed(answer, tokens: int) -> dict:
+def timed(answer: peers.Answer, tokens: int) -> dict:
     """Seconds to the first token of an answer, and milliseconds of each of the further ones."""
     times = [time.perf_counter()]
     answer(1 + tokens, lambda: times.append(time.perf_counter()))
@@ -284,7 +286,7 @@ def _ours(folder, threads):
     return answer, {STEP: steps(engine), BESIDE: beside}
 
 
-def decoding(engine, capacity: int):
+def decoding(engine: Engine, capacity: int) -> Callable[[int], float]:
     """A function that decodes a token at a position and gives the milliseconds that it took."""
     config, ids = engine.config, np.array([peers.prompt(engine.config)])
     picture = np.zeros((1, 3, config.vision.image_size, config.vision.image_size), np.float32)
@@ -298,14 +300,14 @@ def decoding(engine, capacity: int):
     return step
 
 
-def steps(engine):
+def steps(engine: Engine) -> Callable[[], dict]:
     """A function that decodes a few tokens right behind the prompt and gives the median of their milliseconds."""
     prompted = len(peers.prompt(engine.config))
     step = cache(lambda: decoding(engine, prompted + 1))  # made when it is first asked for: loading is timed
     return lambda: {"ms": float(np.median([step()(prompted) for _ in range(5)]))}
 
 
-def late_steps(engine) -> dict:
+def late_steps(engine: Engine) -> dict:
     """How many times longer a decode step takes where FAR positions are cached, than right behind the prompt."""
     early = len(peers.prompt(engine.config))
     late = min(max(FAR, early + 1), engine.max_length - 1)
@@ -350,7 +352,7 @@ def _engine(folder, threads, kind):
 # --- the command -------------------------------------------------------------------------------------------
 
 
-def table(results) -> str:
+def table(results: dict) -> str:
     """The figures as text."""
     rows = {
         "picture to first token, s": "first_token_s", "a further token, ms": "ms_per_token", "load, s": "load_s",

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from ..batch import dataset
 PROG = "python -m export.benchmark.batch"
 
 
-def measure(job: batch.Job, sizes, counts, rounds: int, threads: int = 0) -> dict[tuple[int, int], float]:
+def measure(
+    job: batch.Job, sizes: Sequence[int], counts: Sequence[int], rounds: int, threads: int = 0
+) -> dict[tuple[int, int], float]:
     """(workers, batch size) -> pictures a second, the median of `rounds`."""
     rows, speeds = len(job.rows), {setting: [] for setting in itertools.product(counts, sizes)}
     with ExitStack() as stack:
@@ -42,7 +45,7 @@ def measure(job: batch.Job, sizes, counts, rounds: int, threads: int = 0) -> dic
     return {setting: float(np.median(found[1:])) for setting, found in speeds.items()}  # the first warms up
 
 
-def table(speeds, sizes, counts) -> str:
+def table(speeds: dict[tuple[int, int], float], sizes: Sequence[int], counts: Sequence[int]) -> str:
     """A line for each number of workers, a column for each batch size."""
     lines = [f"{'pictures/s':<12}" + "".join(f"{f'batch {size}':>10}" for size in sizes)]
     for count in counts:

@@ -12,10 +12,12 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from numpy_ref.checkpoint import SHIPPED, load_config
+from numpy_ref.config import GemmaConfig, PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import open_image, preprocess
 
@@ -24,14 +26,15 @@ from ..measure import module, watch
 PROMPT_TOKENS = 7  # bos, a prefix of five, the newline
 BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: a float16 scale, then 32 weights of four bits
 SCALE = 0.004  # of the random weights: their largest is 8 times that
+Answer = Callable[[int, Callable[[], object]], object]  # `answer(count, first)`
 
 
-def prompt(config) -> list[int]:
+def prompt(config: PaliGemmaConfig) -> list[int]:
     """The ids of a picture and a short prompt."""
     return [config.image_token] * config.vision.patches + [config.bos, *range(10, 10 + PROMPT_TOKENS - 1)]
 
 
-def transformers(dtype: str, folder, threads: int):
+def transformers(dtype: str, folder: Path, threads: int) -> tuple[Answer, dict]:
     """Hugging Face transformers with SDPA and its own cache, on a checkpoint."""
     torch, library = (importlib.import_module(name) for name in ("torch", "transformers"))
     torch.set_num_threads(threads)
@@ -67,12 +70,12 @@ class Decoder:
     open: Callable  # (path, threads) -> answer, what else it can be asked (nothing)
     note: str
 
-    def takes(self, config) -> bool:
+    def takes(self, config: GemmaConfig) -> bool:
         """Whether it is installed, and the decoder of a config is the one that is made here: Gemma's first."""
         return not config.post_norms and all(importlib.util.find_spec(name) for name in self.imports)
 
 
-def llama_cpp(file, threads: int):
+def llama_cpp(file: Path, threads: int) -> tuple[Answer, dict]:
     """llama.cpp on the decoder alone, with as many positions before the answer as a picture and a prompt take."""
     library = importlib.import_module("llama_cpp")
     library.llama_log_set(_quiet(library), ctypes.c_void_p(0))
@@ -115,7 +118,7 @@ def _ids() -> list[int]:
     return [10 + i % 100 for i in range(256 + PROMPT_TOKENS)]
 
 
-def write_gguf(file, checkpoint) -> None:
+def write_gguf(file: Path, checkpoint: Path) -> None:
     """A Gemma decoder of a checkpoint's sizes with random Q4_0 weights, as llama.cpp reads it."""
     gguf, rng, config = importlib.import_module("gguf"), np.random.default_rng(0), load_config(checkpoint).text
     writer = gguf.GGUFWriter(file, "gemma")
@@ -158,7 +161,7 @@ def write_gguf(file, checkpoint) -> None:
     writer.close()
 
 
-def build_genai(folder, checkpoint) -> None:
+def build_genai(folder: Path, checkpoint: Path) -> None:
     """A checkpoint's decoder as onnxruntime-genai's own Gemma builder exports it: int4, with what it does by itself."""
     torch, library = (importlib.import_module(name) for name in ("torch", "transformers"))
     library.utils.logging.disable_progress_bar()
@@ -179,7 +182,7 @@ def build_genai(folder, checkpoint) -> None:
         shutil.rmtree(finished, ignore_errors=True)
 
 
-def genai(folder, threads: int):
+def genai(folder: Path, threads: int) -> tuple[Answer, dict]:
     """onnxruntime-genai on the decoder alone."""
     library = importlib.import_module("onnxruntime_genai")
     settings = library.Config(str(folder))

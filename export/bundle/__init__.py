@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from numpy_ref import __version__
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref.checkpoint import hub, kinds
+from numpy_ref.checkpoint import Checkpoint, hub, kinds
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError, note
 from numpy_ref.files import absent, new_directory, opened, read_json, within
@@ -93,13 +94,25 @@ class Contents:
         return {**sizes, DESCRIPTION: len(_as_json(self.description))}
 
 
-def plan(checkpoint, precision="float32", max_length=None, operators=None, residual=None) -> dict:
+def plan(
+    checkpoint: Checkpoint,
+    precision: str = "float32",
+    max_length: int | None = None,
+    operators: str | None = None,
+    residual: str | None = None,
+) -> dict:
     """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint."""
     contents = prepare(checkpoint, precision, max_length, operators, residual)
     return {"files": contents.sizes, "memory": weights.memory(contents.placed)}
 
 
-def prepare(checkpoint, precision="float32", max_length=None, operators=None, residual=None) -> Contents:
+def prepare(
+    checkpoint: Checkpoint,
+    precision: str = "float32",
+    max_length: int | None = None,
+    operators: str | None = None,
+    residual: str | None = None,
+) -> Contents:
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
     config, operators = checkpoint.config, _operators(checkpoint.config, precision, operators)
     residual, max_length = _residual(precision, operators, residual), _check_length(config, max_length)
@@ -132,14 +145,14 @@ def prepare(checkpoint, precision="float32", max_length=None, operators=None, re
 
 
 def write(
-    checkpoint,
-    output,
-    precision="float32",
-    max_length=None,
-    verify=None,
-    operators=None,
-    prepacked=False,
-    residual=None,
+    checkpoint: Checkpoint,
+    output: str | Path,
+    precision: str = "float32",
+    max_length: int | None = None,
+    verify: Callable[[Bundle, Checkpoint], list[dict]] | None = None,
+    operators: str | None = None,
+    prepacked: bool = False,
+    residual: str | None = None,
 ) -> None:
     """Export a loaded checkpoint into the new directory `output`.
 
@@ -185,7 +198,7 @@ def write(
         _warn("this tokenizer.model has no counterpart as tokenizer.json; hosts without SentencePiece cannot use it")
 
 
-def load(path) -> Bundle:
+def load(path: str | Path) -> Bundle:
     """Open a bundle: its version is known, its files are all there, and each has the SHA-256 that it had.
 
     Raises PaliGemmaError that names the first difference.
@@ -195,7 +208,7 @@ def load(path) -> Bundle:
     return bundle
 
 
-def load_but_weights(path) -> Bundle:
+def load_but_weights(path: str | Path) -> Bundle:
     """Open a bundle with all of its files checked, but of the weights only the size: their SHA-256 takes long."""
     path = hub.directory(path)
     kind = kinds.kind(path)
@@ -262,7 +275,7 @@ def sources() -> list[Path]:
     return [file for package in packages for file in sorted(package.rglob("*.py"))]
 
 
-def sha256(file) -> str:
+def sha256(file: str | Path) -> str:
     """The SHA-256 of a file's contents, in hexadecimal."""
     with opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,7 +9,7 @@ Every form has
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType
 
-from numpy_ref.checkpoint.blocks import blocks
+from numpy_ref.checkpoint.adapter import Merged
+from numpy_ref.checkpoint.blocks import Rows, blocks
 
 from ..model import quantized
 
@@ -51,11 +52,11 @@ class Whole:
     def parts(self) -> tuple[Part, ...]:
         return (Part("", self.dtype, self.shape),)
 
-    def encode(self, array) -> Iterator[tuple[int, np.ndarray]]:
+    def encode(self, array: Rows) -> Iterator[tuple[int, np.ndarray]]:
         for block in blocks(array, self.dtype.numpy()):
             yield 0, np.frombuffer(block, np.uint8)
 
-    def take(self, tensors):
+    def take(self, tensors: Sequence[ir.ExternalTensor]) -> ir.ExternalTensor:
         return tensors[0]
 
 
@@ -77,10 +78,10 @@ class Joined:
     def parts(self) -> tuple[Part, ...]:
         return self.whole.parts
 
-    def encode(self, *arrays) -> Iterator[tuple[int, np.ndarray]]:
+    def encode(self, *arrays: Rows) -> Iterator[tuple[int, np.ndarray]]:
         return self.whole.encode(Columns(arrays))
 
-    def take(self, tensors):
+    def take(self, tensors: Sequence[ir.ExternalTensor]) -> ir.ExternalTensor:
         return tensors[0]
 
     def columns(self, member: int) -> slice:
@@ -92,7 +93,7 @@ class Joined:
 class Channels:
     """A kernel [in, out] in int8 with a scale an output, as `quantized.Channels` multiplies by it."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -102,7 +103,7 @@ class Channels:
     def memory(self) -> int:
         return self.parts[0].length + STEP_MEMORY
 
-    def encode(self, kernel) -> Iterator[tuple[int, np.ndarray]]:
+    def encode(self, kernel: np.ndarray | Merged) -> Iterator[tuple[int, np.ndarray]]:
         size, out = kernel.shape
         values, scales = np.empty((size, out), np.int8), np.empty(out, np.float32)
         step = max(1, STEP // size)
@@ -114,7 +115,7 @@ class Channels:
         yield 0, values
         yield 1, scales
 
-    def take(self, tensors) -> quantized.Channels:
+    def take(self, tensors: Sequence[ir.ExternalTensor]) -> quantized.Channels:
         return quantized.Channels(*tensors)
 
 
@@ -125,7 +126,7 @@ class Blocks:
     By rows [out, in] in the file, as `quantized.Blocks` multiplies by it. Of a table it looks rows up too.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: int
     dtype: DataType
     is_table: bool = False
@@ -138,7 +139,7 @@ class Blocks:
         values, suffix = (out, size // block, block * self.bits // 8), f".int{self.bits}"
         return Part(suffix, DataType.UINT8, values), Part(f"{suffix}.scale", self.dtype, values[:2])
 
-    def encode(self, weight) -> Iterator[tuple[int, np.ndarray]]:
+    def encode(self, weight: np.ndarray | Merged) -> Iterator[tuple[int, np.ndarray]]:
         rows = weight if self.is_table else weight.T
         step = max(1, STEP // rows.shape[1])
         for start in range(0, len(rows), step):
@@ -147,7 +148,7 @@ class Blocks:
             with np.errstate(over="ignore"):  # whoever writes the scales looks at whether they are finite
                 yield 1, scales.astype(self.dtype.numpy())
 
-    def take(self, tensors) -> quantized.Blocks:
+    def take(self, tensors: Sequence[ir.ExternalTensor]) -> quantized.Blocks:
         values, scales = tensors
         return quantized.Blocks(values, _flat(values) if self.is_table else None, scales, self.bits)
 
@@ -158,7 +159,7 @@ Form = Whole | Joined | Channels | Blocks
 class Columns:
     """Arrays of the same number of rows, [in, out] each, seen as one, a slice of rows at a time; or vectors as one."""
 
-    def __init__(self, arrays):
+    def __init__(self, arrays: Sequence[Rows]):
         self.arrays, first = arrays, arrays[0]
         self.dtype, self.ndim = first.dtype, first.ndim
         self.shape = (*first.shape[:-1], sum(array.shape[-1] for array in arrays))

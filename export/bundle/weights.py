@@ -6,7 +6,7 @@ rows at a time: a model never has to fit in memory. What each precision makes of
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ import onnx_ir as ir
 from onnx_ir import DataType
 
 from numpy_ref.checkpoint import parameters
-from numpy_ref.checkpoint.blocks import BLOCK, all_finite, check_finite, first_not_finite
+from numpy_ref.checkpoint.blocks import BLOCK, Rows, all_finite, check_finite, first_not_finite
+from numpy_ref.checkpoint.layouts import Parameter
+from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError
 
 from ..model import quantized
+from ..model.graphs import Initializer
 from ..model.layers import FUSED, PORTABLE
 from .forms import Blocks, Channels, Form, Joined, Whole
 
@@ -70,7 +73,7 @@ def stream_dtype(precision: str) -> DataType:
     return FLOATS.get(precision.rpartition("-")[2], DataType.FLOAT)
 
 
-def forms(parameter, precision: str) -> list[Form]:
+def forms(parameter: Parameter, precision: str) -> list[Form]:
     """How a weight is stored: kernels of the blocks and the embedding table in few bits, everything else as it is.
 
     int8: kernels by channel, for both graphs; the table in blocks of 8 bits.
@@ -93,7 +96,7 @@ def forms(parameter, precision: str) -> list[Form]:
     return [Channels(shape), Blocks(shape, bits, dtype)] if precision == "int4" and fits else [Channels(shape)]
 
 
-def plan(config, precision="float32", operators=PORTABLE) -> dict[str, Stored]:
+def plan(config: PaliGemmaConfig, precision: str = "float32", operators: str = PORTABLE) -> dict[str, Stored]:
     """Place every tensor of a model: name -> Stored, in the order in which they are written.
 
     Kernels in blocks that read the same input lie side by side, values and scales apart, so that a graph can take them
@@ -149,19 +152,24 @@ def _join(group, path) -> _Weight:
     return path, members, Joined(shapes[0][:-1], tuple(shape[-1] for shape in shapes), group[0][2].dtype)
 
 
-def size(placed) -> int:
+def size(placed: dict[str, Stored]) -> int:
     """Bytes of the whole file."""
     last = list(placed.values())[-1]
     return last.offset + last.length
 
 
-def memory(placed) -> int:
+def memory(placed: dict[str, Stored]) -> int:
     """Bytes that writing holds at once: a block as it is read, converted and laid out; a kernel by channel whole."""
     widest = max(stored.length // stored.shape[0] for stored in placed.values())
     return 3 * max(BLOCK, widest) + max(stored.form.memory for stored in placed.values())
 
 
-def write(file, placed, arrays, progress=lambda size: None) -> str:
+def write(
+    file: str | Path,
+    placed: dict[str, Stored],
+    arrays: Mapping[str, Rows],
+    progress: Callable[[int], object] = lambda size: None,
+) -> str:
     """Write arrays {path: array} as placed; call `progress` with each block's bytes. The file's SHA-256."""
     digest = hashlib.sha256()
     with open(file, "wb") as stream, ThreadPoolExecutor(1) as hasher:
@@ -223,7 +231,7 @@ def _encoded(placed, arrays) -> Iterator[tuple[Stored, np.ndarray]]:
                 waiting[stored.path, stored.form, part].append(piece)
 
 
-def initializer(placed, directory="", graph="prefill"):
+def initializer(placed: dict[str, Stored], directory: str | Path = "", graph: str = "prefill") -> Initializer:
     """path -> the weight as a graph takes it: tensors that refer into the weights file.
 
     Of a weight that is stored in two forms decode takes the second. One that is joined to others is that tensor, under
@@ -242,16 +250,17 @@ def initializer(placed, directory="", graph="prefill"):
     return reference
 
 
-def apart(config, placed, directory):
+def apart(config: PaliGemmaConfig, placed: dict[str, Stored], directory: str | Path) -> Initializer:
     """path -> the weight alone, as a tensor; of what is joined in the file, its own columns in memory."""
     reference = initializer(placed, directory)
-    joined = {path: each for each in placed.values() for path in each.members if isinstance(each.form, Joined)}
+    stored_joined = [(each, each.form) for each in placed.values() if isinstance(each.form, Joined)]
+    joined = {path: (each, form) for each, form in stored_joined for path in each.members}
 
     def tensor(path):
         if path not in joined:
             return reference(path)
-        stored = joined[path]
-        columns = stored.form.columns(stored.members.index(path))
+        stored, form = joined[path]
+        columns = form.columns(stored.members.index(path))
         array = np.memmap(Path(directory) / FILE, stored.dtype.numpy(), "r", stored.offset, stored.shape)
         return ir.tensor(np.ascontiguousarray(array[..., columns]), name=path)
 

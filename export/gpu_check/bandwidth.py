@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from collections.abc import Callable
 
 from ..session.cuda import ON_DEVICE, call
 
@@ -37,7 +38,7 @@ class Buffer:
         call("cudaFree", self.pointer)
 
 
-def best_seconds(work) -> float:
+def best_seconds(work: Callable[[], object]) -> float:
     """The shortest of several runs of what `work` gives to the device, after one to warm up."""
     begin, end, times = ctypes.c_void_p(), ctypes.c_void_p(), []
     for event in (begin, end):

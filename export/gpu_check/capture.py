@@ -8,10 +8,11 @@ from numpy_ref.generate import generate
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer
 
-from ..session import cuda
+from ..bundle import Bundle
+from ..session import Session, cuda
 from . import models
 from .correctness import PROMPTS
-from .stage import LABEL, NotHere, Settings
+from .stage import LABEL, Found, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 60
 LONG, SHORT = 32, 5
@@ -27,7 +28,7 @@ def parts(settings: Settings) -> list[str]:
     return [*captured, "memory plain", "memory captured", "threads"]
 
 
-def run(part, settings, found) -> None:
+def run(part: str, settings: Settings, found: Found) -> None:
     what, _, name = part.partition(" ")
     if what == "captured":
         same_tokens(settings, name, found)
@@ -37,7 +38,7 @@ def run(part, settings, found) -> None:
         two_threads(settings, found)
 
 
-def same_tokens(settings, name, found) -> None:
+def same_tokens(settings: Settings, name: str, found: Found) -> None:
     """Captured and plain sessions, batches 1, 3, 1 again, a short generation behind a long one, greedy and drawn."""
     bundle = models.shipped(settings, name)
     if not settings.on_device:
@@ -54,7 +55,9 @@ def same_tokens(settings, name, found) -> None:
         found.add(cases=len(cases), cases_differ=differ, differs=bool(differ))
 
 
-def answers_of(engine, batch, count, temperature=0.0, seed=3, first=0) -> list[list[int]]:
+def answers_of(
+    engine: Session, batch: int, count: int, temperature: float = 0.0, seed: int = 3, first: int = 0
+) -> list[list[int]]:
     """The tokens of answers about the example picture, one list a step."""
     tokenizer = Tokenizer.load(engine.bundle.path, engine.config)
     prompts = [tokenizer.prompt(PROMPTS[(first + i) % len(PROMPTS)]) for i in range(batch)]
@@ -63,7 +66,7 @@ def answers_of(engine, batch, count, temperature=0.0, seed=3, first=0) -> list[l
     return [token.tolist() for token in generate(engine, pixels, prompts, tokenizer.known(), count, sampling)]
 
 
-def any_half(settings):
+def any_half(settings: Settings) -> Bundle:
     """A bundle for what does not depend on the precision: the first that runs wholly here."""
     reasons = []
     for precision in (*HALVES, "float32"):
@@ -77,7 +80,7 @@ def any_half(settings):
     raise NotHere(f"no bundle runs wholly on the device: {reasons[0]}")
 
 
-def flat_memory(settings, captured, found) -> None:
+def flat_memory(settings: Settings, captured: bool, found: Found) -> None:
     """Memory in use, of the device or else of this process, before and after many generations."""
     bundle = any_half(settings)
     engine = models.opened(bundle, settings, captured)
@@ -94,7 +97,7 @@ def flat_memory(settings, captured, found) -> None:
     found.add(bytes_after=after, growth=after - before, differs=after - before > GROWTH)
 
 
-def in_use(settings) -> int:
+def in_use(settings: Settings) -> int:
     if settings.on_device:
         cuda.synchronize()
         return cuda.memory()[0]
@@ -106,7 +109,7 @@ def in_use(settings) -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
-def two_threads(settings, found) -> None:
+def two_threads(settings: Settings, found: Found) -> None:
     """Two threads that share a session: each says what it says alone."""
     engine = models.opened(any_half(settings), settings)
     arguments = [(1, LONG, 0.0, 3, 0), (2, LONG, 1.5, 4, 1)]
@@ -117,7 +120,7 @@ def two_threads(settings, found) -> None:
     found.add(rounds=len(rounds), rounds_differ=differ, differs=bool(differ))
 
 
-def lines(part, found) -> list[str]:
+def lines(part: str, found: dict) -> list[str]:
     if part.startswith("captured"):
         differ = len(found["cases_differ"])
         return [f"{part:<{LABEL}}{found['cases'] - differ} of {found['cases']} generations say what plain ones say"]

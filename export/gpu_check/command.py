@@ -13,7 +13,11 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,7 +45,7 @@ LARGE = ("speed", "kernels")  # which need the large bundles
 TIME = 480  # seconds for everything
 
 
-def check(settings: Settings, stages=None, seconds: float = TIME) -> dict:
+def check(settings: Settings, stages: Sequence[str] | None = None, seconds: float = TIME) -> dict:
     """Every stage's answer, {stage: {status, seconds, parts}}; their lines are printed as they come."""
     stages, deadline = list(stages or STAGES), time.monotonic() + seconds
     settings.folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,7 @@ def run_stage(name: str, settings: Settings, deadline: float) -> dict:
     return {"status": status, "seconds": seconds, "parts": answered}
 
 
-def updater(report, print_news):
+def updater(report: Report, print_news: Callable[[], None]) -> Callable[[], Report]:
     """A function that brings a report up to date from its file, and tells what is new."""
 
     def update():
@@ -106,7 +110,9 @@ def updater(report, print_news):
     return update
 
 
-def run_process(name, settings, file, end, part_limit, update) -> Report:
+def run_process(
+    name: str, settings: Settings, file: Path, end: float, part_limit: float, update: Callable[[], Report]
+) -> Report:
     """One process of a stage; what it was at when it died, or was stopped, has failed."""
     process, reason = start("--work", settings, STAGES[name], file), None
     last = Tail(process)
@@ -132,7 +138,8 @@ def run_process(name, settings, file, end, part_limit, update) -> Report:
 class Tail:
     """Passes on what a process writes, to standard error, and keeps the end of it."""
 
-    def __init__(self, process):
+    def __init__(self, process: subprocess.Popen):
+        assert process.stdout is not None
         self.pipe, self.kept = process.stdout, b""
         self.thread = threading.Thread(target=self._pass, daemon=True)
         self.thread.start()
@@ -160,7 +167,7 @@ def last_lines(lines: list[str]) -> list[str]:
     return [*fatal, *lines[places[-1] + 1 : places[-1] + 5]]
 
 
-def start(what: str, settings: Settings, *arguments):
+def start(what: str, settings: Settings, *arguments: object) -> subprocess.Popen:
     """A process of this command that does one thing; what it prints goes where its errors go."""
     command = [sys.executable, "-X", "faulthandler", "-m", "export.gpu_check", what, settings.as_json()]
     out, err = (subprocess.DEVNULL, None) if what == "--make" else (subprocess.PIPE, subprocess.STDOUT)
@@ -169,7 +176,7 @@ def start(what: str, settings: Settings, *arguments):
     )
 
 
-def stop(process) -> None:
+def stop(process: subprocess.Popen) -> None:
     """End a process and those that it started; where it was is written to its standard error first."""
     if process.poll() is None and hasattr(signal, "SIGUSR1"):
         process.send_signal(signal.SIGUSR1)
@@ -188,7 +195,7 @@ def signal_name(code: int) -> str:
         return f"signal {-code}"
 
 
-def text(module, part, found) -> list[str]:
+def text(module: ModuleType, part: str, found: dict) -> list[str]:
     """The lines of a part that was answered, or why it was not."""
     if found["status"] == NOT_HERE:
         return [f"{part:<{LABEL}}{NOT_HERE}: {found['error']}"]
@@ -209,7 +216,7 @@ def _so_far(module, part, found) -> list[str]:
         return []
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """The same for JSON, which has no NaN and no infinity: those become text."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
@@ -218,7 +225,7 @@ def plain(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def bar(name, total):
+def bar(name: str, total: int) -> tqdm:
     return tqdm(total=total, desc=name, unit="part", leave=False, disable=None, delay=2)
 
 
@@ -226,7 +233,7 @@ def provider_of(wanted: str) -> str:
     return "cuda" if choose_provider(wanted) == CUDA else "cpu"
 
 
-def settings_of(arguments, folder: Path) -> Settings:
+def settings_of(arguments: Namespace, folder: Path) -> Settings:
     config, provider = VARIANTS[arguments.variant], provider_of(arguments.provider)
     if arguments.layers:
         config = models.few_layers(config, arguments.layers)
@@ -234,7 +241,7 @@ def settings_of(arguments, folder: Path) -> Settings:
     return Settings(folder, provider, arguments.variant, config, **few)
 
 
-def child(arguments) -> int | None:
+def child(arguments: Namespace) -> int | None:
     """What a process that this command started is for; None in the command itself."""
     if arguments.make:
         models.make_full(Settings.from_json(arguments.make))

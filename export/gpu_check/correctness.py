@@ -1,21 +1,25 @@
 """Stage 3: the numbers of each bundle that runs wholly on the device, against the NumPy reference."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 
 from numpy_ref import checkpoint as checkpoints
-from numpy_ref.engine import NumpyEngine
+from numpy_ref.config import PaliGemmaConfig
+from numpy_ref.engine import Engine, NumpyEngine
 from numpy_ref.generate import answers, generate, pad_prompts
 from numpy_ref.model import paligemma
+from numpy_ref.model.layers import Pair, Params
 from numpy_ref.model.sampling import sample
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
-from ..bundle import weights
-from ..session import cuda
+from ..bundle import Bundle, weights
+from ..session import Session, cuda
+from ..session.engine import Cache
 from ..verify import BUDGETS, STEPS, relative_error
 from . import models
-from .stage import LABEL, Settings
+from .stage import LABEL, Found, Settings
 
 LIMIT, PART_LIMIT = 150, 40
 BATCHES = ((4,), (3, 9, 5))  # tokens of the prompts, behind the picture
@@ -31,7 +35,7 @@ def parts(settings: Settings) -> list[str]:
     return models.shipped_names()
 
 
-def run(part, settings, found) -> None:
+def run(part: str, settings: Settings, found: Found) -> None:
     bundle = models.shipped(settings, part)
     engine, (precision, _) = models.opened(bundle, settings), models.form(part.split()[0])
     budget, errors = budget_of(precision), {}
@@ -51,7 +55,7 @@ def budget_of(precision: str) -> float:
 
 
 @cache
-def rounded(precision: str):
+def rounded(precision: str) -> tuple[PaliGemmaConfig, Params]:
     """The shipped model with the weights that the bundle has: rounding those is not an error of the graph."""
     checkpoint = checkpoints.load()
     if precision not in weights.FLOATS:
@@ -61,7 +65,7 @@ def rounded(precision: str):
     return checkpoint.config, checkpoints.unflatten(flat)
 
 
-def compare(engine, model, sizes) -> dict[str, float]:
+def compare(engine: Session, model: tuple[PaliGemmaConfig, Params], sizes: Sequence[int]) -> dict[str, float]:
     """Relative errors of logits and cache of prefill and of several decode steps, by name."""
     config, params = model
     batch, random = len(sizes), np.random.default_rng(len(sizes))
@@ -86,7 +90,7 @@ def compare(engine, model, sizes) -> dict[str, float]:
     return errors
 
 
-def cache_error(cache, buffers, lengths) -> float:
+def cache_error(cache: list[Pair], buffers: Cache, lengths: np.ndarray) -> float:
     """The largest relative error of a layer's keys or values, each row up to its length."""
 
     def filled(array):
@@ -107,11 +111,11 @@ def cache_error(cache, buffers, lengths) -> float:
 
 
 @cache
-def reference():
+def reference() -> NumpyEngine:
     return NumpyEngine(checkpoints.load())
 
 
-def greedy(engine, bundle, budget) -> dict:
+def greedy(engine: Session, bundle: Bundle, budget: float) -> dict:
     """Greedy answers about the example picture, beside the reference's; a tie within the budget may go either way."""
     tokenizer, pixels = Tokenizer.load(bundle.path, engine.config), models.picture(engine)
     same, ties, differ = 0, 0, []
@@ -128,11 +132,11 @@ def greedy(engine, bundle, budget) -> dict:
     return {"tokens_same": same, "tokens_tied": ties, "tokens_differ": differ}
 
 
-def spoken(engine, pixels, prompt, known) -> list[int]:
+def spoken(engine: Engine, pixels: np.ndarray, prompt: list[int], known: np.ndarray) -> list[int]:
     return answers(list(generate(engine, pixels, [prompt], known, NEW_TOKENS)), engine.config.ends)[0]
 
 
-def is_tie(pixels, prompt, expected, actual, budget) -> bool:
+def is_tie(pixels: np.ndarray, prompt: list[int], expected: list[int], actual: list[int], budget: float) -> bool:
     """Whether the reference's logits for two answers, where they part, are closer than twice the budget."""
     engine = reference()
     ends = ([*expected, engine.config.eos], [*actual, engine.config.eos])
@@ -142,7 +146,7 @@ def is_tie(pixels, prompt, expected, actual, budget) -> bool:
     return bool(abs(logits[0, ends[0][at]] - logits[0, ends[1][at]]) <= 2 * budget * np.abs(logits).max())
 
 
-def draws(engine) -> dict:
+def draws(engine: Session) -> dict:
     """Tokens drawn on the device from fixed uniform numbers, beside those that the reference draws from its logits."""
     config, random = engine.config, np.random.default_rng(5)
     tokenizer = Tokenizer.load(engine.bundle.path, config)
@@ -162,7 +166,7 @@ def draws(engine) -> dict:
     return {"draws": len(DRAWS) * UNIFORMS * len(ids), "draws_at_an_edge": edges, "draws_differ": differ[:5]}
 
 
-def lines(part, found) -> list[str]:
+def lines(part: str, found: dict) -> list[str]:
     if "draws" not in found:
         return [f"{part:<{LABEL}}worst error {found['worst']:.1e} of {found['budget']:.0e}"]
     worst = max(found["errors"], key=found["errors"].get)

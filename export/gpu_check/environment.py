@@ -10,7 +10,7 @@ import onnxruntime
 
 from ..session import cuda
 from . import bandwidth
-from .stage import NotHere, Settings
+from .stage import Found, NotHere, Settings
 
 LIMIT = PART_LIMIT = 60
 PACKAGES = ("onnxruntime", "onnx", "numpy", "torch", "transformers")
@@ -21,7 +21,7 @@ def parts(settings: Settings) -> list[str]:
     return ["host", "device", "copy", "read"]
 
 
-def run(part, settings, found) -> None:
+def run(part: str, settings: Settings, found: Found) -> None:
     if part == "host":
         found.add(**host())
         return
@@ -73,7 +73,7 @@ def nvidia_smi() -> dict:
     return {f"smi_{key}": value.strip() for key, value in zip(ASKED, answer.split(","), strict=False)}
 
 
-def lines(part, found) -> list[str]:
+def lines(part: str, found: dict) -> list[str]:
     if part == "host":
         packages = ", ".join(f"{name} {found[name]}" for name in PACKAGES if found.get(name))
         return [f"python {found['python']}, {found['cores']} cores; {packages}"]

@@ -10,15 +10,17 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from numpy_ref.generate import pad_prompts
 
 from ..benchmark import peers
-from ..session import cuda
+from ..session import Session, cuda
 from . import models
-from .stage import LABEL, NotHere, Settings
+from .stage import LABEL, Found, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 60
 FRESH = True
@@ -33,7 +35,7 @@ def parts(settings: Settings) -> list[str]:
     return [f"{what} {name}" for name in names for what in ("profile", "attention")]
 
 
-def run(part, settings, found) -> None:
+def run(part: str, settings: Settings, found: Found) -> None:
     what, name = part.split()
     if not settings.on_device:
         raise NotHere("runs on the CPU provider")
@@ -48,7 +50,7 @@ def run(part, settings, found) -> None:
         found.add(**{graph: profiled(torch, calls[graph], repeats)})
 
 
-def profiler():
+def profiler() -> ModuleType:
     """torch, with CUDA. NotHere without."""
     if importlib.util.find_spec("torch") is None:
         raise NotHere("torch, whose profiler is used, is not installed")
@@ -59,7 +61,7 @@ def profiler():
     return torch
 
 
-def calls_of(engine) -> dict:
+def calls_of(engine: Session) -> dict:
     """`prefill` and `decode` of one picture and prompt, as functions of nothing."""
     config = engine.config
     ids, lengths = pad_prompts([peers.prompt(config)], config.pad)
@@ -72,7 +74,7 @@ def calls_of(engine) -> dict:
     return {"prefill": prefill, "decode": lambda: engine.decode(ids[:, -1:], lengths, cache)}
 
 
-def profiled(torch, call, repeats) -> dict:
+def profiled(torch: ModuleType, call: Callable[[], object], repeats: int) -> dict:
     """Kernels by name, of the whole process: the profiler's library sees the runtime's too."""
     kinds = torch.profiler.ProfilerActivity
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +92,7 @@ def profiled(torch, call, repeats) -> dict:
     return found
 
 
-def dearest(events, repeats) -> dict:
+def dearest(events: list[dict], repeats: int) -> dict:
     """The kernels that take longest, a call: [{name, us, launches}], and all of them in sum."""
     times, counts, first, last = Counter(), Counter(), [], []
     for event in events:
@@ -110,7 +112,7 @@ def dearest(events, repeats) -> dict:
     }  # fmt: skip
 
 
-def attention(settings, name, found) -> None:
+def attention(settings: Settings, name: str, found: Found) -> None:
     """Which attention each node takes, as the runtime itself prints it: {graph: {operator and kernel: nodes}}."""
     os.environ[DEBUG] = "1"
     bundle = models.full(settings, name)
@@ -130,7 +132,7 @@ def chosen(text: str) -> dict[str, int]:
 
 
 @contextmanager
-def printed():
+def printed() -> Iterator[Callable[[], str]]:
     """Within it standard output goes to a file; `read()` gives what was added to it since the last time."""
     sys.stdout.flush()
     kept = os.dup(1)
@@ -152,7 +154,7 @@ def printed():
             os.close(kept)
 
 
-def lines(part, found) -> list[str]:
+def lines(part: str, found: dict) -> list[str]:
     if part.startswith("attention"):
         lines = []
         for graph, kernels in ((name, found[name]) for name in ("prefill", "decode") if name in found):
@@ -162,7 +164,7 @@ def lines(part, found) -> list[str]:
     return [line for graph in ("decode", "prefill") if graph in found for line in shown(part, graph, found[graph])]
 
 
-def shown(part, graph, found) -> list[str]:
+def shown(part: str, graph: str, found: dict) -> list[str]:
     """The kernels of one graph as text."""
     busy, span = found["busy_us"], found["span_us"]
     head = (

@@ -15,14 +15,15 @@ import numpy as np
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint.synthetic import scale_of
+from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import open_image
 from numpy_ref.tokenizer import known_ids
 
 from .. import bundle as bundles
-from ..bundle import weights
+from ..bundle import Bundle, weights
 from ..model.layers import OPERATORS
-from ..session import open_session
+from ..session import Session, open_session
 from ..session.device import DeviceSession
 from ..session.engine import GRAPH
 from .stage import NotHere, Settings
@@ -51,7 +52,7 @@ def form(name: str) -> tuple[str, str | None]:
     return precision, residual or None
 
 
-def shipped(settings: Settings, name: str):
+def shipped(settings: Settings, name: str) -> Bundle:
     """A bundle of the shipped model, made when it is first asked for. NotHere if there is none of that kind."""
     folder = settings.folder / f"shipped-{sources()}" / name.replace(" ", "-").replace("/", "-")
     if not folder.exists():
@@ -75,7 +76,7 @@ def sources() -> str:
 # --- a random model of full size ---------------------------------------------------------------------------
 
 
-def few_layers(config, layers: int):
+def few_layers(config: PaliGemmaConfig, layers: int) -> PaliGemmaConfig:
     """A model's first layers, of each tower."""
     text = replace(config.text, depth=layers, windows=config.text.windows[:layers])
     return replace(config, vision=replace(config.vision, depth=layers), text=text)
@@ -86,7 +87,7 @@ def full_names(settings: Settings) -> list[str]:
     return ["float16", "float16/float16", "bfloat16", "int4-float16"] if settings.on_device else ["float32"]
 
 
-def random_arrays(config, dtype) -> dict[str, np.ndarray]:
+def random_arrays(config: PaliGemmaConfig, dtype: np.dtype) -> dict[str, np.ndarray]:
     """Every weight by path, random and of `synthetic`'s scales, as views of one array a scale: made in a second or two.
 
     The numbers repeat, which costs a kernel nothing: it reads each from where it lies.
@@ -106,7 +107,7 @@ def random_arrays(config, dtype) -> dict[str, np.ndarray]:
     return {parameter.path: view(i, parameter) for i, parameter in enumerate(parameters)}
 
 
-def tiled(values, size: int):
+def tiled(values: np.ndarray, size: int) -> np.ndarray:
     """The values over and over, `size` of them and some to begin later."""
     bits = values.view(f"u{values.dtype.itemsize}")
     return np.resize(bits, size + SLACK).view(values.dtype)
@@ -156,7 +157,7 @@ def seconds_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.seconds")
 
 
-def full(settings: Settings, name: str):
+def full(settings: Settings, name: str) -> Bundle:
     """The large bundle, once it is there. RuntimeError with the reason if it could not be made."""
     folder, limit = full_folder(settings, name), time.monotonic() + MOST_WAIT
     while not (folder.exists() and seconds_of(folder).exists()):
@@ -171,7 +172,7 @@ def full(settings: Settings, name: str):
 # --- running them ------------------------------------------------------------------------------------------
 
 
-def opened(bundle, settings: Settings, captured: bool = False):
+def opened(bundle: Bundle, settings: Settings, captured: bool = False) -> Session:
     """The bundle's session on the device. NotHere where a bundle of its kind cannot run there."""
     if captured and not settings.on_device:
         raise NotHere("decode is captured on CUDA alone")
@@ -183,12 +184,12 @@ def opened(bundle, settings: Settings, captured: bool = False):
     return open_session(bundle, settings.provider, kind=DeviceSession, provider_options=options)
 
 
-def picture(engine, batch: int = 1) -> np.ndarray:
+def picture(engine: Session, batch: int = 1) -> np.ndarray:
     """The example's pixel values, once a row."""
     return np.repeat(engine.preprocess(open_image(PICTURE)), batch, 0)
 
 
-def endless(config) -> np.ndarray:
+def endless(config: PaliGemmaConfig) -> np.ndarray:
     """Which ids may be drawn where every answer is to have its full length."""
     known = known_ids(config)
     known[[config.eos, *config.ends]] = False

@@ -4,7 +4,10 @@ import importlib
 import importlib.util
 import logging
 import time
+from collections.abc import Callable
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +19,7 @@ from numpy_ref.image import open_image, preprocess
 
 from ..benchmark import peers
 from . import models
-from .stage import LABEL, NotHere, Settings
+from .stage import LABEL, Found, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 60
 FIRST_TOKENS = 5
@@ -26,7 +29,7 @@ def parts(settings: Settings) -> list[str]:
     return ["generate", "forward loop"]
 
 
-def run(part, settings, found) -> None:
+def run(part: str, settings: Settings, found: Found) -> None:
     if part.endswith("static cache") and not settings.on_device:
         raise NotHere("compiled on CUDA alone")
     model, build_s = opened(settings)
@@ -44,7 +47,7 @@ def run(part, settings, found) -> None:
         found.add(peak_bytes=torch.cuda.max_memory_allocated())
 
 
-def libraries(settings):
+def libraries(settings: Settings) -> tuple[ModuleType, ModuleType]:
     """torch and transformers. NotHere without either, or where the device is asked for and torch sees none."""
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
@@ -59,7 +62,7 @@ def libraries(settings):
 
 
 @cache
-def opened(settings: Settings):
+def opened(settings: Settings) -> tuple[Any, float]:
     """The model on the device with the weights that the bundles have, and the seconds that took."""
     torch, library = libraries(settings)
     started, kind = time.perf_counter(), torch.bfloat16 if settings.on_device else torch.float32
@@ -80,7 +83,7 @@ def opened(settings: Settings):
     return model, round(time.perf_counter() - started, 1)
 
 
-def build(library, config, kind):
+def build(library: ModuleType, config: Any, kind: Any) -> Any:
     """A model of random weights; eager where its decoder has no other attention."""
     create = library.PaliGemmaForConditionalGeneration._from_config
     try:
@@ -89,14 +92,14 @@ def build(library, config, kind):
         return create(config, dtype=kind, attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
 
 
-def random_by_name(settings, dtype) -> dict:
+def random_by_name(settings: Settings, dtype: np.dtype) -> dict:
     """The random weights by the names, and in the layout, of Hugging Face."""
     arrays = models.random_arrays(settings.config, dtype)
     parameters = checkpoints.parameters(settings.config)
     return {p.hf.name: p.hf.layout.write(arrays[p.path], p.hf.shape) for p in parameters}
 
 
-def inputs(model, settings) -> dict:
+def inputs(model: Any, settings: Settings) -> dict:
     """A picture from its file and a prompt, on the device."""
     torch = importlib.import_module("torch")
     ids = torch.tensor([peers.prompt(settings.config)], device=settings.provider)
@@ -107,7 +110,7 @@ def inputs(model, settings) -> dict:
     }  # fmt: skip
 
 
-def generated(model, settings, **options):
+def generated(model: Any, settings: Settings, **options: object) -> Callable[[int], np.ndarray]:
     """`answer(count)` by the library's own `generate`: the milliseconds of each token."""
     torch = importlib.import_module("torch")
 
@@ -130,12 +133,12 @@ def generated(model, settings, **options):
     return answer
 
 
-def generated_static(model, settings):
+def generated_static(model: Any, settings: Settings) -> Callable[[int], np.ndarray]:
     """The same with a static cache, which the library compiles for."""
     return generated(model, settings, cache_implementation="static")
 
 
-def looped(model, settings):
+def looped(model: Any, settings: Settings) -> Callable[[int], np.ndarray]:
     """`answer(count)` by plain calls of the model and argmax: the milliseconds of each token."""
     torch = importlib.import_module("torch")
 
@@ -155,6 +158,6 @@ def looped(model, settings):
     return answer
 
 
-def lines(part, found) -> list[str]:
+def lines(part: str, found: dict) -> list[str]:
     text = f"{part:<{LABEL}}first token {found['first_token_ms']:.2f} ms, {found['ms_per_token']:.3f} ms a token, "
     return [text + f"{found['tokens_per_s']:.1f} tokens/s; {found['attention']}, built in {found['build_s']} s"]

@@ -10,7 +10,7 @@ import onnxruntime
 from ..runtime import session_options
 from ..session import CPU, CUDA
 from . import models
-from .stage import LABEL, NotHere, Settings
+from .stage import LABEL, Found, NotHere, Settings
 
 LIMIT, PART_LIMIT = 120, 30
 GRAPHS = ("prefill", "decode", "sample_device")
@@ -20,7 +20,7 @@ def parts(settings: Settings) -> list[str]:
     return models.shipped_names()
 
 
-def run(part, settings, found) -> None:
+def run(part: str, settings: Settings, found: Found) -> None:
     bundle = models.shipped(settings, part)
     if models.form(part.split()[0])[0].endswith("bfloat16") and not settings.on_device:
         raise NotHere("the CPU has no bfloat16 kernels")
@@ -62,7 +62,7 @@ def placed(file: Path, on_device: bool) -> dict:
     }  # fmt: skip
 
 
-def wholly(graphs, on_device: bool) -> bool:
+def wholly(graphs: dict[str, dict], on_device: bool) -> bool:
     """Whether nothing is copied within prefill and decode, and what decode is given and gives stays on the device.
 
     Sizes are computed on the host, for kernels that want them there: nodes on the CPU are no fault of their own.
@@ -73,7 +73,7 @@ def wholly(graphs, on_device: bool) -> bool:
     return not copies and places == {"Cuda" if on_device else "Cpu"}
 
 
-def lines(part, found) -> list[str]:
+def lines(part: str, found: dict) -> list[str]:
     lines = []
     for name, graph in found["graphs"].items():
         short = {provider.removesuffix("ExecutionProvider"): count for provider, count in graph["nodes"].items()}

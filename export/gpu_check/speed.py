@@ -7,9 +7,9 @@ import numpy as np
 from numpy_ref.generate import generate, pad_prompts
 
 from ..benchmark import peers, weight_bytes
-from ..session import cuda
+from ..session import Session, cuda
 from . import bandwidth, models
-from .stage import LABEL, Settings
+from .stage import LABEL, Found, Settings
 
 LIMIT, PART_LIMIT = 200, 100
 FRESH = True  # loading and the peak of memory are those of a process of its own
@@ -22,7 +22,7 @@ def parts(settings: Settings) -> list[str]:
     return [f"{name} {way}" for name in models.full_names(settings) for way in ways]
 
 
-def run(part, settings, found) -> None:
+def run(part: str, settings: Settings, found: Found) -> None:
     name, way = part.split()
     bundle = models.full(settings, name)
     made = float(models.seconds_of(bundle.path).read_text())
@@ -52,7 +52,7 @@ def shares(read: int, milliseconds: float, copy: float | None, sheet: float | No
     }  # fmt: skip
 
 
-def answer_times(engine, batch: int, steps: int) -> dict:
+def answer_times(engine: Session, batch: int, steps: int) -> dict:
     """Medians of the times of whole answers, each from the picture file on, after one to warm up."""
     known = models.endless(engine.config)
 
@@ -78,7 +78,7 @@ def answer_times(engine, batch: int, steps: int) -> dict:
     }  # fmt: skip
 
 
-def split(engine, settings) -> dict:
+def split(engine: Session, settings: Settings) -> dict:
     """Milliseconds of a step's graph alone, of its launch as the host sees it, and of sampling with its wait."""
     config, steps = engine.config, max(2, settings.steps // 2)
     ids, lengths = pad_prompts([peers.prompt(config)], config.pad)
@@ -103,7 +103,7 @@ def split(engine, settings) -> dict:
     return {"graph_ms": graph, "launch_ms": launch, "sampling_ms": sampling, "picture_and_prefill_ms": prefill}
 
 
-def lines(part, found) -> list[str]:
+def lines(part: str, found: dict) -> list[str]:
     rows = [
         f"{part:<{LABEL}}first token {found['first_token_ms']:.2f} ms (picture {found['picture_ms']:.2f}), "
         f"{found['ms_per_token']:.3f} ms a token, {found['tokens_per_s']:.1f} tokens/s; load {found['load_s']:.1f} s"
@@ -119,7 +119,7 @@ def lines(part, found) -> list[str]:
     return rows
 
 
-def reading(found) -> str:
+def reading(found: dict) -> str:
     """What a token reads and how quickly, beside the bandwidths that are known, and the memory it took."""
     text = f"reads {found['weight_bytes'] / 1e9:.2f} GB a token at {found['bytes_per_s'] / 1e12:.3f} TB/s"
     if found["share_of_copy"]:

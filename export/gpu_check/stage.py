@@ -15,8 +15,11 @@ import json
 import os
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
 from numpy_ref.config import PaliGemmaConfig
@@ -60,11 +63,11 @@ class Settings:
 class Found(dict):
     """What a part has found so far; each `add` is kept in a file, so that a process that dies leaves it."""
 
-    def __init__(self, keep):
+    def __init__(self, keep: Callable[[], None]):
         super().__init__()
         self.keep = keep
 
-    def add(self, **figures) -> None:
+    def add(self, **figures: Any) -> None:
         self.update(figures)
         self.keep()
 
@@ -98,13 +101,13 @@ class Report:
         os.replace(beside, self.file)
 
 
-def status_of(parts) -> str:
+def status_of(parts: Iterable[dict]) -> str:
     """The status of a stage, from those of its parts: the worst of those that were answered."""
     statuses = {part["status"] for part in parts}
     return next((status for status in (FAILED, DIFFERS, OK) if status in statuses), NOT_HERE)
 
 
-def work(module, settings: Settings, report: Report) -> int:
+def work(module: ModuleType, settings: Settings, report: Report) -> int:
     """Run the parts that have no answer yet; the exit code of the process.
 
     After a part that raised, those that are left get a new process: the device may be of no more use to this one.

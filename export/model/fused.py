@@ -10,47 +10,48 @@ kernels in few bits    those that read the same input, side by side in the weigh
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir import DataType
+from onnx_ir import DataType, Value
 
-from numpy_ref.model.layers import identity, scoped
+from numpy_ref.config import GemmaConfig, SiglipConfig
+from numpy_ref.model.layers import Params, identity, scoped
 
 from . import gemma, layers, paligemma, siglip
+from .layers import Mask, Op, Pair, Tap, Weight
 from .quantized import CONTRIB, Blocks, Channels
 
 _MASKED = -1e9  # a score that leaves a weight of zero
 
 
-def rms_norm(op, x, scale, eps):
+def rms_norm(op: Op, x: Value, scale: Value, eps: float) -> Value:
     """RMSNorm with the scale as an offset from one: x [..., D], scale [D] -> [..., D]."""
     gain = op.Add(scale, 1.0)  # made once, when the graph is loaded
     return like(op.SimplifiedLayerNormalization(x, gain, axis=-1, epsilon=eps, _version=1), x)
 
 
-def layer_norm(op, x, scale, bias, eps):
+def layer_norm(op: Op, x: Value, scale: Value, bias: Value, eps: float) -> Value:
     """LayerNorm: x [..., D], scale [D], bias [D] -> [..., D]."""
     return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=eps)
 
 
-def gelu(op, x):
+def gelu(op: Op, x: Value) -> Value:
     """GELU in its tanh form."""
     return op.Gelu(x, approximate="tanh")
 
 
-def rope(op, x, cos, sin):
+def rope(op: Op, x: Value, cos: Value, sin: Value) -> Value:
     """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
     cos, sin = (op.Squeeze(angles, [1]) for angles in (cos, sin))
     return like(op.RotaryEmbedding(x, cos, sin), x)
 
 
-def flatten_rows(op, x, rows):
+def flatten_rows(op: Op, x: Value, rows: str) -> Value:
     """x [B, T, D] -> [1, B * T, D]: all rows along one axis, as kernels that scale each row want them.
 
     `rows` is what to call that axis.
@@ -58,7 +59,7 @@ def flatten_rows(op, x, rows):
     return _with_rows(op.Reshape(x, [1, -1, x.shape[-1]]), x, rows)
 
 
-def by_head(op, tap, heads, batch=(0,), factor=1.0):
+def by_head(op: Op, tap: Tap, heads: int, batch: Value | tuple[int] = (0,), factor: float = 1.0) -> Tap:
     """A tap for values [..., N * H], which it passes on as the reference has them, [B, N, T, H]; `batch` [1] is B.
 
     Queries are passed on times the factor that the operator puts into the scores. Without a tap there are no nodes.
@@ -73,13 +74,13 @@ def by_head(op, tap, heads, batch=(0,), factor=1.0):
     return tap if tap is identity else split
 
 
-def patch_block(op, p, config, x, tap=identity):
+def patch_block(op: Op, p: Params, config: SiglipConfig, x: Value, tap: Tap = identity) -> Value:
     """A block of the vision tower: [B, P, D] -> [B, P, D]. Taps see all patches along one axis, [1, B * P, D]."""
     rows = siglip.block.portable(op, p, config, flatten_rows(op, x, "patches of all"), tap)
     return like(op.Reshape(rows, [-1, config.patches, config.width]), x)
 
 
-def patch_attention(op, p, config, x, tap=identity):
+def patch_attention(op: Op, p: Params, config: SiglipConfig, x: Value, tap: Tap = identity) -> Value:
     """Multi-head attention of every patch to every patch of its picture: [1, B * P, D] -> [1, B * P, D]."""
     query, key, value = (
         op.Reshape(layers.linear(op, x, **p[name]), [-1, config.patches, config.width])
@@ -102,16 +103,24 @@ class Padding:
     A column more in every key, 0 or -1e9, which the 1 in that column of every query adds to the score.
     """
 
-    mask: Any  # [B, 1, T], True = a token
-    batch: Any  # [1], how many sequences lie in the line of rows
-    column: Any  # [B, T, K, 1]
-    ones: Any  # [B, queries of a key head, K, 1]
+    mask: Value  # [B, 1, T], True = a token
+    batch: Value  # [1], how many sequences lie in the line of rows
+    column: Value  # [B, T, K, 1]
+    ones: Value  # [B, queries of a key head, K, 1]
 
-    def part(self, op, x, heads, size):
+    def part(self, op: Op, x: Value, heads: int, size: int) -> Value:
         """x [1, B * T, N * H] -> [B, T, N, H]."""
         parted = op.Reshape(x, op.Concat(self.batch, [-1, heads, size], axis=0))
         parted.dtype, parted.shape = x.dtype, ir.Shape(["B", None, heads, size])
         return parted
+
+
+@dataclass(frozen=True)
+class Window:
+    """What stands for the mask of decode: how many positions back a token sees, None for all; and how to build it."""
+
+    size: int | None
+    built: Callable
 
 
 def _padding(op, config, mask, dtype):
@@ -125,7 +134,10 @@ def _padding(op, config, mask, dtype):
 
 
 @layers.named
-def prefix_attention(op, p, config, asking, x, there, rotary, padding, tap=identity):
+def prefix_attention(
+    op: Op, p: Params, config: GemmaConfig, asking: Value, x: Value, there: Pair, rotary: Pair, padding: Padding,
+    tap: Tap = identity,
+) -> tuple[Value, Pair]:  # fmt: skip
     """What the tokens `asking` [1, B * A, D], at the angles `there`, take from all of x [1, B * T, D].
 
     -> [1, B * A, D], and keys and values [B, K, T, H].
@@ -139,7 +151,7 @@ def prefix_attention(op, p, config, asking, x, there, rotary, padding, tap=ident
     )
     by_head(op, tap, config.heads, padding.batch, config.query_scale)("query", query)
     key, value = (padding.part(op, each, config.kv_heads, config.head_dim) for each in (key, value))
-    cache = tuple(tap(name, op.Transpose(each, perm=[0, 2, 1, 3])) for name, each in (("key", key), ("value", value)))
+    cache = tap("key", op.Transpose(key, perm=[0, 2, 1, 3])), tap("value", op.Transpose(value, perm=[0, 2, 1, 3]))
     if config.attn_softcap is None:
         context = _in_tiles(op, config, query, key, value, padding)
     else:  # the operator has none
@@ -174,12 +186,15 @@ def _in_tiles(op, config, query, key, value, padding):
     return context
 
 
-def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
+def attention(
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Padding | Window, cache: Pair | None = None,
+    start: Value | None = None, tap: Tap = identity,
+) -> tuple[Value, Pair]:  # fmt: skip
     """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value).
 
     `mask` is a Padding in prefill, a Window in decode.
     """
-    if cache is None:
+    if isinstance(mask, Padding):
         return prefix_attention(op, p, config, x, x, rotary, rotary, mask, tap)
     if config.head_dim % 8:  # GroupQueryAttention takes no others
         return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
@@ -198,7 +213,7 @@ def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identi
     )  # fmt: skip
     context.dtype, context.shape = cache[0].dtype, ir.Shape([*list(x.shape)[:2], config.heads * config.head_dim])
     context = by_head(op, tap, config.heads)("context", context)
-    updated = tuple(like(each, past) for each, past in zip((key, value), cache, strict=True))
+    updated = like(key, cache[0]), like(value, cache[1])
     return layers.linear(op, context, **p["output"]), updated
 
 
@@ -207,7 +222,7 @@ def _rotate(op, x, cos, sin, heads):
     return like(op.RotaryEmbedding(x, cos, sin, num_heads=heads), x)
 
 
-def mlp(op, p, x):
+def mlp(op: Op, p: Params, x: Value) -> Value:
     """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
     up = p["up"]["kernel"]
     if isinstance(up, Channels):  # the factors of its rows go through the last product: that is narrower
@@ -218,7 +233,10 @@ def mlp(op, p, x):
     return layers.linear(op, op.Mul(gelu(op, gate), up), **p["down"])
 
 
-def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
+def decoder(
+    op: Op, p: Params, config: GemmaConfig, x: Value, positions: Value, masks: dict[int | None, Mask],
+    cache: list[Pair] | None = None, start: Value | None = None, tap: Tap = identity,
+) -> tuple[Value, list[Pair]]:  # fmt: skip
     """All layers and the final norm; of prefill only each row's last position, [1, B, D]: the rest is not asked for."""
     if cache is not None:
         return gemma.decoder.portable(op, p, config, x, positions, masks, cache, start, tap)
@@ -260,12 +278,12 @@ def _last_block(op, p, config, x, rotary, there, padding, last, tap=identity):
     return layers.residual(op, x, update), cache
 
 
-def last_position(op, x, lengths):
+def last_position(op: Op, x: Value, lengths: Value) -> Value:
     """What stands at each row's last token: x [1, B, D], which has nothing else, -> [B, D]."""
     return op.Squeeze(x, [0])
 
 
-def project(op, x, p, names, split=True):
+def project(op: Op, x: Value, p: Params, names: Sequence[str], split: bool = True) -> list[Value]:
     """x through several kernels; through one where they lie side by side in the file, and then split again or not."""
     kernels = [p[name]["kernel"] for name in names]
     packed = pack(op, kernels)
@@ -281,15 +299,16 @@ def project(op, x, p, names, split=True):
     return parts
 
 
-def pack(op, kernels) -> Blocks | None:
+def pack(op: Op, kernels: Sequence[Weight]) -> Blocks | None:
     """Kernels in blocks as one, if they follow one another in the weights file; None if they do not."""
-    if not all(isinstance(kernel, Blocks) for kernel in kernels):
+    blocks = [kernel for kernel in kernels if isinstance(kernel, Blocks)]
+    if len(blocks) < len(kernels):
         return None
-    joined = [_joined([getattr(kernel, name) for kernel in kernels]) for name in ("values", "scales")]
+    joined = [_joined([getattr(each, name) for each in blocks]) for name in ("values", "scales")]
     if None in joined:
         return None
     values, scales = (op.builder.initializer(tensor, tensor.name, qualify=False) for tensor in joined)
-    return Blocks(values, None, scales, kernels[0].bits)
+    return Blocks(values, None, scales, blocks[0].bits)
 
 
 def _joined(values):
@@ -307,25 +326,17 @@ def _joined(values):
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Window:
-    """What stands for the mask of decode: how many positions back a token sees, None for all; and how to build it."""
-
-    size: int | None
-    built: Callable
-
-
-def prefix_mask(op, prefix_lengths, lengths, size, window=None):
+def prefix_mask(op: Op, prefix_lengths: Value, lengths: Value, size: Value, window: int | None = None) -> Value:
     """Who may be attended to: [B, 1, size], True = may. In prefill all is prefix, and every token sees all of it."""
     return op.Less(op.Unsqueeze(op.Range(0, size, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2]))
 
 
-def decode_mask(op, lengths, capacity, window=None):
+def decode_mask(op: Op, lengths: Value, capacity: Value, window: int | None = None) -> Window:
     """No mask yet: GroupQueryAttention knows what is filled."""
     return Window(window, partial(paligemma.decode_mask.portable, op, lengths, capacity, window))
 
 
-def like(value, other, dtype=None):
+def like(value: Value, other: Value, dtype: DataType | None = None) -> Value:
     """A value whose type and shape the graph library does not know, said to be another's."""
     value.dtype, value.shape = dtype or other.dtype, other.shape
     return value

@@ -11,37 +11,38 @@ The residual stream is in `op.residual`, float32 or the dtype of the weights. So
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
-from onnx_ir import DataType
+from onnx_ir import DataType, Value
 
-from numpy_ref.model.layers import identity, scoped
+from numpy_ref.config import GemmaConfig, SiglipConfig
+from numpy_ref.model.layers import Params, identity, scoped
 
 from . import gemma, layers, paligemma, siglip
 from .fused import by_head, gelu, like, project
+from .layers import Op, Pair, Tap
 from .quantized import CONTRIB
 
 
-def layer_norm(op, x, scale, bias, eps):
+def layer_norm(op: Op, x: Value, scale: Value, bias: Value, eps: float) -> Value:
     """LayerNorm: x [..., D], scale [D], bias [D] -> [..., D] in the dtype of the weights."""
     weights = (layers.cast_like(op, weight, x) for weight in (scale, bias))
     return layers.cast_like(op, op.LayerNormalization(x, *weights, axis=-1, epsilon=eps), scale)
 
 
-def rms_norm(op, x, scale, eps):
+def rms_norm(op: Op, x: Value, scale: Value, eps: float) -> Value:
     """RMSNorm with the scale as an offset from one: x [..., D], scale [D] -> [..., D] in the dtype of the weights."""
     normed = op.SimplifiedLayerNormalization(x, _gain(op, scale, x), axis=-1, epsilon=eps, _version=1)
     return layers.cast_like(op, like(normed, x), scale)
 
 
-def add_layer_norm(op, x, update, scale, bias, eps):
+def add_layer_norm(op: Op, x: Value, update: Value, scale: Value, bias: Value, eps: float) -> Pair:
     """x + update in the dtype of x, and LayerNorm of it in that of the weights."""
     weights = [layers.cast_like(op, weight, x) for weight in (scale, bias)]
     return _sum_and_norm(op, op.SkipLayerNormalization, x, update, weights, scale, eps)
 
 
-def add_rms_norm(op, x, update, scale, eps):
+def add_rms_norm(op: Op, x: Value, update: Value, scale: Value, eps: float) -> Pair:
     """x + update in the dtype of x, and RMSNorm of it in that of the weights."""
     return _sum_and_norm(op, op.SkipSimplifiedLayerNormalization, x, update, [_gain(op, scale, x)], scale, eps)
 
@@ -58,7 +59,7 @@ def _sum_and_norm(op, operator, x, update, weights, scale, eps):
     return like(total, x), layers.cast_like(op, like(normed, x), scale)
 
 
-def patch_attention(op, p, config, x, tap=identity):
+def patch_attention(op: Op, p: Params, config: SiglipConfig, x: Value, tap: Tap = identity) -> Value:
     """Multi-head attention of every patch to every patch: [B, P, D] -> [B, P, D]."""
     packed = layers.linear(op, x, **p["query_key_value"])
     query, key, value = op.Split(packed, axis=-1, num_outputs=3, _outputs=3)
@@ -74,22 +75,25 @@ def patch_attention(op, p, config, x, tap=identity):
 class Lengths:
     """What stands for a mask: how far each row is filled, which is all that GroupQueryAttention has to be told."""
 
-    last: Any  # int32 [B], the position of each row's last token
-    total: Any  # int32 [], keys in the longest row; from shapes alone, since the operator reads it on the host
+    last: Value  # int32 [B], the position of each row's last token
+    total: Value  # int32 [], keys in the longest row; from shapes alone, since the operator reads it on the host
     window: int | None
 
 
-def prefix_mask(op, prefix_lengths, lengths, size, window=None):
+def prefix_mask(op: Op, prefix_lengths: Value, lengths: Value, size: Value, window: int | None = None) -> Lengths:
     """No mask: in prefill all is prefix, and every token sees all of it."""
     return Lengths(op.Cast(op.Sub(lengths, 1), to=DataType.INT32), op.Cast(size, to=DataType.INT32), None)
 
 
-def decode_mask(op, lengths, capacity, window=None):
+def decode_mask(op: Op, lengths: Value, capacity: Value, window: int | None = None) -> Lengths:
     """No mask: the token at position `lengths` [B] sees what came before it, in a window."""
     return Lengths(op.Cast(lengths, to=DataType.INT32), op.Cast(capacity, to=DataType.INT32), window)
 
 
-def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
+def attention(
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Lengths, cache: Pair | None = None,
+    start: Value | None = None, tap: Tap = identity,
+) -> tuple[Value, Pair]:  # fmt: skip
     """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value); `rotary` are tables [positions, H/2]."""
     packed = _packed(op, p, x)
     context, key, value = op.GroupQueryAttention(
@@ -115,13 +119,16 @@ def _packed(op, p, x):
     return parts[0] if len(parts) == 1 else op.Concat(*parts, axis=-1)
 
 
-def mlp(op, p, x):
+def mlp(op: Op, p: Params, x: Value) -> Value:
     """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases. [B, T, D] -> [B, T, D]."""
     gate, up = project(op, x, p, ("gate", "up"))
     return layers.linear(op, op.Mul(gelu(op, gate), up), **p["down"])
 
 
-def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
+def decoder(
+    op: Op, p: Params, config: GemmaConfig, x: Value, positions: Value, masks: dict[int | None, Lengths],
+    cache: list[Pair] | None = None, start: Value | None = None, tap: Tap = identity,
+) -> tuple[Value, list[Pair]]:  # fmt: skip
     """All layers and the final norm; each sum is taken together with the norm behind it, be it of the next layer."""
     rotary, caches = rotary_tables(op, config, p["norm"]["scale"].dtype), []
     following = [*(weights["attention_norm"] for weights in p["blocks"][1:]), p["norm"]]
@@ -147,11 +154,12 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
     return tap("norm", normed), caches
 
 
-def rotary_tables(op, config, dtype):
+def rotary_tables(op: Op, config: GemmaConfig, dtype: DataType) -> Pair:
     """Cosine and sine at every position that the model has: two [positions, H/2], made when the graph is loaded."""
     positions = op.Unsqueeze(op.Range(0, op.max_length, 1), [0])
     angles = layers.rope_angles(op, positions, config.head_dim, config.rope_base, DataType.FLOAT)
-    return tuple(layers.cast_to(op, op.Squeeze(table, [0, 1]), dtype) for table in angles)
+    cos, sin = (layers.cast_to(op, op.Squeeze(table, [0, 1]), dtype) for table in angles)
+    return cos, sin
 
 
 #: What takes the place of which function.

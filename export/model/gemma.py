@@ -2,9 +2,16 @@
 
 import math
 
-from numpy_ref.model.layers import identity, scoped
+from onnx_ir import DataType, Value
+
+from numpy_ref.config import GemmaConfig
+from numpy_ref.model.layers import Params, identity, scoped
 
 from .layers import (
+    Mask,
+    Op,
+    Pair,
+    Tap,
     add_rms_norm,
     attend,
     cast_like,
@@ -28,7 +35,7 @@ from .layers import (
 
 
 @named
-def embed(op, p, config, ids, dtype):
+def embed(op: Op, p: Params, config: GemmaConfig, ids: Value, dtype: DataType) -> Value:
     """Token embeddings times sqrt(D): ids [B, T] -> [B, T, D]. Picture features are not scaled."""
     # The factor is rounded to the dtype that the table is used in: 59.75 for sqrt(3584) in bfloat16.
     rows = embedding(op, ids, p["embedding"], p["embedding"].dtype)
@@ -36,27 +43,33 @@ def embed(op, p, config, ids, dtype):
 
 
 @replaceable
-def attention(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
+def attention(
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Mask, cache: Pair | None = None,
+    start: Value | None = None, tap: Tap = identity,
+) -> tuple[Value, Pair]:  # fmt: skip
     """Grouped-query attention, rotary positions: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
     query = rope(op, split_heads(op, linear(op, x, **p["query"]), config.heads), *rotary)
     query = op.Mul(query, config.query_scale)
     key = rope(op, split_heads(op, linear(op, x, **p["key"]), config.kv_heads), *rotary)
     value = split_heads(op, linear(op, x, **p["value"]), config.kv_heads)
     query, key, value = tap("query", query), tap("key", key), tap("value", value)
-    if cache is not None:
+    if cache is not None and start is not None:
         key, value = write_cache(op, cache[0], key, start), write_cache(op, cache[1], value, start)
     context = attend(op, query, key, value, mask, config.attn_softcap, tap)
     return linear(op, merge_heads(op, tap("context", context)), **p["output"]), (key, value)
 
 
 @replaceable
-def mlp(op, p, x):
+def mlp(op: Op, p: Params, x: Value) -> Value:
     """GeGLU: gelu(x @ gate) * (x @ up) @ down, without biases: x [B, T, D] -> [B, T, D]."""
     return linear(op, op.Mul(gelu(op, linear(op, x, **p["gate"])), linear(op, x, **p["up"])), **p["down"])
 
 
 @named
-def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
+def block(
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Mask, cache: Pair | None = None,
+    start: Value | None = None, tap: Tap = identity,
+) -> tuple[Value, Pair]:  # fmt: skip
     """One decoder layer: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
     normed = tap("attention_norm", rms_norm(op, x, **p["attention_norm"], eps=config.eps))
     update, cache = attention(op, p["attention"], config, normed, rotary, mask, cache, start, scoped(tap, "attention"))
@@ -71,7 +84,10 @@ def block(op, p, config, x, rotary, mask, cache=None, start=None, tap=identity):
 
 
 @replaceable
-def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=identity):
+def decoder(
+    op: Op, p: Params, config: GemmaConfig, x: Value, positions: Value, masks: dict[int | None, Mask],
+    cache: list[Pair] | None = None, start: Value | None = None, tap: Tap = identity,
+) -> tuple[Value, list[Pair]]:  # fmt: skip
     """All layers and the final norm: x [B, T, D] -> [B, T, D] and one (key, value) a layer, each [B, K, S, H]."""
     rotary = rope_angles(op, positions, config.head_dim, config.rope_base, upcast(op, x).dtype)
     caches = []
@@ -85,7 +101,7 @@ def decoder(op, p, config, x, positions, masks, cache=None, start=None, tap=iden
 
 
 @named
-def logits(op, p, config, x):
+def logits(op: Op, p: Params, config: GemmaConfig, x: Value) -> Value:
     """Scores of every row of the vocabulary: x [..., D] -> [..., V]. The tied head is the unscaled table."""
     if config.tied and is_quantized(p["embedding"]):
         scores = p["embedding"].multiply(op, cast_like(op, x, p["embedding"]))

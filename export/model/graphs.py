@@ -5,7 +5,8 @@ arrays in memory when testing. With `taps`, every named intermediate value becom
 """
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -13,17 +14,22 @@ from onnx_ir import DataType
 from onnxscript import GraphBuilder
 
 from numpy_ref.checkpoint import flatten, parameters, unflatten
-from numpy_ref.model.layers import identity
+from numpy_ref.config import PaliGemmaConfig
+from numpy_ref.model.layers import Params, identity
 from numpy_ref.model.segmentation import CELLS, SIDE
 
 from . import fused, fused_half, image, paligemma, sampling, segmentation
-from .layers import HALF, PORTABLE
+from .layers import HALF, PORTABLE, Op
 
 OPSET = 24  # TensorScatter, the in-place cache write
 IR_VERSION = 11  # what onnxruntime 1.30 and later read
+Initializer = Callable[[str], Any]  # path -> tensor; or a weight of `quantized`
 
 
-def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE, residual=None) -> ir.Model:
+def prefill_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE, residual: DataType | None = None,
+) -> ir.Model:  # fmt: skip
     """prefill.onnx: pixel_values, input_ids, lengths, capacity -> logits, present.{i}.key/value.
 
     `dtype` is the weights' and the cache's, `residual` the residual stream's (None: float32, or float64 if it is that).
@@ -36,11 +42,14 @@ def prefill_model(config, initializer, dtype=DataType.FLOAT, taps=False, operato
     lengths = builder.input("lengths", DataType.INT32, ["B"])
     capacity = builder.input("capacity", DataType.INT64, [])
     tap = _tap(builder, taps)
-    logits, cache = paligemma.prefill(builder.op, p, config, pixel_values, input_ids, lengths, capacity, tap)
+    logits, cache = paligemma.prefill(_op(builder), p, config, pixel_values, input_ids, lengths, capacity, tap)
     return _finish(builder, config, logits, cache)
 
 
-def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False, operators=PORTABLE, residual=None) -> ir.Model:
+def decode_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE, residual: DataType | None = None,
+) -> ir.Model:  # fmt: skip
     """decode.onnx: input_ids, lengths, past_key_values.{i}.key/value -> logits, present.{i}.key/value."""
     builder, p = _start(
         "decode", config, initializer, lambda path: path.startswith("text."), operators, dtype, residual
@@ -51,34 +60,34 @@ def decode_model(config, initializer, dtype=DataType.FLOAT, taps=False, operator
         tuple(builder.input(f"past_key_values.{i}.{kind}", dtype, _cache_shape(config)) for kind in ("key", "value"))
         for i in range(config.text.depth)
     ]
-    logits, cache = paligemma.decode(builder.op, p, config, input_ids, lengths, cache, _tap(builder, taps))
+    logits, cache = paligemma.decode(_op(builder), p, config, input_ids, lengths, cache, _tap(builder, taps))
     return _finish(builder, config, logits, cache)
 
 
-def masks_model(params) -> ir.Model:
+def masks_model(params: Params) -> ir.Model:
     """masks.onnx: codes int64 [B, 16] -> masks float32 [B, 64, 64]. Its small weights are inside."""
     builder = _builder("masks")
     flat = flatten({"codebook": params["codebook"], "decoder": params["decoder"]})
     tensors = {path: ir.tensor(np.asarray(array, np.float32), name=path) for path, array in flat.items()}
     p = unflatten({path: builder.initializer(tensor, path) for path, tensor in tensors.items()})
     codes = builder.input("codes", DataType.INT64, ["B", CELLS * CELLS])
-    masks = segmentation.decode(builder.op, p, codes)
+    masks = segmentation.decode(_op(builder), p, codes)
     masks.dtype, masks.shape = DataType.FLOAT, ir.Shape(["B", SIDE, SIDE])
     builder.add_output(masks, "masks")
     return _model(builder)
 
 
-def preprocess_model(config, resize) -> ir.Model:
+def preprocess_model(config: PaliGemmaConfig, resize: str) -> ir.Model:
     """preprocess.onnx: image uint8 [H, W, 3] -> pixel_values float32 [1, 3, S, S]."""
     builder = _builder("preprocess")
     picture, size = builder.input("image", DataType.UINT8, ["H", "W", 3]), config.vision.image_size
-    pixel_values = image.preprocess(builder.op, picture, size, resize)
+    pixel_values = image.preprocess(_op(builder), picture, size, resize)
     pixel_values.dtype, pixel_values.shape = DataType.FLOAT, ir.Shape([1, 3, size, size])
     builder.add_output(pixel_values, "pixel_values")
     return _model(builder)
 
 
-def sample_model(known, on_device=False) -> ir.Model:
+def sample_model(known: np.ndarray, on_device: bool = False) -> ir.Model:
     """sample.onnx: logits, temperature, top_k, top_p, uniform -> token. `known` [V] says what may be drawn.
 
     `on_device` makes it sample_device.onnx, which has `count` int64 [1] in place of top_k (`sampling.sample_among`).
@@ -90,7 +99,7 @@ def sample_model(known, on_device=False) -> ir.Model:
     uniform = builder.input("uniform", DataType.FLOAT, ["B"])
     drawable = builder.initializer(ir.tensor(known, name="known"), "known")
     sample = sampling.sample_among if on_device else sampling.sample
-    token = sample(builder.op, logits, drawable, temperature, top_k, top_p, uniform)
+    token = sample(_op(builder), logits, drawable, temperature, top_k, top_p, uniform)
     token.dtype, token.shape = DataType.INT64, ir.Shape(["B"])
     builder.add_output(token, "token")
     return _model(builder)
@@ -110,7 +119,9 @@ def serialize(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString()
 
 
-def trace(function, arguments, weights=None, taps=False):
+def trace(
+    function: Callable, arguments: dict[str, Any], weights: dict[str, Any] | None = None, taps: bool = False
+) -> tuple[ir.Model, dict[str, np.ndarray]]:
     """A model of one function, and what to feed it.
 
     `function(op, **arguments)` is a function of the export files. Arrays anywhere in `arguments` become inputs,
@@ -134,7 +145,7 @@ def trace(function, arguments, weights=None, taps=False):
         recorded[name] = value
         return value
 
-    result = function(builder.op, **keywords, **({"tap": record} if taps else {}))
+    result = function(_op(builder), **keywords, **({"tap": record} if taps else {}))
     _walk(result, "output", recorded.setdefault, leaf=ir.Value)
     for name, value in recorded.items():
         builder.add_output(builder.op.Identity(value), f"out.{name}")
@@ -155,20 +166,16 @@ def _walk(tree, name, visit, leaf=np.ndarray):
 
 
 def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None) -> GraphBuilder:
-    """A graph to add nodes to. Its `op` carries what the functions that do so have to know of the graph.
-
-    instead     {function: what takes its place} (`layers.replaceable`)
-    residual    the dtype of the residual stream
-    max_length  how many positions there are
-    rounded     {value: the same in eight bits} (`quantize`)
-    paths       {weight: its path}, and
-    module      the path of the part that is being built, by which its nodes are named (`layers.named`)
-    """
+    """A graph to add nodes to. Its `op` carries what `layers.Op` says."""
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
-    op: Any = builder.op
+    op = _op(builder)
     op.instead, op.residual, op.max_length, op.rounded = instead or {}, residual, max_length, {}
     op.paths, op.module = {}, ""
     return builder
+
+
+def _op(builder: GraphBuilder) -> Op:
+    return cast(Op, builder.op)  # to which `_builder` adds what the library's own type does not have
 
 
 def _start(name, config, initializer, used, operators, dtype, residual):
@@ -190,7 +197,7 @@ def _declare(builder, weights):
         else weight.declare(builder)
         for path, weight in weights.items()
     }
-    builder.op.paths = {weight: path for path, weight in declared.items()}
+    _op(builder).paths = {weight: path for path, weight in declared.items()}
     return unflatten(declared)
 
 

@@ -4,15 +4,17 @@ ONNX Runtime's antialiased Resize is Pillow's filter where it is told so: half p
 and the cubic coefficient -0.5. On bytes its cubic kernel even rounds between the two passes as Pillow does.
 """
 
-from onnx_ir import DataType
+from onnx_ir import DataType, Value
+
+from .layers import Op
 
 
-def resize_bicubic(op, image, size):
+def resize_bicubic(op: Op, image: Value, size: int) -> Value:
     """uint8 [1, 3, H, W] -> float32 [1, 3, S, S] of whole numbers, as transformers resizes."""
     return op.Cast(_resize(op, image, size, mode="cubic", cubic_coeff_a=-0.5), to=DataType.FLOAT)
 
 
-def resize_bilinear(op, image, size):
+def resize_bilinear(op: Op, image: Value, size: int) -> Value:
     """uint8 [1, 3, H, W] -> float32 [1, 3, S, S] of whole numbers, as big_vision resizes: cut off to bytes."""
     resized = _resize(op, op.Cast(image, to=DataType.FLOAT), size, mode="linear")
     return op.Floor(op.Clip(resized, 0.0, 255.0))
@@ -22,13 +24,13 @@ def resize_bilinear(op, image, size):
 RESIZES = {"bicubic": resize_bicubic, "bilinear": resize_bilinear}
 
 
-def preprocess(op, image, size, resize="bicubic"):
+def preprocess(op: Op, image: Value, size: int, resize: str = "bicubic") -> Value:
     """Bytes [H, W, 3] of any size -> pixel values [1, 3, S, S] in [-1, 1]."""
     channels_first = op.Unsqueeze(op.Transpose(image, perm=[2, 0, 1]), [0])
     return scale(op, RESIZES[resize](op, channels_first, size))
 
 
-def scale(op, pixels):
+def scale(op: Op, pixels: Value) -> Value:
     """0 … 255 -> -1 … 1."""
     return op.Div(op.Sub(op.Div(pixels, 255.0), 0.5), 0.5)
 

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir import DataType
+from onnx_ir import DataType, Value
+from onnxscript import GraphBuilder
+
+from .layers import Op, Pair
 
 CONTRIB = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
@@ -39,15 +42,15 @@ class Channels:
     scales: Any
     dtype = DataType.FLOAT
 
-    def declare(self, builder) -> "Channels":
+    def declare(self, builder: GraphBuilder) -> "Channels":
         """The same with its tensors as initializers of a graph."""
         return _declare(self, builder)
 
-    def multiply(self, op, x):
+    def multiply(self, op: Op, x: Value) -> Value:
         """x [..., in] float32 -> [..., out]."""
         return op.Mul(*self.multiply_apart(op, x))
 
-    def multiply_apart(self, op, x):
+    def multiply_apart(self, op: Op, x: Value) -> Pair:
         """The product but for a factor a row, and the factors: [..., out] and [..., 1]."""
         rounded, factors = _round_rows(op, x)
         middle = op.Constant(value=_scalar(MIDDLE, np.uint8))
@@ -70,7 +73,7 @@ class Blocks:
         """What it multiplies, and what comes out."""
         return self.scales.dtype
 
-    def declare(self, builder) -> "Blocks":
+    def declare(self, builder: GraphBuilder) -> "Blocks":
         """The same with its tensors as initializers of a graph."""
         return _declare(self, builder)
 
@@ -78,7 +81,7 @@ class Blocks:
     def block(self) -> int:
         return self.values.shape[-1] * 8 // self.bits
 
-    def multiply(self, op, x):
+    def multiply(self, op: Op, x: Value) -> Value:
         """x [..., in] -> [..., out]."""
         out, blocks = self.values.shape[0], self.values.shape[1]
         rounded = {"accuracy_level": INT8_ACTIVATIONS} if self.dtype == DataType.FLOAT else {}
@@ -89,7 +92,7 @@ class Blocks:
         y.dtype, y.shape = self.dtype, _with_last(x.shape, out)
         return y
 
-    def rows(self, op, ids):
+    def rows(self, op: Op, ids: Value) -> Value:
         """Rows of a table: ids [...] -> [..., in]."""
         x = op.GatherBlockQuantized(
             self.flat, ids, self.scales, bits=self.bits, block_size=self.block, gather_axis=0, quantize_axis=1,
@@ -146,14 +149,14 @@ def block_size(size: int) -> int:
     return next((block for block in BLOCK_SIZES if size % block == 0), 0)
 
 
-def quantize_channels(kernel):
+def quantize_channels(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32 [in, out] -> int8 [in, out] and float32 scales [out]."""
     scales = np.maximum(np.abs(kernel).max(0), np.finfo(np.float32).tiny) / np.float32(127)
     with np.errstate(invalid="ignore"):  # whoever writes the scales looks at whether they are finite
         return np.rint(kernel / scales).astype(np.int8), scales
 
 
-def quantize_blocks(rows, bits: int):
+def quantize_blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 [out, in] -> uint8 [out, in / S, S * bits / 8] and float32 scales [out, in / S].
 
     By least squares: of several steps a block takes the one that leaves the smallest error. With the widest its largest
@@ -189,7 +192,7 @@ def _round_blocks(blocks, steps, zero):
         return q, fitted, along * fitted
 
 
-def dequantize_blocks(values, scales, bits: int):
+def dequantize_blocks(values: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
     """The inverse, as the kernels have it: -> float32 [out, in]."""
     q = values if bits == 8 else np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:2], -1)
     weights = (q.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]

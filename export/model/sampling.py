@@ -5,12 +5,14 @@ Given the same uniform number it draws the same token, in any language.
 
 import math
 
-from onnx_ir import DataType
+from onnx_ir import DataType, Value
 
-from .layers import softmax
+from .layers import Op, softmax
 
 
-def sample(op, logits, known, temperature, top_k, top_p, uniform):
+def sample(
+    op: Op, logits: Value, known: Value, temperature: Value, top_k: Value, top_p: Value, uniform: Value
+) -> Value:
     """Draw a token a row: logits [B, V], uniform [B] in [0, 1), known [V] bool, numbers as scalars -> int64 [B]."""
     vocab = op.Shape(logits, start=1, end=2)
     greedy = op.Equal(temperature, 0.0)
@@ -20,7 +22,9 @@ def sample(op, logits, known, temperature, top_k, top_p, uniform):
     return sample_among(op, logits, known, op.Where(greedy, 1.0, temperature), count, top_p, uniform)
 
 
-def sample_among(op, logits, known, temperature, count, top_p, uniform):
+def sample_among(
+    op: Op, logits: Value, known: Value, temperature: Value, count: Value, top_p: Value, uniform: Value
+) -> Value:
     """Draw among the likeliest `count` int64 [1], with a temperature above 0; greedy is a count of 1.
 
     What CUDA can do without a wait: its TopK reads the count on the host, so it must not be computed on the device.
@@ -32,14 +36,14 @@ def sample_among(op, logits, known, temperature, count, top_p, uniform):
     return op.Squeeze(op.GatherElements(order, rank, axis=1), [1])
 
 
-def keep_top_p(op, weights, top_p):
+def keep_top_p(op: Op, weights: Value, top_p: Value) -> Value:
     """Zero what top-p cuts off: weights [B, K], falling, of sum one -> [B, K]."""
     before = op.CumSum(weights, 1, exclusive=1)
     first = op.Equal(before, 0.0)  # nothing before it; the likeliest weighs more than nothing
     return op.Where(op.Or(op.Less(before, top_p), first), weights, 0.0)
 
 
-def invert_cdf(op, weights, uniform):
+def invert_cdf(op: Op, weights: Value, uniform: Value) -> Value:
     """The first rank whose cumulated weight exceeds uniform * total: weights [B, K], uniform [B] -> [B]."""
     cumulated = op.CumSum(weights, 1)
     total = op.Slice(cumulated, [-1], [2**31 - 1], [1])

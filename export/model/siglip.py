@@ -2,9 +2,14 @@
 
 import math
 
-from numpy_ref.model.layers import identity, scoped
+from onnx_ir import Value
+
+from numpy_ref.config import SiglipConfig
+from numpy_ref.model.layers import Params, identity, scoped
 
 from .layers import (
+    Op,
+    Tap,
     add_layer_norm,
     attend,
     cast_like,
@@ -20,7 +25,7 @@ from .layers import (
 
 
 @named
-def patch_embed(op, p, config, pixel_values):
+def patch_embed(op: Op, p: Params, config: SiglipConfig, pixel_values: Value) -> Value:
     """Cut the picture into patches and project each: pixel_values [B, 3, S, S] -> [B, P, D]."""
     size, side = config.patch_size, config.image_size // config.patch_size
     cropped = op.Slice(pixel_values, [0, 0], [side * size, side * size], [2, 3])
@@ -30,7 +35,7 @@ def patch_embed(op, p, config, pixel_values):
 
 
 @replaceable
-def attention(op, p, config, x, tap=identity):
+def attention(op: Op, p: Params, config: SiglipConfig, x: Value, tap: Tap = identity) -> Value:
     """Multi-head attention of every patch to every patch: x [B, P, D] -> [B, P, D]."""
     query = op.Mul(split_heads(op, linear(op, x, **p["query"]), config.heads), 1 / math.sqrt(config.head_dim))
     key = split_heads(op, linear(op, x, **p["key"]), config.heads)
@@ -40,13 +45,13 @@ def attention(op, p, config, x, tap=identity):
 
 
 @named
-def mlp(op, p, x):
+def mlp(op: Op, p: Params, x: Value) -> Value:
     """x [B, P, D] -> [B, P, D] through a hidden layer of width F."""
     return linear(op, gelu(op, linear(op, x, **p["up"])), **p["down"])
 
 
 @replaceable
-def block(op, p, config, x, tap=identity):
+def block(op: Op, p: Params, config: SiglipConfig, x: Value, tap: Tap = identity) -> Value:
     """Pre-norm transformer block. x [B, P, D] -> [B, P, D]: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(op, x, **p["attention_norm"], eps=config.eps))
     update = tap("attention", attention(op, p["attention"], config, normed, scoped(tap, "attention")))
@@ -55,7 +60,7 @@ def block(op, p, config, x, tap=identity):
 
 
 @named
-def encoder(op, p, config, pixel_values, tap=identity):
+def encoder(op: Op, p: Params, config: SiglipConfig, pixel_values: Value, tap: Tap = identity) -> Value:
     """Picture to patch features: pixel_values [B, 3, S, S] in [-1, 1] -> [B, P, D]."""
     x = tap("patch_embed", cast_like(op, patch_embed(op, p["patch_embed"], config, pixel_values), pixel_values))
     x = tap("position_embedding", op.Add(x, cast_like(op, p["position_embedding"], x)))

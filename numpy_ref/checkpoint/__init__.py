@@ -11,6 +11,7 @@ be reordered). Both directions are strict: every missing, unexpected or misshape
 import itertools
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def load(name=None, adapter=None) -> Checkpoint:
+def load(name: str | Path | None = None, adapter: str | Path | None = None) -> Checkpoint:
     """Load a Hugging Face PaliGemma directory, one named by its Hub id (`hub.directory`), or a big_vision .npz file.
 
     `adapter` is the directory or Hub id of a LoRA adapter to merge into it; then `name` may be left out for the base
@@ -89,7 +90,7 @@ def load(name=None, adapter=None) -> Checkpoint:
     return adapters.adapt(load(adapters.base_of(folder) if name is None else name), folder)
 
 
-def load_config(path) -> PaliGemmaConfig:
+def load_config(path: str | Path) -> PaliGemmaConfig:
     """Read `config.json` of a directory."""
     path = hub.directory(path)
     kinds.refuse_others(path)
@@ -157,7 +158,7 @@ def _load_npz(path) -> Checkpoint:
     return Checkpoint(path, config, unflatten(flat), dtype, "bilinear")
 
 
-def load_resize(path, size) -> str:
+def load_resize(path: str | Path, size: int | None) -> str:
     """The preprocessing to pictures of `size` that a directory's files select; bicubic without any.
 
     As in transformers, `processor_config.json` counts where it describes the image processor.
@@ -224,7 +225,13 @@ def _main_dtype(path, stored, spell=str) -> np.dtype:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def save(path, config: PaliGemmaConfig, params: dict, files: dict[str, bytes] | None = None, progress=None) -> None:
+def save(
+    path: str | Path,
+    config: PaliGemmaConfig,
+    params: dict,
+    files: dict[str, bytes] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> None:
     """Write a Hugging Face directory: config.json, safetensors, and `files` (name -> contents) beside them.
 
     Raises PaliGemmaError if the folder exists or the tensors are not those of the config.
@@ -240,7 +247,9 @@ def save(path, config: PaliGemmaConfig, params: dict, files: dict[str, bytes] | 
             (folder / name).write_bytes(contents)
 
 
-def save_npz(path, config: PaliGemmaConfig, params: dict, progress=None) -> None:
+def save_npz(
+    path: str | Path, config: PaliGemmaConfig, params: dict, progress: Callable[[int], object] | None = None
+) -> None:
     """Write a big_vision file. The rows from the image token on, which big_vision does not have, are left out.
 
     Final softcap, sliding windows and the longest sequence are left to whoever reads it (`npz_omits`). Raises
@@ -312,7 +321,7 @@ def _checked(config, params) -> dict:
     return flat
 
 
-def convert(source, target, tokenizer=None) -> list[str]:
+def convert(source: str | Path, target: str | Path, tokenizer: str | Path | None = None) -> list[str]:
     """Between the two families, tensor by tensor; a target that ends in .npz is big_vision's.
 
     A directory gets the files that travel with the source, and `tokenizer` (a tokenizer.model or tokenizer.json)
@@ -334,7 +343,7 @@ def convert(source, target, tokenizer=None) -> list[str]:
         return []
 
 
-def companions(checkpoint, tokenizer=None) -> dict[str, bytes]:
+def companions(checkpoint: Checkpoint, tokenizer: str | Path | None = None) -> dict[str, bytes]:
     """The files that go beside the weights of a directory, by name."""
     from ..tokenizer import Json, SentencePiece, Tokenizer, read_contents
 

@@ -19,6 +19,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -158,14 +159,14 @@ def _by_pattern(patterns, module, default):
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def is_adapter(path) -> bool:
+def is_adapter(path: str | Path) -> bool:
     """Whether a directory holds an adapter, and no model beside it."""
     return (Path(path) / CONFIG).is_file() and not any(
         (Path(path) / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")
     )
 
 
-def read_settings(path) -> Settings:
+def read_settings(path: str | Path) -> Settings:
     """Read `adapter_config.json`. Raises PaliGemmaError for all but plain LoRA, by name, and says what to do."""
     folder = Path(path)
     if not folder.is_dir():
@@ -239,7 +240,7 @@ def _require(holds, problem) -> None:
         raise PaliGemmaError(f"{CONFIG}: {problem}")
 
 
-def base_of(path) -> str:
+def base_of(path: str | Path) -> str:
     """The directory or Hub id (with its revision) of the base that an adapter was trained on, as its config has it."""
     settings = read_settings(path)
     if not settings.base:
@@ -265,7 +266,7 @@ A, B, ADDEND, WHOLE, COPY = "A", "B", "addend", "whole", "copy"
 Found = dict[str, dict[str, _Tensor]]  # a weight's name as the table spells it -> what the tensor is -> the tensor
 
 
-def read_tensors(path, settings) -> Found:
+def read_tensors(path: str | Path, settings: Settings) -> Found:
     """The adapter's tensors by the weight that they belong to.
 
     Raises PaliGemmaError for a file that is not whole, NaN and infinity, two spellings of one tensor, and two adapters.
@@ -314,8 +315,8 @@ def _parse(name, settings) -> tuple[str, str, str, str | None]:
 # --- merging -----------------------------------------------------------------------------------------------
 
 
-def adapt(checkpoint, path):
-    """A checkpoint with an adapter's weights in place of its own.
+def adapt(checkpoint: Any, path: str | Path) -> Any:
+    """A checkpoint with an adapter's weights in place of its own; a `Checkpoint`, whose module imports this one.
 
     Raises PaliGemmaError that names the tensors of the adapter for which the base has no use, or one of a wrong shape.
     """

@@ -4,6 +4,8 @@ A block is some rows of about BLOCK bytes, so that an array that is mapped from 
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,6 +13,23 @@ from ..errors import PaliGemmaError
 
 BLOCK = 32 * 2**20  # bytes converted at once
 STRIP = 128  # columns of a transposed matrix turned at once
+
+
+class Rows(Protocol):
+    """An array, or what gives slices of its rows as one does: `adapter.Merged`, `synthetic.RandomArray`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
 def bfloat16() -> np.dtype:
@@ -25,7 +44,7 @@ def dtypes() -> dict[str, np.dtype]:
     return {"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": bfloat16()}
 
 
-def all_finite(array) -> bool:
+def all_finite(array: np.ndarray) -> bool:
     """Whether no number of an array is a NaN or infinite.
 
     Read as whole numbers, with and without sign, those sort behind all others: two maxima over the bytes as they lie,
@@ -36,7 +55,7 @@ def all_finite(array) -> bool:
     return all(array.view(kind).max(initial=0) < bound.view(kind) for kind, bound in bounds.items())
 
 
-def check_finite(name, array) -> None:
+def check_finite(name: str, array: np.ndarray) -> None:
     """Raise PaliGemmaError that names the tensor and the place of its first NaN or infinity, if it has one."""
     if all_finite(array):
         return
@@ -47,7 +66,7 @@ def check_finite(name, array) -> None:
     )
 
 
-def first_not_finite(array, dtype=None) -> tuple[int, ...] | None:
+def first_not_finite(array: np.ndarray, dtype: np.dtype | None = None) -> tuple[int, ...] | None:
     """The index of the first number that, in `dtype`, is a NaN or infinite; None if all are finite."""
     dtype, seen = dtype or array.dtype, 0
     for block in blocks(array, dtype):
@@ -58,15 +77,15 @@ def first_not_finite(array, dtype=None) -> tuple[int, ...] | None:
     return None
 
 
-def checked_blocks(name, array):
+def checked_blocks(name: str, array: Rows) -> Iterator[memoryview]:
     """The `blocks` of an array in its own dtype, each looked at as it passes: `check_finite` without another pass."""
     for block in blocks(array):
         if not all_finite(np.frombuffer(block, np.uint8).view(array.dtype)):
-            check_finite(name, array)
+            check_finite(name, np.asarray(array))
         yield block
 
 
-def blocks(array, dtype=None):
+def blocks(array: Rows, dtype: np.dtype | None = None) -> Iterator[memoryview]:
     """The array's bytes in row-major order, and in `dtype`, in pieces of about BLOCK bytes."""
     dtype = array.dtype if dtype is None else dtype
     if array.ndim == 0:

@@ -22,7 +22,7 @@ PATTERNS = [
 ]  # fmt: skip
 
 
-def directory(name) -> Path:
+def directory(name: str | Path) -> Path:
     """The directory that a path or a Hub id names: a path as it is, an id from the cache, or downloaded.
 
     What exists is a path. Raises PaliGemmaError if an id cannot be had.

@@ -373,7 +373,7 @@ _KNOWN_SETTINGS: dict[str, list] = {
 }  # fmt: skip
 
 
-def resize_from_hf(hf, size: int | None = None, source="preprocessor_config.json") -> str:
+def resize_from_hf(hf: object, size: int | None = None, source: str = "preprocessor_config.json") -> str:
     """The name of the preprocessing that the contents of a `preprocessor_config.json` describe.
 
     Transformers' own bilinear filter rounds to bytes where big_vision's cuts off: up to one step of 255 lies between
@@ -397,7 +397,7 @@ def resize_from_hf(hf, size: int | None = None, source="preprocessor_config.json
     raise PaliGemmaError(f"{source}: resample is {quote(resample)}; 3 (bicubic) and 2 (bilinear) are known")
 
 
-def resize_to_hf(resize: str, vision) -> dict:
+def resize_to_hf(resize: str, vision: SiglipConfig) -> dict:
     """The `preprocessor_config.json` of a preprocessing, for a vision config."""
     return {
         "image_processor_type": "SiglipImageProcessor",

@@ -23,7 +23,7 @@ _METHODS = {
 FULL_PRECISION = "take the float checkpoint that it was made from"
 
 
-def kind(path) -> str | None:
+def kind(path: str | Path) -> str | None:
     """One of the kinds above, by the names of files alone; None for what is none of them, or not there."""
     path = Path(path)
     if path.is_file():
@@ -44,7 +44,7 @@ def kind(path) -> str | None:
     return CHECKPOINT if (path / "config.json").exists() else None
 
 
-def refuse_others(path) -> None:
+def refuse_others(path: str | Path) -> None:
     """Raise PaliGemmaError for what is no checkpoint but known: what it is, and what to do."""
     path = Path(path)
     part = _PART.fullmatch(path.name)
@@ -66,7 +66,7 @@ def refuse_others(path) -> None:
         raise PaliGemmaError(f"{path}: a file; a checkpoint is a Hugging Face directory, or a file that ends in .npz")
 
 
-def refuse_quantized(path, fields) -> None:
+def refuse_quantized(path: str | Path, fields: object) -> None:
     """Raise PaliGemmaError if a config.json says that its weights are quantized, and how."""
     fields = fields if isinstance(fields, dict) else {}
     settings = fields.get("quantization_config") or fields.get("compression_config")

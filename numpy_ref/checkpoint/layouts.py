@@ -5,8 +5,11 @@ is [in, out]; Hugging Face stores [out, in], big_vision stacks the layers and ke
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
 
 from ..config import VARIANTS, GemmaConfig, PaliGemmaConfig, SiglipConfig
 from ..errors import PaliGemmaError
@@ -243,7 +246,7 @@ _SIZES = {
 }  # fmt: skip
 
 
-def config_of_npz(path, shapes) -> PaliGemmaConfig:
+def config_of_npz(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> PaliGemmaConfig:
     """What the shapes of a big_vision file say; what they do not say is as in big_vision's own configs.
 
     That is: no final softcap and no sliding window even for Gemma 2, which transformers has (its README calls the
@@ -285,7 +288,7 @@ def _sizes_of_npz(path, shapes) -> dict[str, int]:
     return {size: max(ballot.items(), key=lambda each: len(each[1]))[0] for size, ballot in votes.items()}
 
 
-def npz_shapes(config) -> dict[str, tuple[int, ...]]:
+def npz_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each stacked array of a big_vision file."""
     shapes = {}
     for parameter in parameters(config):
@@ -295,7 +298,7 @@ def npz_shapes(config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def split_fused(path, stored) -> None:
+def split_fused(path: str | Path, stored: dict[str, np.ndarray]) -> None:
     """Replace the one array of projections by views under the names that other models have."""
     if (fused := stored.pop(FUSED, None)) is None:
         return

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def _inflate(stream):
         return np.memmap(file, np.uint8, "r")
 
 
-def write_npz(file: Path, arrays: dict, progress=lambda size: None) -> None:
+def write_npz(file: Path, arrays: dict, progress: Callable[[int], object] = lambda size: None) -> None:
     """Write a .npz as np.savez would; (nested) lists of equal arrays are stacked on new first axes as they go out."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, tree in arrays.items():

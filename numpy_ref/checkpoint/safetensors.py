@@ -11,6 +11,7 @@ This module is named after the format. `from safetensors import …` means the l
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def _find_bad_entry(file) -> str | None:
     return None
 
 
-def write_safetensors(folder: Path, tensors: dict, progress=lambda size: None) -> None:
+def write_safetensors(folder: Path, tensors: dict, progress: Callable[[int], object] = lambda size: None) -> None:
     """Write tensors (arrays, or what gives rows as they do) into a folder, in order, as one file or indexed shards."""
     shards = _shards(tensors)
     names = ["model.safetensors"]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import cli
-from ..config import VARIANTS
+from ..config import VARIANTS, PaliGemmaConfig
 from ..errors import one_line
 from ..files import new_directory
 from .blocks import dtypes
 from .hugging_face import to_hf
-from .layouts import parameters, saved_name
+from .layouts import Parameter, parameters, saved_name
 from .safetensors import write_safetensors
 
 PROG = "python -m numpy_ref.checkpoint.synthetic"
@@ -50,7 +50,7 @@ class RandomArray:
         return (values * np.float32(self.scale)).astype(self.dtype)
 
 
-def random_tensors(config, dtype: np.dtype, seed: int = 0) -> dict[str, RandomArray]:
+def random_tensors(config: PaliGemmaConfig, dtype: np.dtype, seed: int = 0) -> dict[str, RandomArray]:
     """Hugging Face names to random tensors, scaled so that activations keep their size through the layers."""
     return {
         saved_name(p.hf.name): RandomArray(p.hf.shape, dtype, (seed, i), scale_of(p))
@@ -58,7 +58,7 @@ def random_tensors(config, dtype: np.dtype, seed: int = 0) -> dict[str, RandomAr
     }
 
 
-def scale_of(parameter) -> float:
+def scale_of(parameter: Parameter) -> float:
     """The standard deviation with which a parameter is drawn."""
     if len(parameter.shape) == 1:
         return 0.1

@@ -1,7 +1,9 @@
 """A parameter tree, nested dicts and lists, and the same flat, by dotted path."""
 
+from typing import Any
 
-def flatten(tree, prefix="") -> dict:
+
+def flatten(tree: Any, prefix: str = "") -> dict:
     """{"a": [{"b": x}]} -> {"a.0.b": x}."""
     if not isinstance(tree, dict | list):
         return {prefix: tree}
@@ -12,7 +14,7 @@ def flatten(tree, prefix="") -> dict:
     return flat
 
 
-def unflatten(flat: dict):
+def unflatten(flat: dict) -> Any:
     """The inverse of `flatten`: levels whose keys are all numbers become lists."""
     if "" in flat:
         return flat[""]

@@ -9,12 +9,27 @@ Sources: Radford et al. 2021 (CLIP); Zhai et al. 2023 (SigLIP) and big_vision `t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..config import SiglipConfig
 from . import siglip
-from .layers import attend, cast_like, embedding, identity, layer_norm, linear, matmul, merge_heads, scoped, split_heads
+from .layers import (
+    Array,
+    Params,
+    Tap,
+    attend,
+    cast_like,
+    embedding,
+    identity,
+    layer_norm,
+    linear,
+    matmul,
+    merge_heads,
+    scoped,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -42,12 +57,12 @@ class ContrastiveConfig:
     text: TextConfig
 
 
-def normalize(x):
+def normalize(x: Array) -> Array:
     """Scale to length one: x [B, D] -> [B, D]."""
     return x / np.sqrt((x * x).sum(-1, keepdims=True))
 
 
-def pool(p, config, x, tap=identity):
+def pool(p: Params, config: SiglipConfig, x: Array, tap: Tap = identity) -> Array:
     """SigLIP's pooling head: a learned query attends to all patches, then an MLP. x [B, P, D] -> [B, D].
 
     Multi-head attention pooling (Lee et al. 2019; big_vision `models/vit.py MAPHead`).
@@ -61,18 +76,18 @@ def pool(p, config, x, tap=identity):
     return (pooled + siglip.mlp(p["mlp"], normed))[:, 0]
 
 
-def embed_image(p, config, pixel_values, tap=identity):
+def embed_image(p: Params, config: ContrastiveConfig, pixel_values: Array, tap: Tap = identity) -> Array:
     """Pictures to unit vectors: pixel_values [B, 3, S, S] -> [B, D]."""
     features = siglip.encoder(p["vision"], config.vision, pixel_values, scoped(tap, "vision"))
     return tap("image", normalize(pool(p["pool"], config.vision, features, scoped(tap, "pool"))))
 
 
-def embed_text(p, config, ids, tap=identity):
+def embed_text(p: Params, config: ContrastiveConfig, ids: Array, tap: Tap = identity) -> Array:
     """Captions to unit vectors: ids [B, L], filled up with pad, -> [B, D].
 
     As in SigLIP nothing is masked, and the last position, which is nearly always padding, speaks for the whole.
     """
-    text = config.text
+    text: Any = config.text  # has what a block reads of a SiglipConfig
     x = embedding(ids, p["text"]["embedding"], p["text"]["embedding"].dtype)
     x = tap("text.position_embedding", x + cast_like(p["text"]["position_embedding"], x))
     for i, weights in enumerate(p["text"]["blocks"]):
@@ -81,12 +96,12 @@ def embed_text(p, config, ids, tap=identity):
     return tap("text", normalize(linear(x[:, -1], **p["text"]["head"])))
 
 
-def similarity(image, text, log_temperature):
+def similarity(image: Array, text: Array, log_temperature: Array) -> Array:
     """Cosines over the temperature: image and text [B, D] -> [B, B], pictures down, captions across."""
     return matmul(image, text.T) * np.exp(log_temperature).astype(image.dtype)
 
 
-def siglip_loss(image, text, log_temperature, bias):
+def siglip_loss(image: Array, text: Array, log_temperature: Array, bias: Array) -> Array:
     """The sigmoid loss: image and text [B, D] -> one number.
 
     -sum_j log sigmoid(z_ij * s_ij), mean over i, with s_ij = cosine * temperature + bias and z_ij = +1 for the pair
@@ -97,7 +112,7 @@ def siglip_loss(image, text, log_temperature, bias):
     return np.logaddexp(0, -signs * scores).sum(-1).mean()  # -log sigmoid(x) = log(1 + exp(-x))
 
 
-def clip_loss(image, text, log_temperature):
+def clip_loss(image: Array, text: Array, log_temperature: Array) -> Array:
     """The softmax loss: image and text [B, D] -> one number.
 
     Cross-entropy of the right caption for each picture and of the right picture for each caption, averaged.
@@ -113,6 +128,6 @@ def _cross_entropy(scores):
     return (np.log(np.exp(shifted).sum(-1)) - np.diagonal(shifted)).mean()
 
 
-def recall_at_1(image, text):
+def recall_at_1(image: Array, text: Array) -> float:
     """Of all pictures, the share whose own caption is the nearest: image and text [B, D] -> one number in [0, 1]."""
     return float((np.argmax(image @ text.T, -1) == np.arange(len(image))).mean())

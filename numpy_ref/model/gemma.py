@@ -7,8 +7,14 @@ and a sliding window on every other layer (which arrives here as that layer's ma
 import math
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from ..config import GemmaConfig
 from .layers import (
+    Array,
+    Pair,
+    Params,
+    Tap,
     attend,
     embedding,
     gelu,
@@ -25,13 +31,16 @@ from .layers import (
 )
 
 
-def embed(p, config, ids, dtype):
+def embed(p: Params, config: GemmaConfig, ids: Array, dtype: DTypeLike) -> Array:
     """Token embeddings times sqrt(D): ids [B, T] -> [B, T, D]. Picture features are not scaled."""
     # The factor is rounded to the dtype that the table is used in: 59.75 for sqrt(3584) in bfloat16.
     return embedding(ids, p["embedding"], dtype) * np.asarray(math.sqrt(config.width), dtype)
 
 
-def attention(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
+def attention(
+    p: Params, config: GemmaConfig, x: Array, rotary: Pair, mask: Array, cache: Pair | None = None,
+    start: Array | None = None, tap: Tap = identity,
+) -> tuple[Array, Pair]:  # fmt: skip
     """Grouped-query attention with rotary positions.
 
     x [B, T, D], rotary (cos, sin) each [B, 1, T, H/2], mask [B, T, S], cache (key, value) each [B, K, S, H], start [B]
@@ -42,18 +51,21 @@ def attention(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     key = rope(split_heads(linear(x, **p["key"]), config.kv_heads), *rotary)
     value = split_heads(linear(x, **p["value"]), config.kv_heads)
     query, key, value = tap("query", query), tap("key", key), tap("value", value)
-    if cache is not None:
+    if cache is not None and start is not None:
         key, value = write_cache(cache[0], key, start), write_cache(cache[1], value, start)
     context = attend(query, key, value, mask, config.attn_softcap, tap)
     return linear(merge_heads(tap("context", context)), **p["output"]), (key, value)
 
 
-def mlp(p, x):
+def mlp(p: Params, x: Array) -> Array:
     """GeGLU (Shazeer 2020): gelu(x @ gate) * (x @ up) @ down, without biases: x [B, T, D] -> [B, T, D]."""
     return linear(gelu(linear(x, **p["gate"])) * linear(x, **p["up"]), **p["down"])
 
 
-def block(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
+def block(
+    p: Params, config: GemmaConfig, x: Array, rotary: Pair, mask: Array, cache: Pair | None = None,
+    start: Array | None = None, tap: Tap = identity,
+) -> tuple[Array, Pair]:  # fmt: skip
     """One decoder layer.
 
     x [B, T, D], rotary (cos, sin) each [B, 1, T, H/2], mask [B, T, S], cache (key, value) each [B, K, S, H], start [B]
@@ -74,7 +86,10 @@ def block(p, config, x, rotary, mask, cache=None, start=None, tap=identity):
     return x + update, cache
 
 
-def decoder(p, config, x, positions, masks, cache=None, start=None, tap=identity):
+def decoder(
+    p: Params, config: GemmaConfig, x: Array, positions: Array, masks: dict[int | None, Array],
+    cache: list[Pair] | None = None, start: Array | None = None, tap: Tap = identity,
+) -> tuple[Array, list[Pair]]:  # fmt: skip
     """All layers and the final norm.
 
     x [B, T, D], positions [B, T], masks {window: [B, T, S]}, cache (a key and a value a layer) each [B, K, S, H],
@@ -91,7 +106,7 @@ def decoder(p, config, x, positions, masks, cache=None, start=None, tap=identity
     return tap("norm", rms_norm(x, **p["norm"], eps=config.eps)), caches
 
 
-def logits(p, config, x):
+def logits(p: Params, config: GemmaConfig, x: Array) -> Array:
     """Scores of every row of the vocabulary: x [..., D] -> [..., V]. The tied head is the unscaled table."""
     kernel = p["embedding"].T if config.tied else p["head"]["kernel"]
     return softcap(linear(x, kernel), config.final_softcap)

@@ -7,65 +7,74 @@ lets a memory-mapped bfloat16 checkpoint run in float32 without a second copy of
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
+
+Array = np.ndarray  # of any shape and dtype; docstrings have the shapes
+Pair = tuple[Array, Array]  # (cosine, sine) of the rotary embedding, or (key, value) of a layer
+Params = dict[str, Any]  # weights by name: arrays, dicts of them, and for `blocks` a list of such dicts
+Tap = Callable[[str, Array], Array]  # called with the name of an intermediate value and the value, which it returns
+Value = TypeVar("Value")  # an array, a tensor or a value of a graph
 
 
-def identity(name, value):
+def identity(name: str, value: Value) -> Value:
     """The tap that does nothing. A tap is called with each named intermediate value and returns it."""
     return value
 
 
-def scoped(tap, prefix):
+def scoped(tap: Callable[[str, Value], Value], prefix: str) -> Callable[[str, Value], Value]:
     """A tap that puts `prefix.` before every name it is called with."""
     return tap if tap is identity else lambda name, value: tap(f"{prefix}.{name}", value)
 
 
-def upcast(x):
+def upcast(x: Array) -> Array:
     """x [...] -> [...]: float16 and bfloat16 become float32, float32 and float64 stay."""
     return x.astype(np.float32) if x.dtype.itemsize < 4 else x
 
 
-def cast_like(weight, x):
+def cast_like(weight: Array, x: Array) -> Array:
     """The weight in the dtype of x, without a copy if it already is: weight [...] -> [...]."""
     return weight.astype(x.dtype, copy=False)
 
 
-def matmul(x, y):
+def matmul(x: Array, y: Array) -> Array:
     """x [..., T, D] @ y [..., D, S] -> [..., T, S], in the dtype of x: NumPy's own product of bfloat16 is float32."""
     return (x @ y).astype(x.dtype, copy=False)
 
 
-def linear(x, kernel, bias=None):
+def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """x [..., in], kernel [in, out], bias [out] -> [..., out]."""
     y = matmul(x, cast_like(kernel, x))
     return y if bias is None else y + cast_like(bias, x)
 
 
-def embedding(ids, table, dtype):
+def embedding(ids: Array, table: Array, dtype: DTypeLike) -> Array:
     """Rows of a table: ids [...], table [V, D] -> [..., D]."""
     return table[ids].astype(dtype)
 
 
-def gelu(x):
+def gelu(x: Array) -> Array:
     """GELU in its tanh form (Hendrycks & Gimpel 2016, eq. 2), as SigLIP and Gemma have it: x [...] -> [...]."""
     x32 = upcast(x)
     inner = math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32 * x32 * x32)
     return (x32 * 0.5 * (1 + np.tanh(inner))).astype(x.dtype)
 
 
-def softmax(x):
+def softmax(x: Array) -> Array:
     """exp(x) / sum(exp(x)) over the last axis, shifted so that exp cannot overflow: x [..., S] -> [..., S]."""
     weights = np.exp(x - x.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
-def softcap(x, cap):
+def softcap(x: Array, cap: float | None) -> Array:
     """tanh(x / cap) * cap (Gemma 2 report, section 2); x itself when cap is None. x [...] -> [...]."""
     return x if cap is None else np.tanh(x / cap) * cap
 
 
-def layer_norm(x, scale, bias, eps):
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     """LayerNorm (Ba et al. 2016): x [..., D], scale [D], bias [D] -> [..., D]. Variance divides by D."""
     x32 = upcast(x)
     centred = x32 - x32.mean(-1, keepdims=True)
@@ -73,7 +82,7 @@ def layer_norm(x, scale, bias, eps):
     return (normed * cast_like(scale, x32) + cast_like(bias, x32)).astype(x.dtype)
 
 
-def rms_norm(x, scale, eps):
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """RMSNorm (Zhang & Sennrich 2019) as Gemma has it: x [..., D], scale [D] -> [..., D].
 
     The stored scale is an offset from one, and is multiplied in before the downcast: in half precision
@@ -84,7 +93,7 @@ def rms_norm(x, scale, eps):
     return (normed * (1 + cast_like(scale, x32))).astype(x.dtype)
 
 
-def rope_angles(positions, head_dim, base, dtype):
+def rope_angles(positions: Array, head_dim: int, base: float, dtype: DTypeLike) -> Pair:
     """Cosine and sine of the rotary embedding (Su et al. 2021): positions [B, T] -> two [B, 1, T, H/2].
 
     Pair i turns by position * base ** (-2i / H). The axis of length one broadcasts over the heads.
@@ -94,7 +103,7 @@ def rope_angles(positions, head_dim, base, dtype):
     return np.cos(angles), np.sin(angles)
 
 
-def rope(x, cos, sin):
+def rope(x: Array, cos: Array, sin: Array) -> Array:
     """Rotate x [B, N, T, H] by the angles of cos and sin [B, 1, T, H/2] -> [B, N, T, H].
 
     Pairs are (x[i], x[i + H/2]), the two halves, as in Gemma; not neighbours as in the paper.
@@ -104,19 +113,21 @@ def rope(x, cos, sin):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def split_heads(x, heads):
+def split_heads(x: Array, heads: int) -> Array:
     """x [B, T, N*H] -> [B, N, T, H]."""
     batch, length, _ = x.shape
     return x.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
 
 
-def merge_heads(x):
+def merge_heads(x: Array) -> Array:
     """x [B, N, T, H] -> [B, T, N*H]."""
     batch, _, length, _ = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
 
-def attend(query, key, value, mask=None, cap=None, tap=identity):
+def attend(
+    query: Array, key: Array, value: Array, mask: Array | None = None, cap: float | None = None, tap: Tap = identity
+) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023).
 
     query [B, N, T, H] (already scaled), key and value [B, K, S, H], mask [B, T, S] (True = may attend)
@@ -136,7 +147,7 @@ def attend(query, key, value, mask=None, cap=None, tap=identity):
     return context.reshape(batch, heads, length, head_dim)
 
 
-def write_cache(cache, update, start):
+def write_cache(cache: Array, update: Array, start: Array) -> Array:
     """A new cache with each row's update from position start on.
 
     cache [B, K, C, H], update [B, K, T, H], start [B] -> [B, K, C, H].
@@ -150,12 +161,12 @@ def write_cache(cache, update, start):
 # --- beside the two towers: what masks and older networks are made of --------------------------------------
 
 
-def relu(x):
+def relu(x: Array) -> Array:
     """max(x, 0): x [...] -> [...]."""
     return np.maximum(x, 0)
 
 
-def conv(x, kernel, bias, stride=1, padding=0):
+def conv(x: Array, kernel: Array, bias: Array, stride: int = 1, padding: int = 0) -> Array:
     """Convolution as deep learning has it (cross-correlation): the kernel slides, and is not mirrored.
 
     x [B, C, h, w], kernel [out, C, k, k], bias [out] -> [B, out, h', w'], h' = (h + 2 padding - k) // stride + 1.
@@ -167,7 +178,7 @@ def conv(x, kernel, bias, stride=1, padding=0):
     return y + cast_like(bias, x)[:, None, None]
 
 
-def conv_transpose(x, kernel, bias, stride, padding):
+def conv_transpose(x: Array, kernel: Array, bias: Array, stride: int, padding: int) -> Array:
     """The transposed convolution, which scatters each input over the window that `conv` would read.
 
     x [B, C, h, w], kernel [C, out, k, k], bias [out] -> [B, out, h', w'], h' = (h - 1) stride - 2 padding + k.
@@ -183,7 +194,7 @@ def conv_transpose(x, kernel, bias, stride, padding):
     return spread[:, :, inside, inside] + cast_like(bias, x)[:, None, None]
 
 
-def batch_norm(x, scale, bias, mean, variance, eps):
+def batch_norm(x: Array, scale: Array, bias: Array, mean: Array, variance: Array, eps: float) -> Array:
     """Batch normalisation at inference (Ioffe & Szegedy 2015): x [B, D], scale, bias, mean and variance [D] -> [B, D].
 
     Mean and variance are fixed, gathered in training. PaliGemma has none: a row's result would hang on the rows that
@@ -195,7 +206,9 @@ def batch_norm(x, scale, bias, mean, variance, eps):
     return (normed * cast_like(scale, x32) + cast_like(bias, x32)).astype(x.dtype)
 
 
-def batch_norm_training(x, scale, bias, mean, variance, eps, momentum):
+def batch_norm_training(
+    x: Array, scale: Array, bias: Array, mean: Array, variance: Array, eps: float, momentum: float
+) -> tuple[Array, Array, Array]:
     """Batch normalisation in training: by the batch's own statistics, which also move the running ones.
 
     x [B, D], scale, bias, mean and variance [D] -> y [B, D], new mean [D], new variance [D]. The batch is normed by

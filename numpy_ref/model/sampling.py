@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .layers import softmax
+from .layers import Array, softmax
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,10 @@ class Sampling:
     seed: int = 0
 
 
-def sample(logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+def sample(
+    logits: Array, known: Array, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    uniform: Array | None = None,
+) -> Array:  # fmt: skip
     """Draw a token a row: logits [B, V], uniform [B] in [0, 1), known [V] bool -> int64 [B].
 
     Rows of the vocabulary that are not known are never drawn. Among equal logits the smaller id comes first. First
@@ -30,13 +33,14 @@ def sample(logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
     logits = np.where(known, logits.astype(np.float32), np.float32(-np.inf))
     if temperature == 0:
         return logits.argmax(-1).astype(np.int64)
+    assert uniform is not None, "only greedy sampling needs no uniform number"
     order = np.argsort(-logits, axis=-1, kind="stable")[:, : top_k or None]
     ranked = np.take_along_axis(logits, order, -1) / np.float32(temperature)
     weights = keep_top_p(softmax(ranked), top_p)
     return np.take_along_axis(order, invert_cdf(weights, uniform)[:, None], -1)[:, 0]
 
 
-def keep_top_p(weights, top_p):
+def keep_top_p(weights: Array, top_p: float) -> Array:
     """Zero what top-p cuts off (Holtzman et al. 2020): weights [B, K], falling, of sum one -> [B, K].
 
     The shortest head whose sum reaches p stays, and the first in any case.
@@ -46,7 +50,7 @@ def keep_top_p(weights, top_p):
     return np.where((before < top_p) | (np.arange(weights.shape[-1]) == 0), weights, 0)
 
 
-def invert_cdf(weights, uniform):
+def invert_cdf(weights: Array, uniform: Array) -> Array:
     """The first rank whose cumulated weight exceeds uniform * total: weights [B, K], uniform [B] -> [B]."""
     cumulated = np.cumsum(weights, -1)
     return (cumulated > uniform[:, None].astype(weights.dtype) * cumulated[:, -1:]).argmax(-1)

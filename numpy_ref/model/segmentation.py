@@ -5,16 +5,18 @@ by the nearest of 128 code words, whose numbers are the tokens `<seg000>` … `<
 back. The weights are those of a file with the official names (`vae-oid.npz`); any channel counts will do.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint import Checkpoint
 from ..checkpoint.npz import map_npz
 from ..checkpoint.tree import unflatten
 from ..errors import PaliGemmaError
 from ..files import within
-from .layers import conv, conv_transpose, relu
+from .layers import Array, Params, conv, conv_transpose, relu
 
 #: The file beside a checkpoint's weights; big_vision's own is called by the second name.
 FILES = ("vae.npz", "vae-oid.npz")
@@ -23,14 +25,14 @@ _STAGES = 4  # each halves, or doubles, the side: 64 = 4 * 2 ** 4
 _NET = ("conv_0", "conv_1", "conv_2")
 
 
-def res_block(p, x):
+def res_block(p: Params, x: Array) -> Array:
     """x + conv1(relu(conv3(relu(conv3(x))))): x [B, C, h, w] -> [B, C, h, w]."""
     hidden = relu(conv(x, **p["conv_0"], padding=1))
     hidden = relu(conv(hidden, **p["conv_1"], padding=1))
     return x + conv(hidden, **p["conv_2"])
 
 
-def encoder(p, masks):
+def encoder(p: Params, masks: Array) -> Array:
     """Masks to vectors: masks [B, 64, 64] in [-1, 1] -> [B, 4, 4, E]."""
     x = masks[:, None]
     for stage in p["down"]:
@@ -40,7 +42,7 @@ def encoder(p, masks):
     return conv(x, **p["output"]).transpose(0, 2, 3, 1)
 
 
-def decoder(p, words):
+def decoder(p: Params, words: Array) -> Array:
     """Code words to masks: words [B, 4, 4, E] -> [B, 64, 64], positive inside."""
     x = relu(conv(words.transpose(0, 3, 1, 2), **p["input"]))
     for block in p["res"]:
@@ -50,18 +52,18 @@ def decoder(p, words):
     return conv(x, **p["output"])[:, 0]
 
 
-def quantize(vectors, codebook):
+def quantize(vectors: Array, codebook: Array) -> Array:
     """The number of the nearest code word: vectors [..., E], codebook [128, E] -> int64 [...]."""
     # |v - c|^2 without |v|^2, which is the same for every c.
     return ((codebook * codebook).sum(-1) - 2 * vectors @ codebook.T).argmin(-1)
 
 
-def encode(p, masks):
+def encode(p: Params, masks: Array) -> Array:
     """Masks to tokens: masks [B, 64, 64] in [-1, 1] -> [B, 16] in 0 … 127."""
     return quantize(encoder(p["encoder"], masks), p["codebook"]).reshape(len(masks), -1)
 
 
-def decode(p, codes):
+def decode(p: Params, codes: Array) -> Array:
     """Tokens to masks: codes [B, 16] in 0 … 127 -> [B, 64, 64]."""
     return decoder(p["decoder"], p["codebook"][codes].reshape(len(codes), CELLS, CELLS, -1))
 
@@ -69,7 +71,7 @@ def decode(p, codes):
 # --- masks in a picture ------------------------------------------------------------------------------------
 
 
-def crop(mask, box) -> np.ndarray:
+def crop(mask: Array, box: Sequence[float]) -> Array:
     """What the encoder sees of a picture's mask: mask [height, width] bool, box in fractions -> [64, 64] in [-1, 1].
 
     Corners are rounded to whole pixels, the half to the even one, and what lies between is resized in floating point
@@ -85,7 +87,7 @@ def crop(mask, box) -> np.ndarray:
     return 2 * np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) - 1
 
 
-def paste(mask, box, width: int, height: int) -> np.ndarray:
+def paste(mask: Array, box: Sequence[float], width: int, height: int) -> Array:
     """A decoded mask in its place: mask [64, 64], box in pixels (x1, y1, x2, y2) -> bool [height, width].
 
     Corners are cut off to whole pixels, the mask is resized bilinearly to what lies between and cut at zero, as
@@ -105,12 +107,12 @@ def paste(mask, box, width: int, height: int) -> np.ndarray:
     return canvas
 
 
-def spell(codes) -> str:
+def spell(codes: Iterable[int]) -> str:
     """Sixteen numbers as tokens."""
     return "".join(f"<seg{code:03d}>" for code in codes)
 
 
-def run_lengths(mask) -> list[int]:
+def run_lengths(mask: Array) -> list[int]:
     """COCO's uncompressed run lengths: how many 0, then 1, then 0 … follow one another, column by column."""
     flat = np.concatenate([[False], mask.ravel(order="F")])
     edges = np.flatnonzero(flat[1:] != flat[:-1])
@@ -137,7 +139,7 @@ def names() -> dict[str, str]:
     return table
 
 
-def load(file) -> dict:
+def load(file: str | Path) -> Params:
     """The weights of a `vae-oid.npz`, as a nested dict. Raises PaliGemmaError that names what is wrong."""
     file = Path(file)
     if not file.is_file():
@@ -150,12 +152,12 @@ def load(file) -> dict:
     return params
 
 
-def find(folder) -> Path | None:
+def find(folder: str | Path) -> Path | None:
     """The file of mask weights beside a checkpoint, None where there is none."""
     return next((file for name in FILES if (file := within(folder, name)).is_file()), None)
 
 
-def decoder_of(checkpoint):
+def decoder_of(checkpoint: Checkpoint) -> Callable[[Array], Array] | None:
     """`decode` with the weights beside a checkpoint, None where there are none."""
     file = find(checkpoint.folder)
     return partial(decode, load(file)) if file else None

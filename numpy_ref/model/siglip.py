@@ -2,10 +2,24 @@
 
 import math
 
-from .layers import attend, cast_like, gelu, identity, layer_norm, linear, merge_heads, scoped, split_heads
+from ..config import SiglipConfig
+from .layers import (
+    Array,
+    Params,
+    Tap,
+    attend,
+    cast_like,
+    gelu,
+    identity,
+    layer_norm,
+    linear,
+    merge_heads,
+    scoped,
+    split_heads,
+)
 
 
-def patch_embed(p, config, pixel_values):
+def patch_embed(p: Params, config: SiglipConfig, pixel_values: Array) -> Array:
     """Cut the picture into patches and project each: pixel_values [B, 3, S, S] -> [B, P, D].
 
     A convolution whose stride is its kernel size is one matrix product over the flattened patches.
@@ -18,7 +32,7 @@ def patch_embed(p, config, pixel_values):
     return linear(patches, **p)
 
 
-def attention(p, config, x, tap=identity):
+def attention(p: Params, config: SiglipConfig, x: Array, tap: Tap = identity) -> Array:
     """Multi-head attention of every patch to every patch: x [B, P, D] -> [B, P, D]."""
     query = split_heads(linear(x, **p["query"]), config.heads) * (1 / math.sqrt(config.head_dim))
     key = split_heads(linear(x, **p["key"]), config.heads)
@@ -27,12 +41,12 @@ def attention(p, config, x, tap=identity):
     return linear(merge_heads(tap("context", context)), **p["output"])
 
 
-def mlp(p, x):
+def mlp(p: Params, x: Array) -> Array:
     """x [B, P, D] -> [B, P, D] through a hidden layer of width F."""
     return linear(gelu(linear(x, **p["up"])), **p["down"])
 
 
-def block(p, config, x, tap=identity):
+def block(p: Params, config: SiglipConfig, x: Array, tap: Tap = identity) -> Array:
     """Pre-norm transformer block. x [B, P, D] -> [B, P, D]: x += attention(norm(x)); x += mlp(norm(x))."""
     normed = tap("attention_norm", layer_norm(x, **p["attention_norm"], eps=config.eps))
     x = x + tap("attention", attention(p["attention"], config, normed, scoped(tap, "attention")))
@@ -40,7 +54,7 @@ def block(p, config, x, tap=identity):
     return x + tap("mlp", mlp(p["mlp"], normed))
 
 
-def encoder(p, config, pixel_values, tap=identity):
+def encoder(p: Params, config: SiglipConfig, pixel_values: Array, tap: Tap = identity) -> Array:
     """Picture to patch features: pixel_values [B, 3, S, S] in [-1, 1] -> [B, P, D]."""
     x = tap("patch_embed", patch_embed(p["patch_embed"], config, pixel_values))
     x = tap("position_embedding", x + cast_like(p["position_embedding"], x))

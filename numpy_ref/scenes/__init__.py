@@ -4,14 +4,17 @@ A scene is coloured shapes on a patterned ground, on a grid of GRID units a side
 further right lies on top. What can be asked of a scene is in questions.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Option = TypeVar("Option")
 
 GRID = 32
 COLORS = {
@@ -86,7 +89,7 @@ class Thing:
     def is_held_out(self) -> bool:
         return (self.color, self.shape) in HELD_OUT
 
-    def leaves_room_for(self, other) -> bool:
+    def leaves_room_for(self, other: "Thing") -> bool:
         """Whether both can be in one scene: apart from left to right, and with little overlap."""
         across = min(self.x + self.side, other.x + other.side) - max(self.x, other.x)
         down = min(self.y + self.side, other.y + other.side) - max(self.y, other.y)
@@ -105,7 +108,7 @@ class Scene:
     seed: int  # of texture and noise
 
 
-def random_scene(rng: np.random.Generator, most: int = MOST, compositional=False, shaded=0.0) -> Scene:
+def random_scene(rng: np.random.Generator, most: int = MOST, compositional: bool = False, shaded: float = 0.0) -> Scene:
     """Draw the contents of a scene: of seen pairs only, or with held-out pairs among them.
 
     In a share `shaded` of the scenes each thing has a shade of its color. In eight paints a tower can learn each
@@ -143,7 +146,7 @@ def shade(rng: np.random.Generator, color: str) -> tuple[int, int, int]:
             return red, green, blue
 
 
-def pick(rng, options):
+def pick(rng: np.random.Generator, options: Iterable[Option]) -> Option:
     """One of the options."""
     options = list(options)
     return options[rng.integers(len(options))]

@@ -5,12 +5,18 @@ never showed.
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import detection, scenes
 from ..answer import Answer, Question, answer_all, ask, fit
+from ..engine import Engine
+from ..tokenizer import Tokenizer
 from . import questions
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 BATCH = 50
 NEW_TOKENS = 48
@@ -19,13 +25,13 @@ MASKED_AT = 256  # and of the masks that are compared
 SCORES = {"caption": "caption", "answer": "answer", "detect": "detect_f1", "segment": "segment_miou"}
 
 
-def held_out(seed: int, count: int, task: str, compositional=False) -> list[questions.Question]:
+def held_out(seed: int, count: int, task: str, compositional: bool = False) -> list[questions.Question]:
     """Scenes that training never saw, with one question of the task each; what a mask is spelled like is left open."""
     rng = np.random.default_rng([questions.HELD_OUT_SEED, seed, 1 + questions.TASKS.index(task), compositional])
     return [questions.random_question(rng, lambda mask, box: "", task, compositional) for _ in range(count)]
 
 
-def measure(engine, tokenizer, seed: int, count: int) -> dict:
+def measure(engine: Engine, tokenizer: Tokenizer, seed: int, count: int) -> dict:
     """Fractions right on both splits, over `count` scenes a task.
 
     caption and answer by exact match; detect_f1 by boxes of the right label at an IoU of a half; segment_miou by the
@@ -42,7 +48,9 @@ def measure(engine, tokenizer, seed: int, count: int) -> dict:
     return {**split(False), "compositional": split(True)}
 
 
-def answer_questions(engine, tokenizer, asked: list[questions.Question], label="") -> list[Answer]:
+def answer_questions(
+    engine: Engine, tokenizer: Tokenizer, asked: list[questions.Question], label: str = ""
+) -> list[Answer]:
     """The engine's greedy answers, in batches."""
     from tqdm import tqdm
 
@@ -53,17 +61,17 @@ def answer_questions(engine, tokenizer, asked: list[questions.Question], label="
     return found
 
 
-def prepare(engine, tokenizer, question: questions.Question) -> Question:
+def prepare(engine: Engine, tokenizer: Tokenizer, question: questions.Question) -> Question:
     """A question about a scene as the engine takes it."""
     return ask(engine, picture(question), *fit(engine, tokenizer, question.prefix, NEW_TOKENS))
 
 
-def picture(question):
+def picture(question: questions.Question) -> "Image.Image":
     """The picture that a question is about, larger than the model's, as pictures are."""
     return scenes.draw(question.scene, DRAWN_AT)
 
 
-def score(task, answers: list[Answer], asked) -> float:
+def score(task: str, answers: list[Answer], asked: list[questions.Question]) -> float:
     """The score of a task's answers, in [0, 1]."""
     if task == "detect":
         return f1([answer.text for answer in answers], [question.suffix for question in asked])
@@ -73,8 +81,9 @@ def score(task, answers: list[Answer], asked) -> float:
     return float(np.mean([answer.text == question.suffix for answer, question in pairs]))
 
 
-def mask_iou(answer: Answer, question) -> float:
+def mask_iou(answer: Answer, question: questions.Question) -> float:
     """Overlap over union of the first mask in an answer with what is to be seen of the thing asked for."""
+    assert question.target is not None, "only `segment` asks for a mask, and of one thing"
     truth = scenes.visible(question.scene, question.target, MASKED_AT)
     masks = replace(answer, width=MASKED_AT, height=MASKED_AT).masks
     mask = next((mask for mask in masks if mask is not None), None)

@@ -9,6 +9,7 @@ segment red star                          <loc…>x4 <seg…>x16 red star
 
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ HELD_OUT_SEED = 1_000_003  # of what is measured; training numbers its examples 
 ABSENT = 0.05  # share of detections that ask for what is not there, about
 MASK_DRAWN_AT = 256  # pixels a side of the picture that masks are cut from
 _NAMES = re.compile(rf"\b({'|'.join([*COLORS, *SHAPES])})\b")
+#: Called with a mask, bool [S, S], and its box in fractions of the sides, it gives the segmentation tokens.
+SpellMask = Callable[[np.ndarray, tuple[float, float, float, float]], str]
 ALL = "answer en how many shapes are there?"
 
 
@@ -37,11 +40,16 @@ class Question:
 
 
 def random_question(
-    rng: np.random.Generator, masks, task=None, compositional=False, shares=SHARES, shaded=0.0
+    rng: np.random.Generator,
+    masks: SpellMask,
+    task: str | None = None,
+    compositional: bool = False,
+    shares: Sequence[float] = SHARES,
+    shaded: float = 0.0,
 ) -> Question:
     """A random scene with a random question.
 
-    `masks(mask bool [S, S], box) -> str` spells a mask in segmentation tokens. In the compositional split questions
+    `masks` spells a mask in segmentation tokens. In the compositional split questions
     are about things of held-out pairs where the task has a subject. `shaded` as for `scenes.random_scene`.
     """
     task = task or str(rng.choice(TASKS, p=shares))

@@ -9,10 +9,11 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from numpy_ref import scenes
@@ -20,6 +21,7 @@ from numpy_ref.checkpoint import flatten, unflatten
 from numpy_ref.checkpoint.npz import write_npz
 from numpy_ref.files import new_file
 from numpy_ref.model import segmentation
+from numpy_ref.model.layers import Params
 from numpy_ref.model.segmentation import CELLS, CODES
 
 from .layers import conv, conv_transpose, relu
@@ -36,46 +38,46 @@ class CodecConfig:
 class Conv(nn.Module):
     """`conv` with its weights."""
 
-    def __init__(self, inputs, outputs, size, stride=1, padding=0):
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, padding: int = 0):
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(outputs, inputs, size, size) * math.sqrt(2 / (inputs * size * size)))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.stride, self.padding = stride, padding
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return conv(x, self.kernel, self.bias, self.stride, self.padding)
 
 
 class ConvTranspose(nn.Module):
     """`conv_transpose` with its weights."""
 
-    def __init__(self, inputs, outputs, size, stride, padding):
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, padding: int):
         super().__init__()
         fan_in = inputs * size * size / stride**2  # the inputs that reach one output
         self.kernel = nn.Parameter(torch.randn(inputs, outputs, size, size) * math.sqrt(2 / fan_in))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.stride, self.padding = stride, padding
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return conv_transpose(x, self.kernel, self.bias, self.stride, self.padding)
 
 
 class ResBlock(nn.Module):
     """x + conv1(relu(conv3(relu(conv3(x))))): x [B, C, h, w] -> [B, C, h, w]."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv_0, self.conv_1 = Conv(channels, channels, 3, padding=1), Conv(channels, channels, 3, padding=1)
         self.conv_2 = Conv(channels, channels, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_2(relu(self.conv_1(relu(self.conv_0(x)))))
 
 
 class Encoder(nn.Module):
     """Masks to vectors: masks [B, 64, 64] in [-1, 1] -> [B, 4, 4, E]."""
 
-    def __init__(self, config):
+    def __init__(self, config: CodecConfig):
         super().__init__()
         channels = config.channels
         widths = [1, channels // 4, channels // 2, channels, channels]
@@ -83,7 +85,7 @@ class Encoder(nn.Module):
         self.res = nn.ModuleList(ResBlock(channels) for _ in range(2))
         self.output = Conv(channels, config.code_width, 1)
 
-    def forward(self, masks):
+    def forward(self, masks: Tensor) -> Tensor:
         x = masks[:, None]
         for stage in self.down:
             x = relu(stage(x))
@@ -95,7 +97,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Code words to masks: words [B, 4, 4, E] -> [B, 64, 64], positive inside."""
 
-    def __init__(self, config):
+    def __init__(self, config: CodecConfig):
         super().__init__()
         channels = config.channels
         widths = [channels, channels, channels // 2, channels // 4, channels // 8]
@@ -104,7 +106,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(ConvTranspose(a, b, 4, 2, 1) for a, b in itertools.pairwise(widths))
         self.output = Conv(widths[-1], 1, 1)
 
-    def forward(self, words):
+    def forward(self, words: Tensor) -> Tensor:
         x = relu(self.input(words.permute(0, 3, 1, 2)))
         for block in self.res:
             x = block(x)
@@ -116,22 +118,22 @@ class Decoder(nn.Module):
 class Codec(nn.Module):
     """Encoder, code book and decoder; the attribute tree is the parameter tree of `numpy_ref`."""
 
-    def __init__(self, config=CodecConfig()):
+    def __init__(self, config: CodecConfig = CodecConfig()):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(CODES, config.code_width), requires_grad=False)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
-    def encode(self, masks):
+    def encode(self, masks: Tensor) -> Tensor:
         """Masks to tokens: masks [B, 64, 64] in [-1, 1] -> [B, 16]."""
         vectors = self.encoder(masks)
         return quantize(vectors, self.codebook).reshape(len(masks), -1)
 
-    def decode(self, codes):
+    def decode(self, codes: Tensor) -> Tensor:
         """Tokens to masks: codes [B, 16] -> [B, 64, 64]."""
         return self.decoder(self.codebook[codes].reshape(len(codes), CELLS, CELLS, -1))
 
 
-def quantize(vectors, codebook):
+def quantize(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The number of the nearest code word: vectors [..., E], codebook [V, E] -> [...]."""
     return ((codebook * codebook).sum(-1) - 2 * vectors @ codebook.T).argmin(-1)
 
@@ -203,7 +205,7 @@ def _move_words(codec, vectors, chosen, counts, rng, restart, decay=0.95):
         counts[dead] = 1
 
 
-def save(file, params) -> None:
+def save(file: str | Path, params: Params) -> None:
     """Write the weights under their official names."""
     flat = flatten(params)
     with new_file(file) as temporary:
@@ -215,10 +217,10 @@ class Speller:
 
     MOST = 50_000  # masks remembered
 
-    def __init__(self, params):
+    def __init__(self, params: Params):
         self.params, self.known = params, {}
 
-    def __call__(self, mask, box) -> str:
+    def __call__(self, mask: np.ndarray, box: tuple[float, float, float, float]) -> str:
         cropped = segmentation.crop(mask, box)
         key = hashlib.blake2b(cropped.tobytes(), digest_size=16).digest()
         if key not in self.known:

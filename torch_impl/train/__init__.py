@@ -10,6 +10,7 @@ made from nothing is in recipe.py.
 
 import json
 import shutil
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def prefix_lm_loss(model: PaliGemma, batch: dict[str, torch.Tensor]) -> torch.Te
     return (losses * weights[predicted]).sum() / len(weights)
 
 
-def fine_tune(arguments) -> list:
+def fine_tune(arguments: Namespace) -> list:
     """Train a checkpoint on from the command line's arguments, and save it; the curve."""
     model, loaded = load(arguments.init)
     tokenizer = Tokenizer.load(loaded.folder, loaded.config)
@@ -94,7 +95,7 @@ def fingerprint(path: Path | None) -> str:
     return " ".join([str(path), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)])
 
 
-def record(arguments, curve) -> dict:
+def record(arguments: Namespace, curve: list) -> dict:
     """What was done, for training.json."""
     fields = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     return {"command": PROG, "arguments": fields, "curve": {"columns": COLUMNS, "rows": curve}}

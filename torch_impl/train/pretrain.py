@@ -9,10 +9,12 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint.safetensors import write_safetensors
@@ -43,7 +45,7 @@ def contrastive_config(config: PaliGemmaConfig) -> ContrastiveConfig:
     return ContrastiveConfig(vision, text)
 
 
-def initialise(model) -> None:
+def initialise(model: nn.Module) -> None:
     """Outputs of the residual branches start small, so that depth does not amplify."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,7 +53,7 @@ def initialise(model) -> None:
                 parameter.mul_(0.3)
 
 
-def loss_of(name: str):
+def loss_of(name: str) -> Callable[[Contrastive, dict[str, Tensor]], Tensor]:
     """`loss(model, batch)` for training, by the name of one of LOSSES."""
 
     def loss(model, batch):
@@ -65,7 +67,9 @@ def loss_of(name: str):
     return loss
 
 
-def pretrain(config, tokenizer, settings, folder, loss="siglip") -> tuple[Contrastive, list]:
+def pretrain(
+    config: PaliGemmaConfig, tokenizer: Tokenizer, settings: Settings, folder: Path, loss: str = "siglip"
+) -> tuple[Contrastive, list]:
     """Teach the towers by pictures and captions of scenes, with the state in `folder`; them, and the curve."""
     torch.manual_seed(settings.seed)
     model = Contrastive(contrastive_config(config))
@@ -81,7 +85,7 @@ def pretrain(config, tokenizer, settings, folder, loss="siglip") -> tuple[Contra
 
 
 @torch.inference_mode()
-def recall(model, tokenizer, count=PAIRS) -> float:
+def recall(model: Contrastive, tokenizer: Tokenizer, count: int = PAIRS) -> float:
     """recall@1 over so many held-out pairs of distinct captions; by chance 1 / count."""
     size = model.config.vision.image_size
     examples, distinct = data.Captions(tokenizer, size, CAPTION_LENGTH, questions.HELD_OUT_SEED), {}

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from numpy_ref import checkpoint, cli, scenes
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
@@ -59,7 +60,9 @@ def small_config(vocab: int = tokenizer_training.VOCAB) -> PaliGemmaConfig:
     )  # fmt: skip
 
 
-def train_all(folder: Path, seed: int, pretraining, training, finishing) -> tuple[PaliGemma, bytes, dict]:
+def train_all(
+    folder: Path, seed: int, pretraining: Settings, training: Settings, finishing: Settings
+) -> tuple[PaliGemma, bytes, dict]:
     """All stages, with their state in `folder`: the model, its tokenizer, and the record of each stage."""
     pretraining, training, finishing = (replace(each, seed=seed) for each in (pretraining, training, finishing))
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,12 +122,12 @@ def _thin(curve, rows=40) -> dict:
     return {"columns": COLUMNS, "rows": curve[::-1][::step][::-1]}
 
 
-def example_picture():
+def example_picture() -> Image:
     """The picture that ships beside the model, and that README's first command asks about."""
     return scenes.draw(scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)), 224)
 
 
-def png(image) -> bytes:
+def png(image: Image) -> bytes:
     """A picture as the bytes of a file."""
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
