@@ -19,9 +19,9 @@ from numpy_ref.checkpoint.blocks import bfloat16
 from numpy_ref.checkpoint.hugging_face import from_hf, to_hf
 from numpy_ref.checkpoint.layouts import pooling_head
 from numpy_ref.config import VARIANTS
+from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.files import new_directory, new_file
-from numpy_ref.generate import NumpyEngine
 from torch_impl.load import TorchEngine
 
 from . import make_goldens
