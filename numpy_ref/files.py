@@ -15,6 +15,7 @@ from .errors import PaliGemmaError, quote
 
 MAX_JSON_BYTES = 16 * 2**20  # the largest JSON file that there is, an index of shards, has a tenth
 MAX_SMALL_BYTES = 2**28  # the largest of other files that are read whole, a tokenizer.json, has an eighth
+_LOCK = ".lock"
 _PART = ".part"  # how the names of unfinished folders end
 #: Do not wait for a pipe's other end, and do not follow a link; what else to say where systems have it.
 _ONLY_FILES = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
@@ -174,6 +175,58 @@ def _locked(folder, wait=True):
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+_claimed: set[Path] = set()  # folders of this process
+
+
+@contextmanager
+def claimed(folder):
+    """Make a folder, if it is not there, and keep other processes away from it until the end.
+
+    Raises PaliGemmaError if one is at work in it, or if it cannot be made. Within it may be claimed again. The lock
+    ends with this process, however that ends, and is not passed on to those that it starts. Where there are no locks,
+    nobody is kept away.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        home = folder.resolve()
+        if home in _claimed:
+            yield
+            return
+        lock = home / _LOCK
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | _ONLY_FILES, 0o666)
+    except OSError as error:
+        raise PaliGemmaError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        if not _lock_alone(descriptor, lock):
+            raise PaliGemmaError(f"{folder}: another process is at work in it; wait, or name another --output")
+        _claimed.add(home)
+        try:
+            yield
+        finally:
+            _claimed.discard(home)
+            with suppress(OSError):
+                lock.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _lock_alone(descriptor, lock) -> bool:
+    """Lock an opened file for this process, unless another has it, or has just put it away."""
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):
+        return True
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from export import bundle
-from numpy_ref import checkpoint
+from numpy_ref import checkpoint, files
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import paligemma, segmentation
@@ -316,6 +316,51 @@ def test_frozen_parts_stay(tmp_path, tokenizer):
     for name, array in after.items():
         moved = not np.array_equal(array, before[name])
         assert moved != name.startswith(("vision.", "projector.")), name
+
+
+def test_two_at_once_are_refused(own_data, tmp_path):
+    """The second does not go on from the state of the first, nor remove what that is writing."""
+    arguments = ["-m", "torch_impl.train", "--data", own_data, "--output", tmp_path / "out", "--batch-size", "2",
+                 "--steps", "3000", "--save-every", "0"]  # fmt: skip
+    first = subprocess.Popen([sys.executable, *map(str, arguments)], stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        state = tmp_path / "out.training" / loop.STATE
+        while not state.exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = call("--data", own_data, "--output", tmp_path / "out", "--batch-size", "2", "--steps", "3000",
+                      "--save-every", "0")  # fmt: skip
+        assert second.returncode == 1
+        assert "out.training: another process is at work in it" in second.stderr.splitlines()[-1]
+        assert first.poll() is None
+        before = faults.steps_of(state)
+        while faults.steps_of(state) == before:
+            assert first.poll() is None
+            time.sleep(0.05)
+    finally:
+        first.kill()  # and not its loader, which must not keep the lock
+        first.wait()
+    with files.claimed(tmp_path / "out.training"):
+        assert state.exists()
+    os.killpg(first.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("change", ["no moments", "one moment fewer", "another's moments"])
+def test_a_state_without_its_moments_is_not_taken(tmp_path, tokenizer, change):
+    """Though it says itself that it is complete."""
+    run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
+    file = tmp_path / loop.STATE
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(file).items()}
+    with safe_open(file, "pt") as stored:
+        progress = json.loads(stored.metadata()["progress"])
+    moments = [name for name in tensors if name.startswith("optimizer.")]
+    gone = moments if change == "no moments" else moments[:1]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    if change == "another's moments":
+        kept[f"{gone[0].rpartition('.')[0]}.momentum_buffer"] = tensors[gone[0]].clone()
+    save_file(kept, file, {"progress": json.dumps({**progress, "tensors": sorted(kept)})})
+    with pytest.raises(PaliGemmaError, match="a state of another model"):
+        run(tmp_path, tokenizer, replace(SETTINGS, steps=1))
 
 
 def test_another_run_is_not_gone_on_with(tmp_path, tokenizer):

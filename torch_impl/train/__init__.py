@@ -20,14 +20,14 @@ from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
 from numpy_ref.checkpoint.safetensors import map_safetensors
 from numpy_ref.errors import PaliGemmaError, note, one_line, plural
-from numpy_ref.files import absent
+from numpy_ref.files import absent, claimed
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer
 
 from ..load import load, to_params, to_tensor
 from ..model.paligemma import PaliGemma
 from . import data
-from .loop import COLUMNS, LOG, Settings, fit, state_folder
+from .loop import COLUMNS, LOG, STATE, Settings, fit, state_folder
 
 PROG = "python -m torch_impl.train"
 PARTS = ("vision", "projector", "text")
@@ -131,8 +131,9 @@ def main(argv=None):
     arguments.init = hub.directory(arguments.init)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise PaliGemmaError("--device cuda: this build of torch finds no CUDA device")
-    if state_folder(arguments.output).exists():
+    if (state_folder(arguments.output) / STATE).exists():
         note(f"going on from {state_folder(arguments.output)}")
-    curve = fine_tune(arguments)
+    with claimed(state_folder(arguments.output)):
+        curve = fine_tune(arguments)
     print(one_line(f"wrote {arguments.output}, loss {curve[-1][2]} after {plural(curve[-1][0], 'step')}"))
     return 0

@@ -20,10 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from numpy_ref.errors import PaliGemmaError, quote
+from numpy_ref.files import claimed
 
 STATE, LOG = "state.safetensors", "log.csv"
 COLUMNS = ["step", "seconds", "loss", "rate"]
 LOG_EVERY = 50  # steps
+#: What the optimizers keep of each weight.
+_MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,17 @@ def fit(
 
     `examples[i]` is the i-th example of an endless stream, `collate` makes a batch of several. Progress is kept in
     `folder` (state.safetensors, log.csv) every `save_every` seconds, and taken up again from there; `about` says what
-    else makes a run this one (its data, where it began), and must be the same then.
+    else makes a run this one (its data, where it began), and must be the same then. Raises PaliGemmaError if another
+    process is at work in `folder`.
     """
+    with claimed(folder):
+        return _fit(model, loss, examples, collate, settings, folder, label, save_every, about)
+
+
+def _fit(model, loss, examples, collate, settings, folder, label, save_every, about) -> list:
     torch.use_deterministic_algorithms(True)
     model.train()
     optimizers = optimizers_for(model, settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PaliGemmaError(f"{folder}: cannot be written ({error.strerror})") from None
     if os.path.lexists(folder / LOG) and not (folder / LOG).is_file():
         raise PaliGemmaError(f"{folder / LOG}: not a file; remove it")
     run = asdict(settings) | (about or {})
@@ -268,6 +273,9 @@ def _restore(tensors, model, optimizers) -> None:
             if tensor.dim() and tensor.shape != weights[int(place)].shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(weights[int(place)].shape)}")
             state.setdefault(int(place), {})[key] = tensor
+        wanted = _MOMENTS[type(optimizer)]
+        if not state or any(entry.keys() != wanted for entry in state.values()):
+            raise ValueError(f"optimizer {i} lacks moments, or has others")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -20,7 +20,7 @@ from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint.safetensors import write_safetensors
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import one_line
-from numpy_ref.files import absent, new_directory
+from numpy_ref.files import absent, claimed, new_directory
 from numpy_ref.model.contrastive import ContrastiveConfig, TextConfig, recall_at_1
 from numpy_ref.scenes import questions
 from numpy_ref.tokenizer import Tokenizer
@@ -116,6 +116,15 @@ def main(argv=None):
     tokenizer = Tokenizer.load(arguments.like, config)
     settings = replace(SETTINGS, steps=arguments.steps, batch_size=arguments.batch_size, seed=arguments.seed)
     folder = state_folder(arguments.output)
+    with claimed(folder):
+        found, curve = _pretrained(arguments, config, tokenizer, settings, folder)
+    print(f"{arguments.loss}: recall@1 {found:.1%} of {PAIRS} held-out pairs, loss {curve[-1][2]}")
+    print(one_line(f"wrote {arguments.output}"))
+    return 0
+
+
+def _pretrained(arguments, config, tokenizer, settings, folder) -> tuple[float, list]:
+    """Train and save; recall@1, and the curve."""
     model, curve = pretrain(config, tokenizer, settings, folder, arguments.loss)
     found = recall(model, tokenizer)
     with new_directory(arguments.output) as output:
@@ -125,9 +134,7 @@ def main(argv=None):
         record = {"loss": arguments.loss, "steps": settings.steps, "recall_at_1": found, "pairs": PAIRS}
         (output / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)  # the result is there: what stays behind does no harm
-    print(f"{arguments.loss}: recall@1 {found:.1%} of {PAIRS} held-out pairs, loss {curve[-1][2]}")
-    print(one_line(f"wrote {arguments.output}"))
-    return 0
+    return found, curve
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from PIL.Image import Image
 from numpy_ref import checkpoint, cli, scenes
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.files import absent, read_json
+from numpy_ref.files import absent, claimed, read_json
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
@@ -142,6 +142,12 @@ def main(argv=None):
     options.add_argument("--keep", action="store_true", help="leave the state of training where it is")
     arguments = options.parse_args(argv)
     absent(arguments.output, "folder")
+    with claimed(state_folder(arguments.output)):
+        return make(arguments)
+
+
+def make(arguments) -> int:
+    """Train and save what ships, or go on with it."""
     folder = state_folder(arguments.output)
     model, tokenizer_model, stages = train_all(folder, arguments.seed, pretrain.SETTINGS, TRAINING, FINISHING)
     codec_file = folder / segmentation.FILES[0]
