@@ -5,7 +5,7 @@ import torch
 
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint.blocks import bfloat16, check_finite
-from numpy_ref.engine import Engine, FirstNotFinite, check_room
+from numpy_ref.engine import Engine, FirstNotFinite, check_room, pictures_per_prompt
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model.segmentation import decoder_of
 
@@ -72,6 +72,7 @@ class ModuleEngine(Engine):
     @torch.inference_mode()
     def prefill(self, pixel_values, input_ids, lengths, capacity):
         check_room(input_ids.shape[1], capacity)
+        pictures_per_prompt(self.config, pixel_values, input_ids)
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
         return upcast(logits).numpy(), cache
