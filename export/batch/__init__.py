@@ -122,22 +122,28 @@ class Worker:
 
     def answer(self, prepared) -> list[dict]:
         """The answers of a batch that was prepared."""
-        asked = [each for each in prepared if isinstance(each, Asked)]
-        answers = iter(self._answer(asked) if asked else [])
+        by_pictures: dict[int, list[Asked]] = {}  # those with equally many go through the model together
+        for each in prepared:
+            if isinstance(each, Asked):
+                by_pictures.setdefault(len(each.question.pixel_values), []).append(each)
+        answers = {count: iter(self._answer(asked)) for count, asked in by_pictures.items()}
         return [
-            _head(each.row, each.prompt) | next(answers).as_json() if isinstance(each, Asked) else each
+            _head(each.row, each.prompt) | next(answers[len(each.question.pixel_values)]).as_json()
+            if isinstance(each, Asked)
+            else each
             for each in prepared
         ]
 
     def _prepare(self, row: Row) -> Asked | dict:
         try:
             prompt = row.question(self.job.prompt)
-            fitted = answering.fit(self.engine, self.tokenizer, prompt, self.job.max_new_tokens)
-            image = row.picture(self.job.transparency)
+            most = self.job.max_new_tokens
+            fitted = answering.fit(self.engine, self.tokenizer, prompt, most, pictures=row.count)
+            picture = row.picture(self.job.transparency)
         except PaliGemmaError as error:
             text = self.job.prompt if row.prompt is None else row.prompt
             return _head(row, text if isinstance(text, str) else None) | {"error": " ".join(str(error).split())}
-        return Asked(row, prompt, answering.ask(self.engine, image, *fitted))
+        return Asked(row, prompt, answering.ask(self.engine, picture, *fitted))
 
     def _answer(self, asked: list[Asked]) -> list[Answer]:
         questions, rows = [each.question for each in asked], [each.row.number for each in asked]
