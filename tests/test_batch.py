@@ -532,8 +532,16 @@ def test_rows_of_several_pictures(mixed, tmp_path, capsys):
     """In order, each once, the same in any batch; one picture in a list is one picture."""
     found = answer(mixed, tmp_path / "eight.jsonl")
     assert [each["row"] for each in found] == list(range(13))
-    assert [each["image"] for each in found] == [row["image"] for row in read(mixed)][:11] + [["00.png", None], ["00.png"] * 99]
-    words = ["row 9 has no picture: an empty list", "absent.png: no such picture", "row 11 has no picture", "99 pictures take 6336 positions"]
+    assert [each["image"] for each in found] == [row["image"] for row in read(mixed)][:11] + [
+        ["00.png", None],
+        ["00.png"] * 99,
+    ]
+    words = [
+        "row 9 has no picture: an empty list",
+        "absent.png: no such picture",
+        "row 11 has no picture",
+        "99 pictures take 6336 positions",
+    ]
     for each, word in zip(found[9:], words, strict=True):
         assert word in each["error"]
     assert all(each["text"] for each in found[:9])

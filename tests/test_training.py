@@ -67,6 +67,41 @@ def test_the_loss_is_the_mean_over_suffix_tokens_then_rows():
     assert loss.item() == pytest.approx(np.mean(rows), rel=1e-5)
 
 
+def test_the_loss_of_several_pictures(tmp_path, tokenizer):
+    """A file whose lines have two: the loss is that of a forward over rows put together by hand."""
+    lines = [({"image": ["0.png", "1.png"], "prefix": "caption en", "suffix": "a star"}), ({"image": ["2.png", "0.png"], "prefix": "same?", "suffix": "no, a ring and a cross"})]  # fmt: skip
+    colors = ("red", "teal", "navy")
+    for i, color in enumerate(colors):
+        Image.new("RGB", (40, 30), color).save(tmp_path / f"{i}.png")
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = tokenizer.config
+    model = from_params(config, random_params(config), torch.float64)
+    examples = data.JsonLines(tmp_path / "data.jsonl", tokenizer, "bicubic", 0)
+    batch = data.collate([examples[0], examples[1]], config.pad)
+    assert batch["pixel_values"].shape == (4, 3, config.vision.image_size, config.vision.image_size)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    loss = prefix_lm_loss(model, batch)
+
+    losses = []
+    for line in lines:
+        pixels = [
+            preprocess(Image.new("RGB", (9, 9), colors[int(name[0])]), config.vision.image_size)
+            for name in line["image"]
+        ]
+        image, suffix = [config.image_token] * config.vision.patches, [*tokenizer.encode(line["suffix"]), config.eos]
+        prompt = [*image, *image, config.bos, *tokenizer.encode(line["prefix"]), *tokenizer.encode("\n")]
+        ids, lengths, prefix = (
+            np.array([[*prompt, *suffix]]),
+            np.array([len(prompt) + len(suffix)]),
+            np.array([len(prompt)]),
+        )
+        logits = model(
+            torch.from_numpy(np.concatenate(pixels)).double(), *map(torch.from_numpy, (ids, lengths, prefix))
+        )
+        losses.append(torch.nn.functional.cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(suffix)))
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+
+
 def test_no_gradient_from_padding():
     """Changing what is padded changes neither loss nor gradient."""
     config = CONFIGS["paligemma1"]
@@ -512,6 +547,10 @@ def test_evaluating_and_drawing_from_the_command_line(tmp_path):
         ),
         ('{"image": "0.png", "prefix": "a", "suffix": "\\ud800"}', "line 13: the text"),
         ('{"image": "99.png", "prefix": "a", "suffix": "b"}', "line 13: no such picture"),
+        ('{"image": ["0.png", "99.png"], "prefix": "a", "suffix": "b"}', "line 13: no such picture"),
+        ('{"image": ["0.png", 3], "prefix": "a", "suffix": "b"}', "line 13: image, prefix and suffix must be text"),
+        ('{"image": [], "prefix": "a", "suffix": "b"}', "line 13: image, prefix and suffix must be text"),
+        ('{"image": ["0.png", "1.png"], "prefix": "a", "suffix": "b"}', "line 13: 2 pictures, but line 1 has 1"),
         ('{"image": "0.png", "prefix": "a", "suffix": "' + "long " * 99 + '"}', "the model has room for 256"),
     ],
 )

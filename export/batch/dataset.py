@@ -45,7 +45,7 @@ class Row:
         return len(self.image) if isinstance(self.image, list) else 1
 
     @property
-    def image_name(self) -> str | None | list[str | None]:
+    def image_name(self) -> str | list[str | None] | None:
         """How the data set names the picture, None if it does not; a list of that where the row has a list."""
         return [_name(image) for image in self.image] if isinstance(self.image, list) else _name(self.image)
 

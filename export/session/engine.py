@@ -170,7 +170,7 @@ class Session(Engine):
         """Raise PaliGemmaError if the graph has one picture a prompt, as older bundles have it."""
         batch = {value.name: value.shape[0] for value in self._prefill.get_inputs() if value.shape}
         if batch[self.picture] == batch["input_ids"]:
-            raise PaliGemmaError(f"{self.bundle.path}: this bundle takes one picture a prompt; export it again for more")
+            raise PaliGemmaError(f"{self.bundle.path}: it takes one picture a prompt; export the bundle again for more")
 
     def _io(self, name):
         return graph_io(name, self.config)

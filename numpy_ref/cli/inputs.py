@@ -47,4 +47,6 @@ def _is_picture(name: str) -> bool:
 
 def _is_model(name: str) -> bool:
     """Whether a name is a bundle's or a checkpoint's folder."""
-    return any(os.path.isfile(os.path.join(name, file)) for file in ("bundle.json", "config.json", "adapter_config.json"))
+    return any(
+        os.path.isfile(os.path.join(name, file)) for file in ("bundle.json", "config.json", "adapter_config.json")
+    )
