@@ -515,6 +515,12 @@ def test_measures(tmp_path):
 # --- several pictures in a row -----------------------------------------------------------------------------
 
 
+WRONG = [
+    "row 9 has no picture: an empty list", "absent.png: no such picture", "row 11 has no picture: neither a path",
+    "99 pictures take 6336 positions, more than the 256",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def mixed(rows):
     """Rows of one, two and three pictures in turn, some of them that cannot be asked."""
@@ -522,36 +528,27 @@ def mixed(rows):
     for i in range(9):
         names = [f"{(i + j) % COUNT:02}.png" for j in range(1 + i % 3)]
         asked.append({"image": names if i % 2 else names[0], "prompt": PROMPTS[i % 2]})
-    asked += [{"image": []}, {"image": ["00.png", "absent.png"]}, {"image": ["00.png", 7]}, {"image": ["00.png"] * 99}]
+    asked += [{"image": image} for image in ([], ["00.png", "absent.png"], ["00.png", 7], ["00.png"] * 99)]
     file = rows.parent / "mixed.jsonl"
     write(file, asked)
     return file
 
 
-def test_rows_of_several_pictures(mixed, tmp_path, capsys):
+def test_rows_of_several_pictures(mixed, tmp_path):
     """In order, each once, the same in any batch; one picture in a list is one picture."""
-    found = answer(mixed, tmp_path / "eight.jsonl")
+    found, asked = answer(mixed, tmp_path / "eight.jsonl"), read(mixed)
     assert [each["row"] for each in found] == list(range(13))
-    assert [each["image"] for each in found] == [row["image"] for row in read(mixed)][:11] + [
-        ["00.png", None],
-        ["00.png"] * 99,
-    ]
-    words = [
-        "row 9 has no picture: an empty list",
-        "absent.png: no such picture",
-        "row 11 has no picture",
-        "99 pictures take 6336 positions",
-    ]
-    for each, word in zip(found[9:], words, strict=True):
-        assert word in each["error"]
+    named = [row["image"] for row in asked]
+    named[11] = ["00.png", None]
+    assert [each["image"] for each in found] == named
     assert all(each["text"] for each in found[:9])
+    for each, words in zip(found[9:], WRONG, strict=True):
+        assert words in each["error"]
     answer(mixed, tmp_path / "one.jsonl", "--batch-size", "1")
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "eight.jsonl").read_bytes()
-    single = [{"image": [name], "prompt": "caption en"} for name in ("00.png", "01.png")]
-    write(mixed.parent / "lists.jsonl", single)
-    write(mixed.parent / "names.jsonl", [{**row, "image": row["image"][0]} for row in single])
-    lists, names = (answer(mixed.parent / f"{each}.jsonl", tmp_path / f"{each}.out") for each in ("lists", "names"))
-    assert [each["tokens"] for each in lists] == [each["tokens"] for each in names]
+    write(mixed.parent / "lists.jsonl", [{**row, "image": [row["image"]]} for row in asked[:9:6]])
+    lists = answer(mixed.parent / "lists.jsonl", tmp_path / "lists.out")
+    assert [each["tokens"] for each in lists] == [each["tokens"] for each in found[:9:6]]
 
 
 def test_several_pictures_are_those_of_run_onnx(mixed, tmp_path, capsys):
@@ -564,18 +561,14 @@ def test_several_pictures_are_those_of_run_onnx(mixed, tmp_path, capsys):
 
 
 def test_several_pictures_resume(mixed, tmp_path):
-    """What a killed run kept is gone on from, and the end is the same."""
+    """What a run that stopped kept is gone on from, and the end is the same."""
     whole = answer(mixed, tmp_path / "whole.jsonl", "--batch-size", "4")
-    source, output = mixed, tmp_path / "out.jsonl"
-    job = batch.Job(dataset.open_dataset(source, "detect cross"), bundle.shipped(), "detect cross", provider="cpu")
-
-    def one_batch(job):
-        return stopping_workers(job)
-
+    output = tmp_path / "out.jsonl"
+    job = batch.Job(dataset.open_dataset(mixed, "detect cross"), bundle.shipped(), "detect cross", provider="cpu")
     with pytest.raises(PaliGemmaError, match="stopped"):
-        batch.run(job, output, 4, one_batch)
+        batch.run(job, output, 4, stopping_workers)
     assert len(read(tmp_path / "out.jsonl.part")) == 4
-    assert answer(source, output, "--batch-size", "4") == whole
+    assert answer(mixed, output, "--batch-size", "4") == whole
 
 
 @contextlib.contextmanager

@@ -170,5 +170,5 @@ def test_the_model_alone_refuses_what_does_not_divide(engines):
     with pytest.raises(RuntimeError, match="unflatten"):
         module.model.prefill(torch.from_numpy(three), torch.from_numpy(input_ids), torch.from_numpy(lengths), 40)
     feeds = {"pixel_values": three, "input_ids": input_ids, "lengths": lengths, "capacity": np.array(40)}
-    with pytest.raises(Exception, match="join_pictures|Reshape"):  # the runtime's exceptions have no common class
+    with pytest.raises(Exception, match="Reshape"):  # the runtime's exceptions have no common class
         session._prefill.run(None, feeds)

@@ -26,6 +26,7 @@ from export import bundle
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.image import preprocess
 from numpy_ref.model import paligemma, segmentation
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
 from torch_impl.load import from_params, load, to_params
@@ -68,38 +69,28 @@ def test_the_loss_is_the_mean_over_suffix_tokens_then_rows():
 
 
 def test_the_loss_of_several_pictures(tmp_path, tokenizer):
-    """A file whose lines have two: the loss is that of a forward over rows put together by hand."""
-    lines = [({"image": ["0.png", "1.png"], "prefix": "caption en", "suffix": "a star"}), ({"image": ["2.png", "0.png"], "prefix": "same?", "suffix": "no, a ring and a cross"})]  # fmt: skip
-    colors = ("red", "teal", "navy")
+    """A file whose lines have two each: the loss is that of a forward over each row, put together by hand."""
+    config, colors = tokenizer.config, ("red", "teal", "navy")
     for i, color in enumerate(colors):
         Image.new("RGB", (40, 30), color).save(tmp_path / f"{i}.png")
+    asked = [((0, 1), "caption en", "a star"), ((2, 0), "same?", "no, a ring and a cross")]
+    lines = [{"image": [f"{i}.png" for i in shown], "prefix": prompt, "suffix": text} for shown, prompt, text in asked]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = tokenizer.config
     model = from_params(config, random_params(config), torch.float64)
     examples = data.JsonLines(tmp_path / "data.jsonl", tokenizer, "bicubic", 0)
     batch = data.collate([examples[0], examples[1]], config.pad)
-    assert batch["pixel_values"].shape == (4, 3, config.vision.image_size, config.vision.image_size)
     batch["pixel_values"] = batch["pixel_values"].double()
-    loss = prefix_lm_loss(model, batch)
 
+    size, places = config.vision.image_size, [config.image_token] * config.vision.patches
     losses = []
-    for line in lines:
-        pixels = [
-            preprocess(Image.new("RGB", (9, 9), colors[int(name[0])]), config.vision.image_size)
-            for name in line["image"]
-        ]
-        image, suffix = [config.image_token] * config.vision.patches, [*tokenizer.encode(line["suffix"]), config.eos]
-        prompt = [*image, *image, config.bos, *tokenizer.encode(line["prefix"]), *tokenizer.encode("\n")]
-        ids, lengths, prefix = (
-            np.array([[*prompt, *suffix]]),
-            np.array([len(prompt) + len(suffix)]),
-            np.array([len(prompt)]),
-        )
-        logits = model(
-            torch.from_numpy(np.concatenate(pixels)).double(), *map(torch.from_numpy, (ids, lengths, prefix))
-        )
+    for shown, prefix, text in asked:
+        pictures = [preprocess(Image.new("RGB", (9, 9), colors[i]), size, np.float64) for i in shown]
+        prompt = [*places, *places, config.bos, *tokenizer.encode(prefix), *tokenizer.encode("\n")]
+        suffix = [*tokenizer.encode(text), config.eos]
+        lengths = torch.tensor([[len(prompt) + len(suffix)], [len(prompt)]])
+        logits = model(torch.from_numpy(np.concatenate(pictures)), torch.tensor([[*prompt, *suffix]]), *lengths)
         losses.append(torch.nn.functional.cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(suffix)))
-    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    assert prefix_lm_loss(model, batch).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
 
 
 def test_no_gradient_from_padding():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..image import picture_suffixes
 
-_MODEL_FILES = (".npz", ".safetensors")
+_WEIGHTS = (".npz", ".safetensors")
+_DESCRIPTIONS = ("bundle.json", "config.json", "adapter_config.json")
 
 
 def split(inputs: list[str]) -> tuple[str | None, list[str], str]:
@@ -42,11 +43,9 @@ def mistake(model: str | None, images: list[str], prompt: str, kind: str) -> str
 def _is_picture(name: str) -> bool:
     """Whether a name is a file's, or ends as a picture's does."""
     ending = Path(name).suffix.lower()
-    return ending in picture_suffixes() or (os.path.isfile(name) and ending not in _MODEL_FILES)
+    return ending in picture_suffixes() or (os.path.isfile(name) and ending not in _WEIGHTS)
 
 
 def _is_model(name: str) -> bool:
     """Whether a name is a bundle's or a checkpoint's folder."""
-    return any(
-        os.path.isfile(os.path.join(name, file)) for file in ("bundle.json", "config.json", "adapter_config.json")
-    )
+    return any(os.path.isfile(os.path.join(name, file)) for file in _DESCRIPTIONS)

@@ -110,10 +110,8 @@ class JsonLines:
             if not os.path.isfile(path):  # which takes a name that no file can have, such as a picture's data itself
                 raise PaliGemmaError(f"{where}: no such picture {str(path)[:200]}")
         try:
-            prompt, answer = (
-                self.tokenizer.prompt(prefix, len(paths)),
-                [*self.tokenizer.encode(suffix), self.tokenizer.config.eos],
-            )
+            prompt = self.tokenizer.prompt(prefix, len(paths))
+            answer = [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
         except PaliGemmaError as error:
             raise PaliGemmaError(f"{where}: {error}") from None
         longest = self.tokenizer.config.max_length
