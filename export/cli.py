@@ -92,7 +92,7 @@ def _print_plan(plan):
 
 
 def run_onnx(argv=None):
-    """run-onnx [BUNDLE] IMAGE PROMPT: answer with a bundle. run-onnx --serve [BUNDLE]: a page that does."""
+    """run-onnx [BUNDLE] IMAGE [IMAGE ...] PROMPT: answer with a bundle. run-onnx --serve [BUNDLE]: a page that does."""
     if "--serve" in (sys.argv[1:] if argv is None else argv):
         return _serve(argv)
     options = cli.parser("run-onnx", "BUNDLE", "Answer a prompt about a picture with an ONNX bundle.")
@@ -163,7 +163,8 @@ def run_onnx_batch(argv=None):
     options.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="left out: the model that ships")
     options.add_argument(
         "--input", type=Path, required=True, metavar="ROWS",
-        help='a folder of pictures; or a .jsonl or .parquet file of rows with "image" and perhaps "prompt" or "prefix"',
+        help='a folder of pictures; or a .jsonl or .parquet file of rows with "image", a picture or a list of them, '
+        'and perhaps "prompt" or "prefix"',
     )  # fmt: skip
     options.add_argument("--prompt", metavar="PROMPT", help=f"for rows without; {cli.PROMPT_HELP}")
     options.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl", help="the new file to write")

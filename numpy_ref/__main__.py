@@ -1,4 +1,4 @@
-"""python -m numpy_ref [CHECKPOINT] IMAGE PROMPT: the reference answers."""
+"""python -m numpy_ref [CHECKPOINT] IMAGE [IMAGE ...] PROMPT: the reference answers."""
 
 import sys
 from functools import partial
@@ -33,11 +33,14 @@ def main(argv=None):
     cli.on_the_cpu(arguments, PROG)
     if arguments.trace and arguments.json:
         raise PaliGemmaError("--trace prints lines to read and --json one object; leave one of them out")
+    if arguments.heatmap and len(arguments.images) > 1:
+        raise PaliGemmaError("--heatmap draws over one picture; give one, or leave --heatmap out")
 
-    def look(engine, tokenizer, image, answer):
+    def look(engine, tokenizer, pictures, answer):
         if arguments.trace:
             engine.print_answer(answer)
         if arguments.heatmap and answer.tokens:  # an empty one looked at nothing
+            (image,) = pictures
             pixel_values = preprocess(image, engine.config.vision.image_size, resize=engine.resize)
             prompt = tokenizer.prompt(arguments.prompt)
             maps = heatmap.attention_over_picture(engine.params, engine.config, pixel_values, prompt, answer.tokens)

@@ -1,7 +1,8 @@
-"""From a picture and a prompt to an answer, by any engine: text, boxes, masks and how long it took.
+"""From pictures and a prompt to an answer, by any engine: text, boxes, masks and how long it took.
 
 Every command answers through `answer`, or through its three steps, where many questions share a batch: `fit` makes ids
-of a prompt, `ask` joins them to a picture, and `answer_all` answers what was asked.
+of a prompt, `ask` joins them to a picture or several, and `answer_all` answers what was asked. Boxes and masks are in
+pixels of the first picture.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from . import detection
 from .detection import Box
 from .engine import Engine, MaskDecoder
+from .errors import PaliGemmaError
 from .generate import Timings, answers, choose_capacity, generate
 from .model import segmentation
 from .model.sampling import Sampling
@@ -23,18 +25,18 @@ DEFAULT_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt about a picture, as an engine takes it."""
+    """A prompt about N pictures, as an engine takes it."""
 
     prompt: list[int]  # ids
     new_tokens: int  # at most, of the answer
-    pixel_values: np.ndarray  # [1, 3, S, S]
-    width: int  # of the picture, in pixels
+    pixel_values: np.ndarray  # [N, 3, S, S]
+    width: int  # of the first picture, in pixels
     height: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine said about a picture of `width` x `height` pixels.
+    """What an engine said about pictures of which the first has `width` x `height` pixels.
 
     `dataclasses.replace(answer, width=..., height=...)` is the same answer about the picture in another size.
     """
@@ -72,23 +74,38 @@ def paint(decode_masks: MaskDecoder | None, box: Box, width: int, height: int) -
     return segmentation.paste(decode_masks(np.array([box.codes]))[0], box.corners, width, height)
 
 
-def fit(engine: Engine, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None) -> tuple[list[int], int]:
-    """The ids of a prompt, and how many tokens its answer may have.
+def pictures_of(image) -> list:
+    """A picture, or the list or tuple of them that stands for it, as a list. Raises PaliGemmaError if it is empty."""
+    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    if not pictures:
+        raise PaliGemmaError("a list of no pictures; a prompt needs at least one")
+    return pictures
+
+
+def fit(
+    engine: Engine, tokenizer: Tokenizer, prompt: str, max_new_tokens: int | None = None, pictures: int = 1
+) -> tuple[list[int], int]:
+    """The ids of a prompt about so many pictures, and how many tokens its answer may have.
 
     Those are as many as asked for; else DEFAULT_NEW_TOKENS, or what the prompt leaves of the engine's positions.
     Raises PaliGemmaError if the prompt, or what was asked for, does not fit.
     """
-    ids = tokenizer.prompt(prompt)
+    if pictures > 1 and pictures * engine.config.vision.patches > engine.max_length:
+        taken = f"{pictures} pictures take {pictures * engine.config.vision.patches} positions"
+        raise PaliGemmaError(f"{taken}, more than the {engine.max_length} that there are; give fewer")
+    ids = tokenizer.prompt(prompt, pictures)
     if max_new_tokens is None:
         room = engine.max_length - len(ids) + 1  # the last token takes no position
         max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-    choose_capacity(engine, np.array([len(ids)]), max_new_tokens)
+    choose_capacity(engine, np.array([len(ids)]), max_new_tokens, pictures)
     return ids, max_new_tokens
 
 
 def ask(engine: Engine, image, prompt: list[int], new_tokens: int) -> Question:
-    """A Pillow image and what `fit` gave -> a question."""
-    return Question(prompt, new_tokens, engine.preprocess(image), image.width, image.height)
+    """A Pillow image, or a list of them, and what `fit` gave for so many -> a question."""
+    first, *more = pictures_of(image)
+    pixel_values = np.concatenate([engine.preprocess(picture) for picture in (first, *more)])
+    return Question(prompt, new_tokens, pixel_values, first.width, first.height)
 
 
 def answer(
@@ -102,12 +119,13 @@ def answer(
     boxes: str = "big_vision",
     on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Answer a prompt about a Pillow image.
+    """Answer a prompt about a Pillow image, or about a list of them; boxes and masks are in pixels of the first.
 
     `on_text` is called with each piece of the text as it comes. `sampling` is greedy if left out, `boxes` one of
     detection.CONVENTIONS. Raises PaliGemmaError if the prompt does not fit, or if the logits are not finite.
     """
-    question = ask(engine, image, *fit(engine, tokenizer, prompt, max_new_tokens))
+    pictures = pictures_of(image)
+    question = ask(engine, pictures, *fit(engine, tokenizer, prompt, max_new_tokens, len(pictures)))
     if on_text is None:
         return answer_all(engine, tokenizer, [question], sampling=sampling, boxes=boxes)[0]
     stream = Stream(tokenizer)
@@ -131,7 +149,10 @@ def answer_all(
     seeds: Sequence | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
 ) -> list[Answer]:
-    """Answer questions in one batch; `seeds` as in `generate`, `on_tokens` is called with each step's tokens [B]."""
+    """Answer questions in one batch; `seeds` as in `generate`, `on_tokens` is called with each step's tokens [B].
+
+    All have equally many pictures: those of another number go into a batch of their own.
+    """
     pixel_values = np.concatenate([question.pixel_values for question in questions])
     prompts = [question.prompt for question in questions]
     new_tokens = np.array([question.new_tokens for question in questions])

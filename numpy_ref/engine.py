@@ -53,10 +53,11 @@ class Engine(ABC):
     def prefill(
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[Any, Any]:
-        """Read the prompts; pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache.
+        """Read the prompts; pixel_values [B*N, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache.
 
-        `capacity` is for how many positions a row the cache has slots. The logits are those of each row's last token.
-        Raises PaliGemmaError if the prompts take more slots than that.
+        A row has N pictures, which follow each other. `capacity` is for how many positions a row the cache has slots.
+        The logits are those of each row's last token. Raises PaliGemmaError if the prompts take more slots than that,
+        or do not go with the pictures.
         """
 
     @abstractmethod
@@ -107,6 +108,25 @@ def check_room(needed: int, capacity: int) -> None:
         raise PaliGemmaError(f"a cache of {plural(capacity, 'slot')} is too small for {plural(needed, 'position')}")
 
 
+def pictures_per_prompt(config: PaliGemmaConfig, pixel_values, input_ids) -> int:
+    """How many pictures each prompt has: pixel_values [B*N, 3, S, S], input_ids [B, T] -> N.
+
+    Raises PaliGemmaError if they cannot have equally many, or if the ids have places for another number of pictures.
+    Places that are held by other ids than the image token are taken as they are.
+    """
+    pictures, prompts = len(pixel_values), len(input_ids)
+    if not pictures or pictures % prompts:
+        given = f"{plural(pictures, 'picture')} for {plural(prompts, 'prompt')}"
+        raise PaliGemmaError(f"{given}: every prompt of a batch needs equally many, at least one")
+    needed = pictures // prompts * config.vision.patches
+    held = np.cumprod(input_ids == config.image_token, axis=1).sum(1)  # image tokens that a row begins with
+    odd = np.flatnonzero((held != needed) & (held != 0) | (input_ids.shape[1] < needed))
+    if odd.size:
+        found = f"a prompt begins with {plural(held[odd[0]], 'image token')}"
+        raise PaliGemmaError(f"{found}, but {plural(pictures // prompts, 'picture')} a prompt take {needed}")
+    return pictures // prompts
+
+
 class NumpyEngine(Engine):
     """The reference as an engine. Raises PaliGemmaError that names a weight with a NaN or an infinity."""
 
@@ -123,6 +143,7 @@ class NumpyEngine(Engine):
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[np.ndarray, list[Pair]]:
         check_room(input_ids.shape[1], capacity)
+        pictures_per_prompt(self.config, pixel_values, input_ids)
         return paligemma.prefill(self.params, self.config, pixel_values, input_ids, lengths, capacity)
 
     @_quietly

@@ -40,19 +40,20 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray,
     return input_ids, lengths
 
 
-def choose_capacity(engine: Engine, lengths: np.ndarray, max_new_tokens: int | np.ndarray) -> int:
+def choose_capacity(engine: Engine, lengths: np.ndarray, max_new_tokens: int | np.ndarray, pictures: int = 1) -> int:
     """Cache slots for the longest prompt and answer (the last token is never fed back); lengths [B].
 
-    `max_new_tokens` is one number, or [B]. Raises PaliGemmaError if that is more than the engine has positions for.
+    `max_new_tokens` is one number, or [B]; `pictures` is how many each prompt has. Raises PaliGemmaError if that is
+    more than the engine has positions for.
     """
-    patches, new_tokens = engine.config.vision.patches, np.broadcast_to(max_new_tokens, lengths.shape)
+    patches, new_tokens = pictures * engine.config.vision.patches, np.broadcast_to(max_new_tokens, lengths.shape)
     longest = int((lengths + new_tokens).argmax())
     needed = int(lengths[longest] + new_tokens[longest]) - 1
     if needed > engine.max_length:
         raise PaliGemmaError(
-            f"the prompt has {lengths[longest]} tokens ({patches} of them the picture), which with "
-            f"{plural(new_tokens[longest], 'new one')} exceeds the capacity of {engine.max_length}; shorten the prompt "
-            "or lower --max-new-tokens"
+            f"the prompt has {lengths[longest]} tokens ({patches} of them the picture{'s' * (pictures > 1)}), which "
+            f"with {plural(new_tokens[longest], 'new one')} exceeds the capacity of {engine.max_length}; "
+            f"{'give fewer pictures, ' * (pictures > 1)}shorten the prompt or lower --max-new-tokens"
         )
     return needed
 
@@ -79,7 +80,8 @@ def check_logits(
     sequence = [*prompts[row], *(int(token[row]) for token in generated)]
     input_ids, lengths = pad_prompts([sequence], engine.config.pad)
     prefix = np.array([len(prompts[row])], np.int32)
-    tap = engine.first_not_finite(pixel_values[row : row + 1], input_ids, lengths, prefix)
+    pictures = pixel_values.reshape(len(prompts), -1, *pixel_values.shape[1:])[row]
+    tap = engine.first_not_finite(pictures, input_ids, lengths, prefix)
     where = f"the first value that is not is {tap}" if tap else "export-onnx --verify says in which layer they arise"
     raise PaliGemmaError(f"the logits for token {len(generated) + 1} of the answer are not finite numbers; {where}")
 
@@ -96,13 +98,14 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens, one number or one a row.
 
+    pixel_values [B*N, 3, S, S] are the N pictures of each of B prompts; the ids of a prompt begin with their places.
     A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
     place of the sampling's own, a row draws the same in any company. Raises PaliGemmaError if the engine has too few
     positions, or if its logits are not finite.
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
-    capacity = choose_capacity(engine, lengths, max_new_tokens)
+    capacity = choose_capacity(engine, lengths, max_new_tokens, len(pixel_values) // len(prompts))
     draws = uniforms(len(prompts), sampling.seed, seeds)
     alive, generated = np.ones(len(prompts), bool), []
 

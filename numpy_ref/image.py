@@ -90,6 +90,14 @@ def known_formats() -> tuple[str, ...]:
     return (*FORMATS, "HEIF")
 
 
+def picture_suffixes() -> set[str]:
+    """The endings of files of the formats that are read, in lower case."""
+    from PIL import Image
+
+    formats = known_formats()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
+
+
 def _is_heif(file) -> bool:
     """Whether a file begins as HEIC ones do."""
     try:

@@ -1,5 +1,6 @@
 """run-onnx-batch: the answers of run-onnx, each row once, whatever the batches, the workers and the kills."""
 
+import contextlib
 import fcntl
 import io
 import json
@@ -584,3 +585,89 @@ def test_measures(tmp_path):
         measure_batch.table({(1, 1): 2.5, (1, 4): 10.0}, [1, 4], [1])
         == "pictures/s     batch 1   batch 4\n1 worker          2.50     10.00"
     )
+
+
+# --- several pictures in a row -----------------------------------------------------------------------------
+
+
+WRONG = [
+    "row 9 has no picture: an empty list", "absent.png: no such picture", "row 11 has no picture: neither a path",
+    "99 pictures take 6336 positions, more than the 256",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixed(rows):
+    """Rows of one, two and three pictures in turn, some of them that cannot be asked."""
+    asked = []
+    for i in range(9):
+        names = [f"{(i + j) % COUNT:02}.png" for j in range(1 + i % 3)]
+        asked.append({"image": names if i % 2 else names[0], "prompt": PROMPTS[i % 2]})
+    asked += [{"image": image} for image in ([], ["00.png", "absent.png"], ["00.png", 7], ["00.png"] * 99)]
+    file = rows.parent / "mixed.jsonl"
+    write(file, asked)
+    return file
+
+
+def test_rows_of_several_pictures(mixed, tmp_path):
+    """In order, each once, the same in any batch; one picture in a list is one picture."""
+    found, asked = answer(mixed, tmp_path / "eight.jsonl"), read(mixed)
+    assert [each["row"] for each in found] == list(range(13))
+    named = [row["image"] for row in asked]
+    named[11] = ["00.png", None]
+    assert [each["image"] for each in found] == named
+    assert all(each["text"] for each in found[:9])
+    for each, words in zip(found[9:], WRONG, strict=True):
+        assert words in each["error"]
+    answer(mixed, tmp_path / "one.jsonl", "--batch-size", "1")
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "eight.jsonl").read_bytes()
+    write(mixed.parent / "lists.jsonl", [{**row, "image": [row["image"]]} for row in asked[:9:6]])
+    lists = answer(mixed.parent / "lists.jsonl", tmp_path / "lists.out")
+    assert [each["tokens"] for each in lists] == [each["tokens"] for each in found[:9:6]]
+
+
+def test_several_pictures_are_those_of_run_onnx(mixed, tmp_path, capsys):
+    found = answer(mixed, tmp_path / "out.jsonl")
+    for row in (1, 5):
+        names = [str(mixed.parent / name) for name in found[row]["image"]]
+        capsys.readouterr()
+        assert cli.run_onnx([*names, found[row]["prompt"], "--json", "--provider", "cpu", "--threads", "1"]) == 0
+        assert json.loads(capsys.readouterr().out)["tokens"] == found[row]["tokens"]
+
+
+def test_several_pictures_resume(mixed, tmp_path):
+    """What a run that stopped kept is gone on from, and the end is the same."""
+    whole = answer(mixed, tmp_path / "whole.jsonl", "--batch-size", "4")
+    output = tmp_path / "out.jsonl"
+    job = batch.Job(dataset.open_dataset(mixed, "detect cross"), bundle.shipped(), "detect cross", provider="cpu")
+    with pytest.raises(PaliGemmaError, match="stopped"):
+        batch.run(job, output, 4, stopping_workers)
+    assert len(read(tmp_path / "out.jsonl.part")) == 4
+    assert answer(mixed, output, "--batch-size", "4") == whole
+
+
+@contextlib.contextmanager
+def stopping_workers(job):
+    """A worker that answers one batch and then fails."""
+    with batch.workers(job, threads=1) as answer:
+
+        def answers(begins, size):
+            yield next(answer(begins, size))
+            raise PaliGemmaError("stopped")
+
+        yield answers
+
+
+def test_lists_in_parquet(mixed, tmp_path):
+    """Names, and pictures themselves."""
+    asked = [row for row in read(mixed)[:9] if isinstance(row["image"], list)]
+    write(mixed.parent / "some.jsonl", asked)
+    expected = [each["tokens"] for each in answer(mixed.parent / "some.jsonl", tmp_path / "jsonl.out")]
+    prompts = [row["prompt"] for row in asked]
+    files = [[{"bytes": (mixed.parent / name).read_bytes(), "path": name} for name in row["image"]] for row in asked]
+    for column, images in {"names": [row["image"] for row in asked], "files": files}.items():
+        table = pa.table({"image": images, "prompt": prompts})
+        pq.write_table(table, mixed.parent / f"{column}.parquet")
+        found = answer(mixed.parent / f"{column}.parquet", tmp_path / f"{column}.out")
+        assert [each["tokens"] for each in found] == expected
+        assert [each["image"] for each in found] == [row["image"] for row in asked]

@@ -26,6 +26,7 @@ from export import bundle
 from numpy_ref import checkpoint, files
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.image import preprocess
 from numpy_ref.model import paligemma, segmentation
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
 from torch_impl.load import from_params, load, to_params
@@ -65,6 +66,31 @@ def test_the_loss_is_the_mean_over_suffix_tokens_then_rows():
         places = range(len(prompt) - 1, len(prompt) + len(suffix) - 1)
         rows.append(-np.mean([row[place, token] for place, token in zip(places, suffix, strict=True)]))
     assert loss.item() == pytest.approx(np.mean(rows), rel=1e-5)
+
+
+def test_the_loss_of_several_pictures(tmp_path, tokenizer):
+    """A file whose lines have two each: the loss is that of a forward over each row, put together by hand."""
+    config, colors = tokenizer.config, ("red", "teal", "navy")
+    for i, color in enumerate(colors):
+        Image.new("RGB", (40, 30), color).save(tmp_path / f"{i}.png")
+    asked = [((0, 1), "caption en", "a star"), ((2, 0), "same?", "no, a ring and a cross")]
+    lines = [{"image": [f"{i}.png" for i in shown], "prefix": prompt, "suffix": text} for shown, prompt, text in asked]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    model = from_params(config, random_params(config), torch.float64)
+    examples = data.JsonLines(tmp_path / "data.jsonl", tokenizer, "bicubic", 0)
+    batch = data.collate([examples[0], examples[1]], config.pad)
+    batch["pixel_values"] = batch["pixel_values"].double()
+
+    size, places = config.vision.image_size, [config.image_token] * config.vision.patches
+    losses = []
+    for shown, prefix, text in asked:
+        pictures = [preprocess(Image.new("RGB", (9, 9), colors[i]), size, np.float64) for i in shown]
+        prompt = [*places, *places, config.bos, *tokenizer.encode(prefix), *tokenizer.encode("\n")]
+        suffix = [*tokenizer.encode(text), config.eos]
+        lengths = torch.tensor([[len(prompt) + len(suffix)], [len(prompt)]])
+        logits = model(torch.from_numpy(np.concatenate(pictures)), torch.tensor([[*prompt, *suffix]]), *lengths)
+        losses.append(torch.nn.functional.cross_entropy(logits[0, len(prompt) - 1 : -1], torch.tensor(suffix)))
+    assert prefix_lm_loss(model, batch).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
 
 
 def test_no_gradient_from_padding():
@@ -557,6 +583,10 @@ def test_evaluating_and_drawing_from_the_command_line(tmp_path):
         ),
         ('{"image": "0.png", "prefix": "a", "suffix": "\\ud800"}', "line 13: the text"),
         ('{"image": "99.png", "prefix": "a", "suffix": "b"}', "line 13: no such picture"),
+        ('{"image": ["0.png", "99.png"], "prefix": "a", "suffix": "b"}', "line 13: no such picture"),
+        ('{"image": ["0.png", 3], "prefix": "a", "suffix": "b"}', "line 13: image, prefix and suffix must be text"),
+        ('{"image": [], "prefix": "a", "suffix": "b"}', "line 13: image, prefix and suffix must be text"),
+        ('{"image": ["0.png", "1.png"], "prefix": "a", "suffix": "b"}', "line 13: 2 pictures, but line 1 has 1"),
         ('{"image": "0.png", "prefix": "a", "suffix": "' + "long " * 99 + '"}', "the model has room for 256"),
     ],
 )

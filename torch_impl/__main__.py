@@ -1,4 +1,4 @@
-"""python -m torch_impl [CHECKPOINT] IMAGE PROMPT: the PyTorch twin answers."""
+"""python -m torch_impl [CHECKPOINT] IMAGE [IMAGE ...] PROMPT: the PyTorch twin answers."""
 
 import sys
 from functools import partial

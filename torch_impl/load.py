@@ -10,7 +10,7 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.blocks import bfloat16, check_finite
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.engine import Engine, FirstNotFinite, MaskDecoder, check_room
+from numpy_ref.engine import Engine, FirstNotFinite, MaskDecoder, check_room, pictures_per_prompt
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model.layers import Params
 from numpy_ref.model.segmentation import decoder_of
@@ -82,6 +82,7 @@ class ModuleEngine(Engine):
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[np.ndarray, list[Pair]]:
         check_room(input_ids.shape[1], capacity)
+        pictures_per_prompt(self.config, pixel_values, input_ids)
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
         logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
         return upcast(logits).numpy(), cache

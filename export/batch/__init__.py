@@ -124,14 +124,23 @@ class Worker:
 
     def answer(self, prepared) -> list[dict]:
         """The answers of a batch that was prepared."""
-        asked = [each for each in prepared if isinstance(each, Asked)]
-        answers = iter(self._answer(asked) if asked else [])
-        return [_head(each.row, each.prompt) | next(answers) if isinstance(each, Asked) else each for each in prepared]
+        by_pictures: dict[int, list[Asked]] = {}  # those with equally many go through the model together
+        for each in prepared:
+            if isinstance(each, Asked):
+                by_pictures.setdefault(len(each.question.pixel_values), []).append(each)
+        answers = {count: iter(self._answer(asked)) for count, asked in by_pictures.items()}
+        return [
+            _head(each.row, each.prompt) | next(answers[len(each.question.pixel_values)])
+            if isinstance(each, Asked)
+            else each
+            for each in prepared
+        ]
 
     def _prepare(self, row: Row) -> Asked | dict:
         try:
             prompt = row.question(self.job.prompt)
-            fitted = answering.fit(self.engine, self.tokenizer, prompt, self.job.max_new_tokens)
+            most = self.job.max_new_tokens
+            fitted = answering.fit(self.engine, self.tokenizer, prompt, most, pictures=row.count)
             picture = row.picture(self.job.transparency)
             return Asked(row, prompt, answering.ask(self.engine, picture, *fitted))
         except Exception as error:  # of any kind: one row must not stop the others

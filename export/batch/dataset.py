@@ -20,7 +20,7 @@ import numpy as np
 
 from numpy_ref import files
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.image import decode_image, known_formats, open_image
+from numpy_ref.image import decode_image, open_image, picture_suffixes
 
 from ..bundle import sha256
 
@@ -32,7 +32,8 @@ _BOM = b"\xef\xbb\xbf"
 class Row:
     """One question, its fields as the data set has them: they may be missing (None) or nonsense.
 
-    A picture is a path (from `folder`, or whole), the bytes of a file, or {"bytes", "path"} as Hugging Face writes it.
+    A picture is a path (from `folder`, or whole), the bytes of a file, or {"bytes", "path"} as Hugging Face writes it;
+    a list is of several pictures.
     """
 
     number: int
@@ -42,20 +43,30 @@ class Row:
     problem: str = ""  # why its fields cannot be read
 
     @property
-    def image_name(self) -> str | None:
-        """How the data set names the picture; None if it does not."""
-        named = self.image.get("path") if isinstance(self.image, dict) else self.image
-        return named if isinstance(named, str) else None
+    def count(self) -> int:
+        """How many pictures the row has, or should have."""
+        return len(self.image) if isinstance(self.image, list) else 1
+
+    @property
+    def image_name(self) -> str | list[str | None] | None:
+        """How the data set names the picture, None if it does not; a list of that where the row has a list."""
+        return [_name(image) for image in self.image] if isinstance(self.image, list) else _name(self.image)
 
     def picture(self, transparency: str = "white"):
-        """The picture, as `image.open_image` gives it; PaliGemmaError if there is none that can be read."""
-        contents = self.image.get("bytes") if isinstance(self.image, dict) else self.image
+        """The picture, as `image.open_image` gives it, or the list of them; PaliGemmaError if one cannot be read."""
+        if not isinstance(self.image, list):
+            return self._open(self.image, transparency)
+        if not self.image:
+            raise PaliGemmaError(f"row {self.number} has no picture: an empty list")
+        return [self._open(image, transparency) for image in self.image]
+
+    def _open(self, image, transparency):
+        contents, name = image.get("bytes") if isinstance(image, dict) else image, _name(image)
         try:
             if isinstance(contents, bytes):
-                name = self.image_name or f"the picture of row {self.number}"
-                return decode_image(BytesIO(contents), name, transparency)
-            if self.image_name:
-                return open_image(self.folder / self.image_name, transparency)
+                return decode_image(BytesIO(contents), name or f"the picture of row {self.number}", transparency)
+            if name:
+                return open_image(self.folder / name, transparency)
         except (PaliGemmaError, MemoryError):
             raise
         except Exception as error:  # Pillow's decoders raise many kinds, and one picture must not stop the others
@@ -124,7 +135,10 @@ class Folder:
 
 
 class JsonLines:
-    """Lines {"image": path, "prompt" or "prefix": text}; blank ones do not count. Only places of lines are kept."""
+    """Lines {"image": path, or a list of paths, "prompt" or "prefix": text}; blank ones do not count.
+
+    Only places of lines are kept.
+    """
 
     left_out: ClassVar[list[str]] = []
 
@@ -224,12 +238,10 @@ class Parquet:
                         yield row["image"], _prompt(row), ""
 
 
-def picture_suffixes() -> set[str]:
-    """The endings of files of the formats that are read, in lower case."""
-    from PIL import Image
-
-    formats = known_formats()
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
+def _name(image) -> str | None:
+    """How a data set names one picture; None if it does not."""
+    named = image.get("path") if isinstance(image, dict) else image
+    return named if isinstance(named, str) else None
 
 
 def _open_parquet(path):

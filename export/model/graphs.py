@@ -37,7 +37,7 @@ def prefill_model(
     builder, p = _start("prefill", config, initializer, lambda path: True, operators, dtype, residual)
     size = config.vision.image_size
     pixels = DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT
-    pixel_values = builder.input("pixel_values", pixels, ["B", 3, size, size])
+    pixel_values = builder.input("pixel_values", pixels, ["B*N", 3, size, size])
     input_ids = builder.input("input_ids", DataType.INT64, ["B", "T"])
     lengths = builder.input("lengths", DataType.INT32, ["B"])
     capacity = builder.input("capacity", DataType.INT64, [])

@@ -3,6 +3,7 @@
 `op.residual` is the dtype of the residual stream.
 """
 
+import onnx_ir as ir
 from onnx_ir import DataType
 
 from numpy_ref.model.layers import identity, scoped
@@ -20,15 +21,25 @@ def encode_image(op, p, config, pixel_values, tap=identity):
 
 
 def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
-    """The picture's features, then the ids after the P image tokens: input_ids [B, T] -> [B, T, D].
+    """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D].
 
     Concatenated, not scattered by a comparison with the image token: the shapes depend on no data.
     """
     image = encode_image(op, p, config, pixel_values, tap)
     image.name = FEATURES
-    text_ids = op.Slice(input_ids, [config.vision.patches], [2**31 - 1], [1])
-    text = gemma.embed(op, p["text"], config.text, text_ids, image.dtype)
-    return tap("embed_prefix", op.Concat(image, tap("embed", text), axis=1))
+    images = join_pictures(op, image, op.Shape(input_ids, end=1))
+    text_ids = op.Slice(input_ids, op.Shape(images, start=1, end=2), [2**31 - 1], [1])
+    text = gemma.embed(op, p["text"], config.text, text_ids, images.dtype)
+    return tap("embed_prefix", op.Concat(images, tap("embed", text), axis=1))
+
+
+def join_pictures(op, images, rows):
+    """The features of a row's pictures behind each other: images [B*N, P, D] for `rows` [1] -> [B, N*P, D]."""
+    _, patches, width = images.shape
+    by_row = op.Reshape(images, op.Concat(rows, [-1, patches, width], axis=0))  # fails unless all have equally many
+    joined = op.Reshape(by_row, [0, -1, width])
+    joined.dtype, joined.shape = images.dtype, ir.Shape(["B", None, width])
+    return joined
 
 
 @replaceable

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 import numpy as np
 import onnxruntime
 
-from numpy_ref.engine import Engine, check_room
+from numpy_ref.engine import Engine, check_room, pictures_per_prompt
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import to_rgb
 from numpy_ref.model.segmentation import CELLS, SIDE
@@ -76,8 +76,10 @@ class Session(Engine):
         return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")
 
     def prefill(self, pixel_values, input_ids, lengths, capacity):
-        """pixel_values [B, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
+        """pixel_values [B*N, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
         check_room(input_ids.shape[1], capacity)
+        if pictures_per_prompt(self.config, pixel_values, input_ids) > 1:
+            self._check_several_pictures()
         with self._room():
             cache = self._cache(len(lengths), capacity)
         binding = self._prefill.io_binding()
@@ -168,6 +170,12 @@ class Session(Engine):
                     f"{self._file(graph)}: CUDA has no kernels for all of it; run it with --provider cpu, or export "
                     "the bundle again"
                 )
+
+    def _check_several_pictures(self):
+        """Raise PaliGemmaError if the graph has one picture a prompt, as older bundles have it."""
+        batch = {value.name: value.shape[0] for value in self._prefill.get_inputs() if value.shape}
+        if batch[self.picture] == batch["input_ids"]:
+            raise PaliGemmaError(f"{self.bundle.path}: it takes one picture a prompt; export the bundle again for more")
 
     def _io(self, name):
         return graph_io(name, self.config)

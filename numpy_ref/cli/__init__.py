@@ -1,4 +1,4 @@
-"""The command line that the three implementations share: an image and a prompt in, text out."""
+"""The command line that the three implementations share: pictures and a prompt in, text out."""
 
 import argparse
 import json
@@ -12,11 +12,11 @@ from unicodedata import category
 from .. import answer as answering
 from .. import detection, interrupts
 from ..answer import Answer
-from ..errors import PaliGemmaError, explained, plural
+from ..errors import PaliGemmaError, explained, one_line, plural
 from ..image import TRANSPARENCIES, open_image
 from ..model import segmentation
 from ..model.sampling import Sampling
-from . import streams
+from . import inputs, streams
 from .drawing import check_drawing, write_drawing
 from .options import Parser, real, whole
 from .prompt import HELP as PROMPT_HELP
@@ -84,16 +84,17 @@ def _not_lost(hook):
 
 def parser(prog, model, description) -> Parser:
     """The options of `run-onnx`, `python -m numpy_ref` and `python -m torch_impl`."""
-    options = Parser(prog=prog, description=description, usage=f"{prog} [{model}] IMAGE PROMPT [options]")
+    options = Parser(prog=prog, description=description, usage=f"{prog} [{model}] IMAGE [IMAGE ...] PROMPT [options]")
     options.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help=f"[{model}] IMAGE PROMPT; without {model} the model that ships is used; {PROMPT_HELP}",
-    )
+        "inputs", nargs="*", metavar="INPUT",
+        help=f"[{model}] IMAGE [IMAGE ...] PROMPT; without {model} the model that ships is used; several pictures are "
+        "for a model that was trained on as many, and boxes and masks are in the first; "
+        f"{PROMPT_HELP}",
+    )  # fmt: skip
+    options.set_defaults(model_kind=model)
     add_answer_options(options)
     options.add_argument("--json", action="store_true", help="print one JSON object")
-    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the picture")
+    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the first picture")
     return options
 
 
@@ -129,16 +130,19 @@ def on_the_cpu(arguments, prog) -> None:
 
 
 def parse(options: Parser, argv=None) -> argparse.Namespace:
-    """Parse, and split the positional arguments into `model` (None if left out), `image` and `prompt`.
+    """Parse, and split the positional arguments into `model` (None if left out), `images` and `prompt`.
 
-    Raises PaliGemmaError if there is no prompt, or if a drawing cannot be written where it is wanted.
+    Exits with 2 if one is in the wrong place. Raises PaliGemmaError if the prompt is empty, or if a drawing cannot be
+    written where it is wanted.
     """
     arguments = options.parse_intermixed_args(argv)
-    if len(arguments.inputs) not in (2, 3):
+    if len(arguments.inputs) < 2:
         given = plural(len(arguments.inputs), "argument")
         options.error(f"expected IMAGE PROMPT, optionally a model before them; got {given}")
-    *model, image, prompt = arguments.inputs
-    arguments.model, arguments.image = (Path(model[0]) if model else None), Path(image)
+    model, images, prompt = inputs.split(arguments.inputs)
+    if wrong := inputs.mistake(model, images, prompt, arguments.model_kind):
+        options.exit(2, f"{options.prog}: error: {one_line(wrong)}\n")
+    arguments.model, arguments.images = Path(model) if model else None, [Path(image) for image in images]
     arguments.prompt = read_prompt(prompt)
     for drawing in (arguments.draw, getattr(arguments, "heatmap", None)):
         if drawing:
@@ -150,24 +154,25 @@ def parse(options: Parser, argv=None) -> argparse.Namespace:
 def answer(arguments, load, look=None, quiet=False) -> int:
     """Load an engine and its tokenizer with `load(model path or None)`, answer, and print unless `quiet`.
 
-    `look(engine, tokenizer, image, answer)` is called with what was answered.
+    `look(engine, tokenizer, pictures, answer)` is called with what was answered.
     """
     streamed = not (arguments.json or quiet)
-    image = open_image(arguments.image, arguments.transparency)  # before the model: the cheaper mistake first
+    # Before the model: the cheaper mistake first.
+    pictures = [open_image(image, arguments.transparency) for image in arguments.images]
     started = time.perf_counter()
     engine, tokenizer = load(arguments.model)
     load_s = time.perf_counter() - started
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     answered = answering.answer(
-        engine, tokenizer, image, arguments.prompt, max_new_tokens=arguments.max_new_tokens, sampling=sampling,
+        engine, tokenizer, pictures, arguments.prompt, max_new_tokens=arguments.max_new_tokens, sampling=sampling,
         boxes=arguments.boxes, on_text=_print_piece if streamed else None,
     )  # fmt: skip
     if streamed:
         print()
     if arguments.draw:
-        write_drawing(arguments.draw, draw(image, arguments.prompt, answered))
+        write_drawing(arguments.draw, draw(pictures[0], arguments.prompt, answered))
     if look:
-        look(engine, tokenizer, image, answered)
+        look(engine, tokenizer, pictures, answered)
     if arguments.json:
         print(json.dumps(as_json(answered, load_s)))
     return 0

@@ -41,13 +41,16 @@ _ROOT = Path(__file__).parents[2]
 _ROW = "{:<35} {:<27} {:<8} {:<20} {:<23} {}"
 
 
-def axes(name: str, prefill: bool) -> list[str]:
-    """The axis letters of a tapped value: "text.blocks.0.attention.weights" -> ["B", "N", "T", "S"]."""
-    words = [word for word in name.split(".") if not word.isdigit()]
+def axes(name: str, prefill: bool, pictures: int = 1) -> list[str]:
+    """The axis letters of a tapped value: "text.blocks.0.attention.weights" -> ["B", "N", "T", "S"].
+
+    Of several pictures the first axis of the vision tower is all of them: `2*B`.
+    """
+    words, times = [word for word in name.split(".") if not word.isdigit()], f"{pictures}*" * (pictures > 1)
     if prefill and name == "embed":
-        return ["B", "T-P", "D"]  # the first P positions are the picture's, and have no token to embed
-    letters = AXES[words[-1]]
-    return [_IN_VISION.get(letter, letter) if words[0] == "vision" else letter for letter in letters]
+        return ["B", f"T-{times}P", "D"]  # the first positions are the pictures', and have no token to embed
+    letters = [_IN_VISION.get(letter, letter) if words[0] == "vision" else letter for letter in AXES[words[-1]]]
+    return [f"{times}{letters[0]}", *letters[1:]] if words[0] in ("vision", "projector") else letters
 
 
 def shape_of(value, letters) -> str:
@@ -94,12 +97,14 @@ class TracedEngine(NumpyEngine):
 
     def __init__(self, checkpoint, tokenizer, write=print):
         super().__init__(checkpoint)
-        self.tokenizer, self.write, self.steps = tokenizer, write, 0
+        self.tokenizer, self.write, self.steps, self.pictures = tokenizer, write, 0, 0
 
     def preprocess(self, image):
         """A Pillow image -> pixel values [1, 3, S, S]."""
-        self.write(_ROW.format("name", "shape", "dtype", "least … largest", "made by", "in"))
-        self.heading("picture")
+        self.pictures += 1
+        if self.pictures == 1:
+            self.write(_ROW.format("name", "shape", "dtype", "least … largest", "made by", "in"))
+        self.heading("picture" if self.pictures == 1 else f"picture {self.pictures}")
         self.row("image", np.asarray(image), ["", "", ""], origin(open_image.__code__))
         pixel_values = preprocess(image, self.config.vision.image_size, resize=self.resize)
         self.row("pixel_values", pixel_values, ["B", "", "S", "S"], origin(preprocess.__code__))
@@ -163,7 +168,7 @@ class TracedEngine(NumpyEngine):
             if block_of(name) != block:
                 block = block_of(name)
                 self.heading(f"{stage}: {block}")
-            self.row(name, value, axes(name, stage == "prefill"), caller())
+            self.row(name, value, axes(name, stage == "prefill", self.pictures), caller())
             return value
 
         with np.errstate(over="ignore", invalid="ignore"):  # it is in the ranges

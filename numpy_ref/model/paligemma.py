@@ -1,6 +1,7 @@
 """PaliGemma: picture features and text in one sequence, prefix-LM attention, prefill and decode.
 
-A row of input ids is  <image> * P, <bos>, prefix, "\\n"[, suffix]  and is padded on the right.
+A row of input ids is  <image> * N*P, <bos>, prefix, "\\n"[, suffix]  and is padded on the right. Each of the B rows
+has N pictures, one as a rule; a row's pictures follow each other in the B*N of `pixel_values`.
 (Beyer et al. 2024, section 3; big_vision `models/proj/paligemma/paligemma.py`.)
 """
 
@@ -17,14 +18,20 @@ def encode_image(p, config, pixel_values, tap=identity):
 
 
 def embed_prefix(p, config, pixel_values, input_ids, tap=identity):
-    """The decoder's input: the picture's features, then the embeddings of the ids after the P image tokens.
+    """The decoder's input: the features of a row's pictures, then the embeddings of the ids after its image tokens.
 
-    pixel_values [B, 3, S, S], input_ids [B, T] -> [B, T, D]. The image tokens only hold places: their ids
+    pixel_values [B*N, 3, S, S], input_ids [B, T] -> [B, T, D]. The image tokens only hold places: their ids
     are never looked up, so a table needs no row for them.
     """
-    image = encode_image(p, config, pixel_values, tap)
-    text = gemma.embed(p["text"], config.text, input_ids[:, config.vision.patches :], image.dtype)
-    return tap("embed_prefix", np.concatenate([image, tap("embed", text)], axis=1))
+    images = join_pictures(encode_image(p, config, pixel_values, tap), len(input_ids))
+    text = gemma.embed(p["text"], config.text, input_ids[:, images.shape[1] :], images.dtype)
+    return tap("embed_prefix", np.concatenate([images, tap("embed", text)], axis=1))
+
+
+def join_pictures(images, rows):
+    """The features of a row's pictures behind each other: images [B*N, P, D] for B rows -> [B, N*P, D]."""
+    by_row = images.reshape(rows, -1, *images.shape[1:])  # which fails unless every row has equally many
+    return by_row.reshape(rows, -1, images.shape[2])
 
 
 def prefix_mask(prefix_lengths, lengths, size, window=None):
@@ -58,7 +65,7 @@ def decode_mask(lengths, capacity, window=None):
 def forward(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
     """Logits of every position in one pass, as training uses it.
 
-    pixel_values [B, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V].
+    pixel_values [B*N, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V].
     """
     x, _ = hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap)
     return tap("logits", gemma.logits(p["text"], config.text, x))
@@ -67,7 +74,7 @@ def forward(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=ide
 def hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
     """The decoder's output at every position, and each layer's keys and values.
 
-    pixel_values [B, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B]
+    pixel_values [B*N, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B]
     -> [B, T, D] and one (key, value) a layer, each [B, K, T, H].
     """
     x = embed_prefix(p, config, pixel_values, input_ids, tap)
@@ -80,7 +87,7 @@ def hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, t
 def prefill(p, config, pixel_values, input_ids, lengths, capacity, tap=identity):
     """Read picture and prompt: the logits after each row's last token, and the filled cache.
 
-    pixel_values [B, 3, S, S], input_ids [B, T], lengths [B], capacity >= T
+    pixel_values [B*N, 3, S, S], input_ids [B, T], lengths [B], capacity >= T
     -> [B, V] and one (key, value) a layer, each [B, K, C, H]. Slots from lengths on hold no meaning.
     """
     x, cache = hidden_states(p, config, pixel_values, input_ids, lengths, lengths, tap)

@@ -193,10 +193,10 @@ class Tokenizer:
                 run.append(token)
         return "".join([*text, self.backend.decode(run)])
 
-    def prompt(self, prefix: str) -> list[int]:
-        """The ids that a row starts with: the image tokens, bos, the prefix, a newline."""
-        image = [self.config.image_token] * self.config.vision.patches
-        return [*image, self.config.bos, *self.encode(prefix), *self.newline]
+    def prompt(self, prefix: str, pictures: int = 1) -> list[int]:
+        """The ids that a row starts with: the image tokens of all its pictures, bos, the prefix, a newline."""
+        images = [self.config.image_token] * (pictures * self.config.vision.patches)
+        return [*images, self.config.bos, *self.encode(prefix), *self.newline]
 
     def known(self) -> np.ndarray:
         """Which rows of the vocabulary may be drawn: [V] bool."""

@@ -10,6 +10,11 @@ from .layers import Linear
 from .siglip import Encoder
 
 
+def join_pictures(images, rows):
+    """The features of a row's pictures behind each other: images [B*N, P, D] for B rows -> [B, N*P, D]."""
+    return images.unflatten(0, (rows, -1)).flatten(1, 2)
+
+
 def prefix_mask(prefix_lengths, lengths, size, window=None):
     """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may."""
     steps = torch.arange(size, device=lengths.device)
@@ -54,10 +59,10 @@ class PaliGemma(nn.Module):
         return tap("projector", self.projector(features))
 
     def embed_prefix(self, pixel_values, input_ids, tap=identity):
-        """The picture's features, then the ids after the P image tokens: input_ids [B, T] -> [B, T, D]."""
-        image = self.encode_image(pixel_values, tap)
-        text = self.text.embed(input_ids[:, self.config.vision.patches :], image.dtype)
-        return tap("embed_prefix", torch.cat([image, tap("embed", text)], dim=1))
+        """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D]."""
+        images = join_pictures(self.encode_image(pixel_values, tap), len(input_ids))
+        text = self.text.embed(input_ids[:, images.shape[1] :], images.dtype)
+        return tap("embed_prefix", torch.cat([images, tap("embed", text)], dim=1))
 
     def forward(self, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
         """Logits of every position: input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V]."""

@@ -110,7 +110,9 @@ def main(argv=None):
     options.add_argument(
         "--vision", type=Path, metavar="DIR", help="a vision tower from torch_impl.train.pretrain, to begin with"
     )
-    options.add_argument("--data", type=Path, metavar="FILE.jsonl", help="lines of image, prefix and suffix")
+    options.add_argument(
+        "--data", type=Path, metavar="FILE.jsonl", help="lines of image (a path, or a list), prefix and suffix"
+    )
     options.add_argument("--steps", type=cli.whole(1), default=1000, help="of the optimizer (1000)")
     options.add_argument("--batch-size", type=cli.whole(1), default=16, help="examples at once (16)")
     options.add_argument("--accumulate", type=cli.whole(1), default=1, metavar="N", help="batches before each step (1)")

@@ -4,6 +4,7 @@ Each is a map from a number to an example, the same for the same seed; there is 
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,9 @@ class Captions:
 class JsonLines:
     """Lines {"image", "prefix", "suffix"} as Scenes gives them, shuffled anew each time round.
 
-    The format of big_vision and Roboflow; pictures are named from the file's own folder, or by a whole path. Raises
-    PaliGemmaError that names the line that is wrong.
+    The format of big_vision and Roboflow; pictures are named from the file's own folder, or by a whole path. Where
+    "image" is a list, pixel values are [N, 3, S, S]; every line of a file has equally many, so that any may share a
+    batch. Raises PaliGemmaError that names the line that is wrong.
     """
 
     def __init__(self, file, tokenizer, resize: str, seed: int):
@@ -77,17 +79,19 @@ class JsonLines:
         self.rows = [self._parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not self.rows:
             raise PaliGemmaError(f"{file}: no examples in it")
+        self._check_counts()
 
     def __getitem__(self, index):
         turn, place = divmod(index, len(self.rows))
         if turn != self.turn:
             self.turn, self.order = turn, np.random.default_rng([self.seed, turn]).permutation(len(self.rows))
-        where, path, prompt, suffix = self.rows[self.order[place]]
+        where, paths, prompt, suffix = self.rows[self.order[place]]
+        size = self.tokenizer.config.vision.image_size
         try:
-            picture = open_image(path)
+            pixels = np.concatenate([preprocess(open_image(path), size, resize=self.resize) for path in paths])
         except PaliGemmaError as error:
             raise PaliGemmaError(f"{where}: {error}") from None
-        return preprocess(picture, self.tokenizer.config.vision.image_size, resize=self.resize)[0], prompt, suffix
+        return pixels if len(paths) > 1 else pixels[0], prompt, suffix
 
     def _parse(self, number, line):
         where = f"{self.file}, line {number}"
@@ -96,20 +100,19 @@ class JsonLines:
             image, prefix, suffix = (row[key] for key in ("image", "prefix", "suffix"))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise PaliGemmaError(f'{where}: not an object with "image", "prefix" and "suffix"') from None
-        if not all(isinstance(value, str) for value in (image, prefix, suffix)) or not image:
-            raise PaliGemmaError(f"{where}: image, prefix and suffix must be text")
+        images = image if isinstance(image, list) and image else [image]
+        if not all(isinstance(value, str) for value in (*images, prefix, suffix)) or not all(images):
+            raise PaliGemmaError(f"{where}: image, prefix and suffix must be text; image may be a list of several")
         if not self.warned and (warning := prompt_warning(prefix)):
             note(f"{where}: warning: {warning} (said once)")
             self.warned = True
-        path = self.file.parent / image
+        paths = [self.file.parent / image for image in images]
+        for path in paths:
+            if not os.path.isfile(path):  # which takes a name that no file can have, such as a picture's data itself
+                raise PaliGemmaError(f"{where}: no such picture {str(path)[:200]}")
         try:
-            found = path.is_file()
-        except OSError:  # a name that no file can have, such as a picture's data itself
-            found = False
-        if not found:
-            raise PaliGemmaError(f"{where}: no such picture {str(path)[:200]}")
-        try:
-            prompt, answer = self.tokenizer.prompt(prefix), [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
+            prompt = self.tokenizer.prompt(prefix, len(paths))
+            answer = [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
         except PaliGemmaError as error:
             raise PaliGemmaError(f"{where}: {error}") from None
         longest = self.tokenizer.config.max_length
@@ -117,11 +120,25 @@ class JsonLines:
             raise PaliGemmaError(
                 f"{where}: {plural(len(prompt) + len(answer), 'token')}, the model has room for {longest}"
             )
-        return where, path, prompt, answer
+        return where, paths, prompt, answer
+
+    def _check_counts(self):
+        """Raise PaliGemmaError that names the first line with more or fewer pictures than the first has."""
+        first, paths, *_ = self.rows[0]
+        for where, others, *_ in self.rows:
+            if len(others) != len(paths):
+                expected = f"{first.rpartition(', ')[2]} has {len(paths)}"
+                raise PaliGemmaError(
+                    f"{where}: {plural(len(others), 'picture')}, but {expected}; train on lines of equally many"
+                )
 
 
 def collate(examples, pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded rows. `weights` is 1 / (loss tokens of the row) where a token is predicted, else 0."""
+    """Right-padded rows. `weights` is 1 / (loss tokens of the row) where a token is predicted, else 0.
+
+    Pixel values are [3, S, S] in each example, or [N, 3, S, S] in each -> [B, 3, S, S], or [B*N, 3, S, S].
+    """
+    pixels = np.stack([pixels for pixels, _, _ in examples])
     size = max(len(prompt) + len(suffix) for _, prompt, suffix in examples)
     ids = np.full((len(examples), size), pad, np.int64)
     weights = np.zeros((len(examples), size), np.float32)
@@ -129,7 +146,7 @@ def collate(examples, pad: int) -> dict[str, torch.Tensor]:
         row[: len(prompt) + len(suffix)] = [*prompt, *suffix]
         weight[len(prompt) : len(prompt) + len(suffix)] = 1 / len(suffix)
     return {
-        "pixel_values": torch.from_numpy(np.stack([pixels for pixels, _, _ in examples])),
+        "pixel_values": torch.from_numpy(pixels.reshape(-1, *pixels.shape[-3:])),
         "input_ids": torch.from_numpy(ids),
         "lengths": torch.tensor([len(prompt) + len(suffix) for _, prompt, suffix in examples]),
         "prefix_lengths": torch.tensor([len(prompt) for _, prompt, _ in examples]),
