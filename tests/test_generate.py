@@ -44,7 +44,8 @@ class Script(Engine):
 
 
 def run(engine, *prompt_sizes, **options):
-    return np.stack(list(generate(engine, None, [[5] * n for n in prompt_sizes], KNOWN, **options)), 1).tolist()
+    prompts, pictures = [[5] * n for n in prompt_sizes], np.zeros((len(prompt_sizes), 3, 1, 1))
+    return np.stack(list(generate(engine, pictures, prompts, KNOWN, **options)), 1).tolist()
 
 
 def test_rows_end_apart():
@@ -152,5 +153,5 @@ class Scripted(Engine):
 def test_any_of_several_tokens_ends_an_answer(stops, expected):
     config = replace(CONFIG, eos=1, stops=stops)
     engine, known = Scripted(config, [8, 9, 1, 6]), np.ones(config.text.vocab, bool)
-    tokens = list(generate(engine, None, [[5]], known, 4))
+    tokens = list(generate(engine, np.zeros((1, 3, 1, 1)), [[5]], known, 4))
     assert answers(tokens, config.ends) == [expected]
