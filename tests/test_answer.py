@@ -130,6 +130,43 @@ def test_a_batch_answers_as_its_rows(tokenizer):
     assert len(engine.pixel_values) == 3
 
 
+def test_an_answer_about_several_pictures(tokenizer):
+    """The ids have places for all, in order; boxes and masks are in pixels of the first."""
+    engine = Fixed(tokenizer.encode(TEXT), masks=lambda codes: np.ones((1, 64, 64), np.float32))
+    engine.ids = None
+
+    def prefill(pixel_values, input_ids, lengths, capacity):
+        engine.pixel_values, engine.ids = pixel_values, input_ids[0].tolist()
+        return engine.logits(0), 1
+
+    engine.prefill = prefill
+    shown = [picture(40, 20), Image.new("RGB", (9, 90), "red")]
+    found = answer(engine, tokenizer, shown, "segment star")
+    assert engine.ids == tokenizer.prompt("segment star", 2)
+    assert engine.ids.count(CONFIG.image_token) == 2 * CONFIG.vision.patches
+    assert np.array_equal(engine.pixel_values, np.concatenate([engine.preprocess(each) for each in shown]))
+    assert (found.width, found.height) == (40, 20)
+    assert found.boxes[0].corners == pytest.approx((0, 0, 40, 10), abs=0.02)
+    assert found.masks[0].shape == (20, 40)
+    one = answer(engine, tokenizer, shown[:1], "segment star")
+    assert engine.ids == tokenizer.prompt("segment star")
+    assert one.text == TEXT
+    with pytest.raises(PaliGemmaError, match="a list of no pictures; a prompt needs at least one"):
+        answer(engine, tokenizer, [], "segment star")
+
+
+def test_several_pictures_take_room(tokenizer):
+    patches = CONFIG.vision.patches
+    size = len(tokenizer.prompt("caption en", 2))
+    assert size == 2 * patches + len(tokenizer.prompt("caption en")) - patches
+    assert fit(Fixed(), tokenizer, "caption en", pictures=2)[0] == tokenizer.prompt("caption en", 2)
+    for limit in (size - 1, 2 * patches):
+        with pytest.raises(PaliGemmaError, match=f"{2 * patches} of them the pictures.* {limit}; give fewer pictures"):
+            fit(Fixed(max_length=limit), tokenizer, "caption en", pictures=2)
+    with pytest.raises(PaliGemmaError, match=f"{10**6} pictures take {patches * 10**6} positions, more than the"):
+        fit(Fixed(), tokenizer, "caption en", pictures=10**6)
+
+
 def test_how_long_an_answer_may_be(tokenizer):
     """As long as asked for; else the default, or what room there is. What does not fit is refused."""
     prompt = "caption en"

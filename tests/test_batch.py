@@ -387,7 +387,9 @@ def test_killed_and_started_again(many, tmp_path, workers, capsys):
 def test_interrupted_it_ends_without_a_word(many, tmp_path):
     file, expected = many
     output = tmp_path / "out.jsonl"
-    process = begin(file, output, *DRAWN, "--workers", "2")
+    process = begin(
+        file, output, *DRAWN, "--workers", "2", "--batch-size", "2"
+    )  # small ones: many come after the first
     wait_for(lambda: lines(tmp_path / "out.jsonl.part"))
     others = children(process.pid)
     for pid in (process.pid, *others):  # as a terminal does

@@ -1,18 +1,26 @@
 """Several pictures in a prompt: as transformers has them, on every engine; and what does not go together is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from export import bundle
+from export.cli import run_onnx
 from export.model.layers import FUSED, PORTABLE
 from export.session import Session
-from numpy_ref import checkpoint
+from numpy_ref import checkpoint, cli, detection
+from numpy_ref.__main__ import main as numpy_main
+from numpy_ref.cli import inputs
 from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
+from numpy_ref.model import paligemma
+from numpy_ref.tokenizer import Tokenizer
+from torch_impl.__main__ import main as torch_main
 from torch_impl.load import TorchEngine
 
 from . import make_goldens
@@ -93,10 +101,6 @@ def test_every_picture_counts_and_so_does_their_order(models):
 def test_ids_are_those_of_the_processor():
     """The tokens of all pictures, bos, the prompt, a newline, whatever the prompt."""
     transformers = pytest.importorskip("transformers", reason="it is compared with transformers")
-    from PIL import Image
-
-    from numpy_ref.tokenizer import Tokenizer
-
     config = checkpoint.load_config(checkpoint.SHIPPED)
     ours = Tokenizer.load(checkpoint.SHIPPED, config)
     theirs = transformers.PreTrainedTokenizerFast(
@@ -163,8 +167,6 @@ def test_the_model_alone_refuses_what_does_not_divide(engines):
     pixel_values, input_ids, lengths = random_batch(config, (3, 5))
     three = pixel_values[[0, 1, 0]]
     numpy, module, session = engines
-    from numpy_ref.model import paligemma
-
     with pytest.raises(ValueError, match="reshape"):
         paligemma.prefill(numpy.params, config, three, input_ids, lengths, 40)
     with pytest.raises(RuntimeError, match="unflatten"):
@@ -172,3 +174,115 @@ def test_the_model_alone_refuses_what_does_not_divide(engines):
     feeds = {"pixel_values": three, "input_ids": input_ids, "lengths": lengths, "capacity": np.array(40)}
     with pytest.raises(Exception, match="Reshape"):  # the runtime's exceptions have no common class
         session._prefill.run(None, feeds)
+
+
+# --- the commands ------------------------------------------------------------------------------------------
+
+EXAMPLE = str(checkpoint.SHIPPED / "example.png")
+MAINS = {"run-onnx": run_onnx, "numpy": numpy_main, "torch": torch_main}
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two pictures of unequal sizes."""
+    drawn = Image.new("RGB", (60, 40), "white")
+    drawn.paste("red", (10, 10, 30, 30))
+    drawn.save(tmp_path / "a.png")
+    return [str(tmp_path / "a.png"), EXAMPLE]
+
+
+def call(main, capsys, *arguments):
+    """Exit code, and what was printed."""
+    try:
+        code = cli.run("command", main, [str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_three_commands_one_answer(two, capsys):
+    """With a model in front and without one; the pictures in another order are another prompt."""
+    found = []
+    for name, main in MAINS.items():
+        model = [] if name == "run-onnx" else [checkpoint.SHIPPED]
+        for pictures in (two, two[::-1]):
+            code, out, _ = call(main, capsys, *model, *pictures, "detect star ; square", "--json")
+            assert code == 0
+            found.append(json.loads(out))
+    assert [each["tokens"] for each in found[:2]] == [each["tokens"] for each in found[2:4]]
+    assert [each["tokens"] for each in found[:2]] == [each["tokens"] for each in found[4:]]
+    assert found[0].keys() == {"text", "tokens", "boxes", "masks", "timings"}
+    for each, (width, height) in zip(found[:2], [(60, 40), (224, 224)], strict=True):
+        expected = detection.parse(each["text"], width, height)
+        assert each["boxes"] == json.loads(json.dumps([box.as_json() for box in expected]))
+        assert expected
+
+
+def test_the_first_picture_is_drawn_on(two, tmp_path, capsys):
+    assert call(run_onnx, capsys, *two, "detect star", "--draw", tmp_path / "out.png")[0] == 0
+    with Image.open(tmp_path / "out.png") as drawing:
+        assert drawing.getpixel((drawing.width - 5, 5)) == (255, 255, 255)  # the example has a coloured ground
+        assert drawing.width / 60 > (drawing.height - 60) / 40
+
+
+def test_what_is_for_one_picture(two, tmp_path, capsys):
+    code, out, err = call(numpy_main, capsys, *two, "caption en", "--heatmap", tmp_path / "out.png")
+    assert (code, out) == (1, "")
+    assert err == "command: error: --heatmap draws over one picture; give one, or leave --heatmap out\n"
+
+
+def test_a_trace_of_two_pictures(two, capsys):
+    code, out, _ = call(numpy_main, capsys, *two, "caption en", "--trace", "--max-new-tokens", "2")
+    assert code == 0
+    lines = out.splitlines()
+    assert sum(line.startswith("name ") for line in lines) == 1
+    assert [line for line in lines if line.startswith("# picture")] == ["# picture", "# picture 2"]
+    shapes = {line.split()[0]: line[36:63].strip() for line in lines if line and not line.startswith("#")}
+    assert shapes["vision.patch_embed"] == shapes["projector"] == "[2*B=2, P=64, D=128]"
+    assert shapes["vision.blocks.0.attention.scores"] == "[2*B=2, N=4, P=64, P=64]"
+    assert shapes["embed_prefix"] == "[B=1, T=132, D=128]"
+
+
+SHIPPED = str(checkpoint.SHIPPED)  # a checkpoint is as good as a bundle here: no model is opened
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["caption en", EXAMPLE], "example.png: a picture in the place of the prompt"),
+        ([EXAMPLE, EXAMPLE], "example.png: a picture in the place of the prompt"),
+        ([SHIPPED, EXAMPLE], "example.png: a picture in the place of the prompt"),
+        ([EXAMPLE, SHIPPED], "shipped: a folder of a model in the place of the prompt"),
+        ([EXAMPLE, SHIPPED, "caption en"], "shipped: a folder of a model in the place of a picture"),
+        ([SHIPPED, "caption en"], "shipped: a folder of a model in the place of a picture"),
+        ([EXAMPLE, "caption", "en"], 'IMAGE [IMAGE ...] PROMPT, and a prompt of several words is quoted: "caption en"'),
+        ([SHIPPED, EXAMPLE, EXAMPLE, "answer", "en", "how?"], 'several words is quoted: "answer en how?"'),
+        (["org/model", EXAMPLE, "x" * 9999, "y"], "x: no such picture"),
+    ],
+)
+@pytest.mark.parametrize("name", MAINS)
+def test_what_stands_in_the_wrong_place(name, arguments, words, capsys):
+    """One line, before any model is opened."""
+    code, out, err = call(MAINS[name], capsys, *arguments)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert words in line
+    assert f"the order is [{'BUNDLE' if name == 'run-onnx' else 'CHECKPOINT'}] IMAGE" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([EXAMPLE, "b"], (None, [EXAMPLE], "b")),
+        ([EXAMPLE, EXAMPLE, "b"], (None, [EXAMPLE, EXAMPLE], "b")),
+        ([SHIPPED, EXAMPLE, "b"], (SHIPPED, [EXAMPLE], "b")),
+        (["a.npz", EXAMPLE, EXAMPLE, "b"], ("a.npz", [EXAMPLE, EXAMPLE], "b")),
+        (["org/model-3b@main", EXAMPLE, "b"], ("org/model-3b@main", [EXAMPLE], "b")),
+        (["absent", EXAMPLE, "b"], ("absent", [EXAMPLE], "b")),
+        (["absent.JPG", EXAMPLE, "b"], (None, ["absent.JPG", EXAMPLE], "b")),
+        ([__file__, EXAMPLE, "b"], (None, [__file__, EXAMPLE], "b")),
+    ],
+)
+def test_which_argument_is_which(arguments, expected):
+    assert inputs.split(arguments) == expected

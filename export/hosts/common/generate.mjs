@@ -26,7 +26,25 @@ export class Engine {
     return (await this.run("preprocess", { image })).pixel_values;
   }
 
-  /** Read picture and prompt: the logits of what comes next, and the filled cache. */
+  /** Pixel values [1, 3, S, S] of each picture of a prompt -> [N, 3, S, S]. */
+  join(pixelValues) {
+    if (pixelValues.length === 1) return pixelValues[0];
+    if (!this.takesSeveral()) throw new PaliGemmaError("this bundle takes one picture a prompt; export it again for more");
+    const values = pixelValues.map((each) => each.data);
+    const joined = new Float32Array(values.reduce((size, each) => size + each.length, 0));
+    values.reduce((at, each) => (joined.set(each, at), at + each.length), 0);
+    return new this.ort.Tensor("float32", joined, [values.length, ...pixelValues[0].dims.slice(1)]);
+  }
+
+  /** Whether prefill has a batch of pictures of its own, which it has not in older bundles. */
+  takesSeveral() {
+    const [pictures, prompts] = ["pixel_values", "input_ids"].map((name) =>
+      this.description.graphs.prefill.inputs?.find((input) => input.name === name)?.shape[0],
+    );
+    return pictures !== prompts;
+  }
+
+  /** Read the pictures [N, 3, S, S] and the prompt: the logits of what comes next, and the filled cache. */
   async prefill(pixelValues, prompt, capacity) {
     const { logits, ...cache } = await this.run("prefill", {
       pixel_values: pixelValues,
@@ -81,22 +99,24 @@ export class Engine {
 }
 
 /** How many tokens to generate at most, and the cache slots that takes (the last token is never fed back). */
-export function budget(engine, promptLength, maxNewTokens) {
+export function budget(engine, promptLength, maxNewTokens, pictures = 1) {
   const room = engine.maxLength - promptLength + 1;
   const wanted = maxNewTokens ?? Math.max(1, Math.min(DEFAULT_NEW_TOKENS, room));
   if (!Number.isInteger(wanted) || wanted < 1) throw new PaliGemmaError(`the number of new tokens must be a whole number of at least 1, not ${wanted}`);
   if (wanted > room) {
+    const theirs = pictures * engine.description.tokens.image_tokens;
+    const [them, fewer] = pictures > 1 ? ["pictures", "give fewer pictures, "] : ["picture", ""];
     throw new PaliGemmaError(
-      `the prompt has ${promptLength} tokens (${engine.description.tokens.image_tokens} of them the picture), which with ` +
-        `${plural(wanted, "new one")} exceeds the capacity of ${engine.maxLength}; shorten the prompt or ask for fewer tokens`,
+      `the prompt has ${promptLength} tokens (${theirs} of them the ${them}), which with ${plural(wanted, "new one")} ` +
+        `exceeds the capacity of ${engine.maxLength}; ${fewer}shorten the prompt or ask for fewer tokens`,
     );
   }
   return { newTokens: wanted, capacity: promptLength + wanted - 1 };
 }
 
-/** Yield one token at a time, the last of them one that ends the answer unless there was no room for it. */
+/** Yield one token at a time about pixel values [N, 3, S, S], the last of them one that ends the answer unless there was no room for it. */
 export async function* generate(engine, pixelValues, prompt, { maxNewTokens, uniform = Math.random, ...sampling } = {}) {
-  const { newTokens, capacity } = budget(engine, prompt.length, maxNewTokens);
+  const { newTokens, capacity } = budget(engine, prompt.length, maxNewTokens, pixelValues.dims[0]);
   let { logits, cache } = await engine.prefill(pixelValues, prompt, capacity);
   for (let step = 0; ; step++) {
     const token = await engine.sample(logits, sampling, uniform());

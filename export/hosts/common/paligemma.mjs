@@ -1,8 +1,8 @@
-/** A loaded bundle: a picture and a prompt in, text, boxes and masks out, whatever runs the graphs. */
+/** A loaded bundle: pictures and a prompt in, text, boxes and masks out, whatever runs the graphs. */
 import { openBundle } from "./bundle.mjs";
 import { parse, paste, runLengths } from "./detection.mjs";
 import { PaliGemmaError } from "./errors.mjs";
-import { Engine, generate } from "./generate.mjs";
+import { Engine, budget, generate } from "./generate.mjs";
 import { Stream, Tokenizer } from "./tokenizer.mjs";
 
 export class PaliGemma {
@@ -30,17 +30,20 @@ export class PaliGemma {
   }
 
   /**
-   * Answer a prompt about a picture { data (RGB bytes), width, height }. `onToken(text, token)` is called as tokens
-   * come, with the text that each completes; `signal` stops it between two tokens.
+   * Answer a prompt about a picture { data (RGB bytes), width, height }, or about an array of them; boxes and masks are
+   * in pixels of the first. `onToken(text, token)` is called as tokens come, with the text that each completes;
+   * `signal` stops it between two tokens.
    */
   async generate(image, prompt, { onToken, signal, boxes: convention, ...options } = {}) {
     if (!prompt.trim()) throw new PaliGemmaError('the prompt is empty; ask something, for example "caption en"');
-    if (image.data.length !== 3 * image.width * image.height) {
-      throw new PaliGemmaError(`a picture of ${image.width} x ${image.height} has three bytes a pixel, not ${image.data.length} in all`);
-    }
+    const images = Array.isArray(image) ? image : [image];
+    checkPictures(images);
     const started = performance.now();
-    const ids = this.tokenizer.prompt(prompt);
-    const pixelValues = await this.engine.preprocess(image);
+    const ids = this.tokenizer.prompt(prompt, images.length);
+    budget(this.engine, ids.length, options.maxNewTokens, images.length); // refused before the pictures are prepared
+    const prepared = [];
+    for (const each of images) prepared.push(await this.engine.preprocess(each));
+    const pixelValues = this.engine.join(prepared);
     const stream = new Stream(this.tokenizer);
     const tokens = [];
     let [first, drawn] = [0, 0];
@@ -56,12 +59,12 @@ export class PaliGemma {
     const rest = stream.close();
     if (rest) onToken?.(rest);
     const text = this.tokenizer.decode(tokens);
-    const boxes = parse(text, image.width, image.height, convention);
+    const boxes = parse(text, images[0].width, images[0].height, convention);
     return {
       text,
       tokens,
       boxes,
-      masks: await this.outline(boxes, image),
+      masks: await this.outline(boxes, images[0]),
       timings: { first_token_s: (first - started) / 1000, decode_tokens_per_s: drawn > 1 ? (drawn - 1) / seconds : 0 },
     };
   }
@@ -75,6 +78,16 @@ export class PaliGemma {
       masks.push(runs ? { ...box, size: [height, width], counts: runs } : box);
     }
     return masks;
+  }
+}
+
+/** Throw PaliGemmaError unless there is a picture, and each has its bytes. */
+function checkPictures(images) {
+  if (!images.length) throw new PaliGemmaError("a list of no pictures; a prompt needs at least one");
+  for (const { data, width, height } of images) {
+    if (data.length !== 3 * width * height) {
+      throw new PaliGemmaError(`a picture of ${width} x ${height} has three bytes a pixel, not ${data.length} in all`);
+    }
   }
 }
 

@@ -58,10 +58,10 @@ export class Tokenizer {
     return decodeUtf8(Uint8Array.from(bytes));
   }
 
-  /** The ids that an answer starts from: the image tokens, bos, the prefix, a newline. */
-  prompt(prefix) {
+  /** The ids that an answer starts from: the image tokens of all pictures, bos, the prefix, a newline. */
+  prompt(prefix, pictures = 1) {
     const { image, image_tokens: count, bos } = this.tokens;
-    return [...Array(count).fill(image), bos, ...this.encode(prefix), ...this.newline];
+    return [...Array(pictures * count).fill(image), bos, ...this.encode(prefix), ...this.newline];
   }
 }
 

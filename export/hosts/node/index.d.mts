@@ -56,9 +56,15 @@ export interface Answer {
   timings: { first_token_s: number; decode_tokens_per_s: number };
 }
 
+/** A file's path, a file's bytes, or pixels. */
+export type AnyPicture = string | Uint8Array | Picture;
+
 export interface PaliGemma {
-  /** `picture` is a file's path, a file's bytes, or pixels. Throws PaliGemmaError. */
-  generate(picture: string | Uint8Array | Picture, prompt: string, options?: Options): Promise<Answer>;
+  /**
+   * `picture` is a file's path, a file's bytes, or pixels; or an array of them, for a model that was trained on several
+   * a prompt. Boxes and masks are in pixels of the first. Throws PaliGemmaError.
+   */
+  generate(picture: AnyPicture | AnyPicture[], prompt: string, options?: Options): Promise<Answer>;
 }
 
 /** Check a bundle's folder and open it; `threads` 0, the default, takes every core. Throws PaliGemmaError. */

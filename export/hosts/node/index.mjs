@@ -1,4 +1,4 @@
-/** PaliGemma bundles in Node: `load(folder)`, then `generate(picture, prompt)`. */
+/** PaliGemma bundles in Node: `load(folder)`, then `generate(picture, prompt)`, or `generate([a, b], prompt)`. */
 import "./telemetry.mjs"; // first: ONNX Runtime reads it as it is loaded
 
 import { createHash } from "node:crypto";
@@ -48,11 +48,17 @@ class NodePaliGemma {
     this.model = model;
   }
 
-  /** `picture` is a file's path, a file's bytes, or { data, width, height } with RGB bytes; see index.d.mts. */
+  /**
+   * `picture` is a file's path, a file's bytes, or { data, width, height } with RGB bytes; or an array of those, the
+   * prompt's pictures. See index.d.mts.
+   */
   async generate(picture, prompt, options) {
     const { transparency, ...rest } = options ?? {};
-    const image = picture?.data && picture.width ? picture : await decodePicture(picture, transparency);
-    return this.model.generate(image, prompt, rest);
+    const images = [];
+    for (const each of Array.isArray(picture) ? picture : [picture]) {
+      images.push(each?.data && each.width ? each : await decodePicture(each, transparency));
+    }
+    return this.model.generate(images, prompt, rest);
   }
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-/** node run.mjs BUNDLE IMAGE PROMPT [options]: answer a prompt about a picture. */
+/** node run.mjs BUNDLE IMAGE [IMAGE ...] PROMPT [options]: answer a prompt about a picture, or about several. */
 import { readFile, stat } from "node:fs/promises";
 import { availableParallelism } from "node:os";
 import { parseArgs } from "node:util";
@@ -9,7 +9,8 @@ import { promptWarning } from "../common/tokenizer.mjs";
 import { TRANSPARENCIES } from "../common/transparency.mjs";
 
 const MOST_THREADS = 4 * availableParallelism(); // beyond, each only waits and takes memory
-const USAGE = `usage: node run.mjs BUNDLE IMAGE PROMPT [options]
+const USAGE = `usage: node run.mjs BUNDLE IMAGE [IMAGE ...] PROMPT [options]
+  IMAGE                   several are for a model that was trained on as many; boxes and masks are in the first
   PROMPT                  @FILE reads it from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count
   --json                  print one JSON object
   --max-new-tokens N      longest answer (64)
@@ -36,11 +37,16 @@ const OPTIONS = {
 
 class Misuse extends Error {}
 
+const PICTURE = /\.(png|jpe?g|webp|gif|tiff?|avif)$/i; // what a name of a picture ends with
+const kindOf = (path) => stat(path).catch(() => null);
+
 async function main(argv) {
   const { values, positionals } = parse(argv);
   if (values.help) return console.log(USAGE);
-  if (positionals.length !== 3) throw new Misuse(`expected BUNDLE IMAGE PROMPT, got ${plural(positionals.length, "argument")}`);
-  const [bundle, image] = positionals;
+  if (positionals.length < 3) throw new Misuse(`expected BUNDLE IMAGE PROMPT, got ${plural(positionals.length, "argument")}`);
+  const [bundle, ...images] = positionals;
+  const last = images.pop();
+  await checkOrder(bundle, images, last);
   const options = {
     maxNewTokens: values["max-new-tokens"] === undefined ? undefined : whole(values, "max-new-tokens", 1),
     temperature: real(values, "temperature", Infinity),
@@ -51,14 +57,28 @@ async function main(argv) {
     transparency: oneOf(values, "transparency", TRANSPARENCIES),
   };
   const threads = whole(values, "threads", 0, MOST_THREADS, " (4 for each of this machine's cores)");
-  const prompt = await readPrompt(positionals[2]);
+  const prompt = await readPrompt(last);
   const { load } = await host();
   const started = performance.now();
   const model = await load(bundle, { threads });
   const loaded = (performance.now() - started) / 1000;
   if (!values.json) options.onToken = (text) => process.stdout.write(printable(text));
-  const { timings, ...answer } = await model.generate(image, prompt, options);
+  const { timings, ...answer } = await model.generate(images, prompt, options);
   console.log(values.json ? JSON.stringify({ ...answer, timings: { load_s: loaded, ...timings } }) : "");
+}
+
+/** Throw Misuse that says what is in the wrong place, if something is. Twin of `numpy_ref/cli/inputs.py`. */
+async function checkOrder(bundle, images, prompt) {
+  const order = "the order is BUNDLE IMAGE [IMAGE ...] PROMPT";
+  if (PICTURE.test(prompt) && (await kindOf(prompt))?.isFile()) throw new Misuse(`${prompt}: a picture in the place of the prompt; ${order}`);
+  for (const [i, image] of images.entries()) {
+    const found = await kindOf(image);
+    if (found?.isDirectory()) throw new Misuse(`${image}: a folder in the place of a picture; ${order}`);
+    if (found || PICTURE.test(image)) continue;
+    const whole = [...images.slice(i), prompt].join(" ");
+    if (images.length > 1) throw new Misuse(`${image}: no such picture; ${order}, and a prompt of several words is quoted: "${whole}"`);
+  }
+  if ((await kindOf(bundle))?.isFile()) throw new Misuse(`${bundle}: a file in the place of the bundle's folder; ${order}`);
 }
 
 async function host() {

@@ -24,7 +24,7 @@ export class Model {
   }
 
   /**
-   * Answer a prompt about { data, width, height }. `onToken(text, token)`, `signal` and options as in Node, but for
+   * Answer a prompt about { data, width, height }, or about an array of them. `onToken(text, token)`, `signal` and options as in Node, but for
    * chance: `uniforms` is a list of numbers to draw with.
    */
   ask(image, prompt, { onToken, signal, ...options } = {}) {
