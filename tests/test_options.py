@@ -5,10 +5,13 @@ import os
 import re
 from importlib import import_module
 
+import numpy as np
 import pytest
 
+from numpy_ref import cli
 from numpy_ref.cli.options import MOST_PER_CORE, Parser, check_on_cores, on_cores, pair, real, whole
 from numpy_ref.errors import plural
+from numpy_ref.model.sampling import sample
 
 MAINS = [
     "numpy_ref.__main__:main", "numpy_ref.checkpoint.__main__:main", "numpy_ref.checkpoint.synthetic:main",
@@ -113,6 +116,30 @@ def test_limits():
         with pytest.raises(argparse.ArgumentTypeError) as refused:
             parse(text)
         assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("option", ["--top-k", "--max-new-tokens", "--seed"])
+@pytest.mark.parametrize("value", [10**20, 10**24, 2**31, 2**63, "9" * 5000, -(10**30)])
+def test_whole_numbers_of_any_size(option, value, capsys):
+    options = cli.parser("program", "MODEL", "text")
+    with pytest.raises(SystemExit):
+        options.parse_args([f"{option}={value}"])
+    assert "must be a whole number" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["1e-320", "1e-7", "1e300", "1e7", "inf", "nan", "-0.1"])
+def test_temperatures_that_no_logits_bear(value, capsys):
+    with pytest.raises(SystemExit):
+        cli.parser("program", "MODEL", "text").parse_args([f"--temperature={value}"])
+    assert "must be a number from" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["0", "1e-6", "1", "1e6"])
+def test_temperatures_at_the_limits(value):
+    """No warning of NumPy's, which is an error here, whatever the logits."""
+    temperature = cli.parser("program", "MODEL", "text").parse_args([f"--temperature={value}"]).temperature
+    logits = np.array([[-1e30, 1e30, 5, 0]], np.float32)
+    assert sample(logits, np.ones(4, bool), temperature, uniform=np.array([0.5], np.float32)) == [1]
 
 
 def test_a_number_and_its_noun():

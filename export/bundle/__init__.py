@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from numpy_ref import __version__
+from numpy_ref import __version__, memory
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import Checkpoint, hub, kinds
 from numpy_ref.config import PaliGemmaConfig
@@ -230,7 +231,26 @@ def load_but_weights(path: str | Path) -> Bundle:
         _check_size(file, listed.bytes)
         if name != weights.FILE:
             _check_digest(file, listed.sha256)
+    _check_sizes(bundle)
     return bundle
+
+
+def _check_sizes(bundle: Bundle) -> None:
+    """Raise PaliGemmaError if the sizes of a config need more weights than there are, or arrays than there is memory.
+
+    Before anything is made in these sizes: a graph of a kilobyte may declare any. No precision takes fewer than four
+    bits a weight.
+    """
+    config, file = bundle.config, bundle.path / weights.FILE
+    least = sum(math.prod(parameter.shape) for parameter in checkpoints.parameters(config)) // 2
+    if least > bundle.weight_bytes:
+        raise PaliGemmaError(
+            f"{bundle.path / DESCRIPTION}: a model of its config has {_amount(least)} of weights at least, and "
+            f"{file.name} {_amount(bundle.weight_bytes)}; export the bundle again"
+        )
+    vision, vocab = config.vision, config.text.vocab
+    arrays = 8 * vision.image_size**2 * 3 + 64 * vision.patches + 16 * vocab  # a picture, its ids, and a row of logits
+    memory.check(arrays, f"{bundle.path}: a picture and a row of logits")
 
 
 def check_weights(bundle: Bundle) -> None:

@@ -4,6 +4,7 @@ The cache is a set of buffers on the device. Prefill writes them; every decode s
 as past and as present, so the runtime updates it in place. The same code drives CUDA and the CPU.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -11,8 +12,9 @@ from functools import cached_property, partial
 import numpy as np
 import onnxruntime
 
+from numpy_ref import memory
 from numpy_ref.engine import Engine, check_room, pictures_per_prompt
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.image import to_rgb
 from numpy_ref.model.segmentation import CELLS, SIDE
 
@@ -256,6 +258,9 @@ class Cache:
         self.batch, self.capacity, self.draw = batch, capacity, None
         shape = [batch, text.kv_heads, capacity, text.head_dim]
         dtype = stream_dtype(session.bundle.description.precision)
+        if session.provider == CPU:
+            needed = 2 * text.depth * math.prod(shape) * dtype.itemsize + 4 * batch * text.vocab
+            memory.check(int(needed), f"a cache of {capacity} positions for {plural(batch, 'row')}")
         self.buffers = {
             f"{i}.{kind}": session.buffer(shape, int(dtype)) for i in range(text.depth) for kind in ("key", "value")
         }

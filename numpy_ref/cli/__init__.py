@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from ..model import segmentation
 from ..model.sampling import Sampling
 from . import inputs, streams
 from .drawing import check_drawing, write_drawing
-from .options import Parser, real, whole
+from .options import Parser, real, temperature, whole
 from .prompt import HELP as PROMPT_HELP
 from .prompt import read_prompt, warn_of_prompt
 
@@ -101,7 +100,7 @@ def parser(prog, model, description) -> Parser:
 def add_answer_options(options: Parser) -> None:
     """The options that say how to answer, one picture or many."""
     options.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="longest answer (64)")
-    options.add_argument("--temperature", type=real(0, math.inf), default=0.0, metavar="T", help="0 is greedy (0)")
+    options.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 is greedy (0)")
     options.add_argument("--top-p", type=real(0, 1), default=1.0, metavar="P", help="keep the head that sums to P (1)")
     options.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="keep the K likeliest, 0 for all (0)")
     options.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the draws (0)")

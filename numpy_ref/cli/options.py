@@ -13,6 +13,8 @@ from argparse import ArgumentTypeError
 from .. import __version__
 from ..errors import one_line, quote, shortened
 
+LARGEST = 2**31 - 1  # of whole numbers: what every library, graph and host takes
+COLDEST = 1e-6
 MOST_PER_CORE = 4  # threads, or processes: beyond, each only waits and takes memory
 
 
@@ -54,9 +56,19 @@ def whole(least: int, most: int | None = None, why: str = ""):
             value = None
         if value is None or value < least or (most is not None and value > most):
             raise ArgumentTypeError(f"must be a whole number {limits}, not {quote(text)}")
+        if value > LARGEST:
+            raise ArgumentTypeError(f"must be a whole number from {least} to {LARGEST}, not {quote(text)}")
         return value
 
     return parse
+
+
+def temperature(text: str) -> float:
+    """The type of a temperature: 0, or a number with which no logits grow out of float32."""
+    value = real(0, COLDEST**-1)(text)
+    if 0 < value < COLDEST:
+        raise ArgumentTypeError(f"must be a number from {COLDEST:g} to {1 / COLDEST:g}, or 0, not {quote(text)}")
+    return value
 
 
 def on_cores(least: int):
