@@ -105,7 +105,8 @@ def generate(
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
-    capacity = choose_capacity(engine, lengths, max_new_tokens, len(pixel_values) // len(prompts))
+    pictures = max(1, list(prompts[0]).count(config.image_token) // config.vision.patches)
+    capacity = choose_capacity(engine, lengths, max_new_tokens, pictures)
     draws = uniforms(len(prompts), sampling.seed, seeds)
     alive, generated = np.ones(len(prompts), bool), []
 

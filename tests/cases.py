@@ -113,6 +113,9 @@ def leaf_cases():
     }  # fmt: skip
     for name, arguments in masks.items():
         yield Case(name, "paligemma", name.split(",")[0], arguments)
+    for pictures in (1, 2):
+        batch = lambda r, count=B * pictures: {"images": normal(r, count, 5, D), "input_ids": positions(r, B, T)}  # noqa: E731
+        yield Case(f"join_pictures, {pictures} a row", "paligemma", "join_pictures", batch)
     yield Case("pad_cache", "paligemma", "pad_cache", lambda r: {"array": normal(r, B, K, T, H), "capacity": S})
 
 

@@ -41,14 +41,14 @@ def scale_of(shape) -> np.float32:
     return np.float32(0.3 if len(shape) == 1 else shape[0] ** -0.5)
 
 
-def random_batch(config, prefix_sizes=(3, 7, 5), seed=1):
-    """Pictures and right-padded prompts: pixel_values (float32), input_ids, lengths."""
+def random_batch(config, prefix_sizes=(3, 7, 5), seed=1, pictures=1):
+    """Pictures, so many a prompt, and right-padded prompts: pixel_values (float32), input_ids, lengths."""
     rng = np.random.default_rng(seed)
-    patches, size = config.vision.patches, config.vision.image_size
+    patches, size = pictures * config.vision.patches, config.vision.image_size
     input_ids = np.zeros((len(prefix_sizes), patches + max(prefix_sizes)), np.int64)
     input_ids[:, :patches] = config.image_token
     for row, length in zip(input_ids, prefix_sizes, strict=True):
         row[patches : patches + length] = rng.integers(3, config.text.vocab - 1, length)
     lengths = np.array(prefix_sizes, np.int32) + patches
-    pixel_values = rng.uniform(-1, 1, (len(prefix_sizes), 3, size, size)).astype(np.float32)
+    pixel_values = rng.uniform(-1, 1, (len(prefix_sizes) * pictures, 3, size, size)).astype(np.float32)
     return pixel_values, input_ids, lengths.astype(np.int32)

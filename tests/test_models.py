@@ -17,18 +17,19 @@ from .models import CONFIGS, random_batch, random_params
 from .parity import DTYPES, Recorder, assert_parity, cast, evaluate_reference, evaluate_runtime, flat_outputs, to_torch
 
 CAPACITY = 27
+TWO = "prefill of two pictures a row"
 
 
-def inputs(config, dtype):
-    pixel_values, input_ids, lengths = random_batch(config)
+def inputs(config, dtype, pictures=1):
+    pixel_values, input_ids, lengths = random_batch(config, pictures=pictures)
     return {"pixel_values": pixel_values.astype(dtype), "input_ids": input_ids, "lengths": lengths}
 
 
 def reference(config, stage, dtype=np.float64):
     """Taps and outputs of the reference. Decode continues from prefill's cache, with stale slots behind it."""
     params, recorder = random_params(config, dtype=dtype), Recorder()
-    arguments = inputs(config, dtype)
-    if stage == "prefill":
+    arguments = inputs(config, dtype, 2 if stage == TWO else 1)
+    if stage != "decode":
         outputs = paligemma.prefill(params, config, **arguments, capacity=CAPACITY, tap=recorder)
         return {**recorder.values, **named(outputs)}, arguments
     _, cache = paligemma.prefill(random_params(config), config, **inputs(config, np.float64), capacity=CAPACITY)
@@ -48,21 +49,21 @@ def run_torch(config, stage, dtype):
     _, arguments = reference(config, stage, dtype)
     model = from_params(config, random_params(config), torch.float64 if dtype == np.float64 else torch.float32)
     recorder = Recorder()
-    extra = {"capacity": CAPACITY} if stage == "prefill" else {}
+    extra = {"capacity": CAPACITY} if stage != "decode" else {}
     with torch.inference_mode():
-        outputs = getattr(model, stage)(**to_torch(arguments), **extra, tap=recorder)
+        outputs = getattr(model, stage.split()[0])(**to_torch(arguments), **extra, tap=recorder)
     return {name: value.numpy() for name, value in {**recorder.values, **named(outputs)}.items()}
 
 
 def run_onnx(config, stage, dtype, evaluate):
     _, arguments = reference(config, stage, dtype)
     params = checkpoint.flatten(random_params(config, dtype=dtype))
-    make = graphs.prefill_model if stage == "prefill" else graphs.decode_model
+    make = graphs.decode_model if stage == "decode" else graphs.prefill_model
     model = make(
         config, lambda path: ir.tensor(params[path], name=path), ir.DataType.from_numpy(np.dtype(dtype)), taps=True
     )
     feeds = dict(arguments)
-    if stage == "prefill":
+    if stage != "decode":
         feeds["capacity"] = np.array(CAPACITY)
     else:
         for i, layer in enumerate(feeds.pop("cache")):
@@ -90,7 +91,7 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("stage", ["prefill", TWO, "decode"])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tap(name, engine, stage, dtype):

@@ -106,6 +106,9 @@ def axes_of(arguments: dict) -> dict:
     config = arguments.get("config")
     for part in (config, getattr(config, "vision", None), getattr(config, "text", None)):
         known |= {LETTERS[name]: getattr(part, name) for name in LETTERS if hasattr(part, name)}
+    pictures = arguments.get("pixel_values", arguments.get("images"))
+    if pictures is not None and "input_ids" in arguments:  # N is then how many of them a row has
+        known["N"] = len(pictures) // len(arguments["input_ids"])
     return known
 
 

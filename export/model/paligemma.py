@@ -27,15 +27,15 @@ def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
     """
     image = encode_image(op, p, config, pixel_values, tap)
     image.name = FEATURES
-    images = join_pictures(op, image, op.Shape(input_ids, end=1))
+    images = join_pictures(op, image, input_ids)
     text_ids = op.Slice(input_ids, op.Shape(images, start=1, end=2), [2**31 - 1], [1])
     text = gemma.embed(op, p["text"], config.text, text_ids, images.dtype)
     return tap("embed_prefix", op.Concat(images, tap("embed", text), axis=1))
 
 
-def join_pictures(op, images, rows):
-    """The features of a row's pictures behind each other: images [B*N, P, D] for `rows` [1] -> [B, N*P, D]."""
-    _, patches, width = images.shape
+def join_pictures(op, images, input_ids):
+    """The features of each row's pictures, one behind the other: images [B*N, P, D] -> [B, N*P, D]."""
+    rows, (_, patches, width) = op.Shape(input_ids, end=1), images.shape
     by_row = op.Reshape(images, op.Concat(rows, [-1, patches, width], axis=0))  # fails unless all have equally many
     joined = op.Reshape(by_row, [0, -1, width])
     joined.dtype, joined.shape = images.dtype, ir.Shape(["B", None, width])

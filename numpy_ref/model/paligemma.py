@@ -23,15 +23,19 @@ def embed_prefix(p, config, pixel_values, input_ids, tap=identity):
     pixel_values [B*N, 3, S, S], input_ids [B, T] -> [B, T, D]. The image tokens only hold places: their ids
     are never looked up, so a table needs no row for them.
     """
-    images = join_pictures(encode_image(p, config, pixel_values, tap), len(input_ids))
+    images = join_pictures(encode_image(p, config, pixel_values, tap), input_ids)
     text = gemma.embed(p["text"], config.text, input_ids[:, images.shape[1] :], images.dtype)
     return tap("embed_prefix", np.concatenate([images, tap("embed", text)], axis=1))
 
 
-def join_pictures(images, rows):
-    """The features of a row's pictures behind each other: images [B*N, P, D] for B rows -> [B, N*P, D]."""
-    by_row = images.reshape(rows, -1, *images.shape[1:])  # which fails unless every row has equally many
-    return by_row.reshape(rows, -1, images.shape[2])
+def join_pictures(images, input_ids):
+    """The features of each row's pictures, one behind the other.
+
+    images [B*N, P, D], input_ids [B, T] -> [B, N*P, D].
+    """
+    rows, (_, patches, width) = len(input_ids), images.shape
+    by_row = images.reshape(rows, -1, patches, width)  # which fails unless every row has equally many
+    return by_row.reshape(rows, -1, width)
 
 
 def prefix_mask(prefix_lengths, lengths, size, window=None):

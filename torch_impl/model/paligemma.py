@@ -10,9 +10,9 @@ from .layers import Linear
 from .siglip import Encoder
 
 
-def join_pictures(images, rows):
-    """The features of a row's pictures behind each other: images [B*N, P, D] for B rows -> [B, N*P, D]."""
-    return images.unflatten(0, (rows, -1)).flatten(1, 2)
+def join_pictures(images, input_ids):
+    """The features of each row's pictures, one behind the other: images [B*N, P, D] -> [B, N*P, D]."""
+    return images.unflatten(0, (len(input_ids), -1)).flatten(1, 2)
 
 
 def prefix_mask(prefix_lengths, lengths, size, window=None):
@@ -60,7 +60,7 @@ class PaliGemma(nn.Module):
 
     def embed_prefix(self, pixel_values, input_ids, tap=identity):
         """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D]."""
-        images = join_pictures(self.encode_image(pixel_values, tap), len(input_ids))
+        images = join_pictures(self.encode_image(pixel_values, tap), input_ids)
         text = self.text.embed(input_ids[:, images.shape[1] :], images.dtype)
         return tap("embed_prefix", torch.cat([images, tap("embed", text)], dim=1))
 
