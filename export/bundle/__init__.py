@@ -136,7 +136,7 @@ def prepare(
         max_length=max_length,
         config=config,
         tokens=_tokens(config, tokenizer),
-        prompt="<image> * image_tokens, bos, tokens of the prefix, newline",
+        prompt="<image> * image_tokens a picture, bos, tokens of the prefix, newline",
         image=Image(config.vision.image_size, checkpoint.resize, mean=0.5, std=0.5),
         opset=graphs.OPSET,
         graphs={name: _described(f"{name}.onnx", model) for name, model in models.items()},
