@@ -6,6 +6,7 @@
     session/      running it
     batch/        running it over a data set
     runtime.py    the options of ONNX Runtime's sessions
+    stopping.py   ending them
     verify.py     proving it
 
 `op.Add(x, y)` adds a node and returns its output value.

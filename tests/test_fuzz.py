@@ -39,9 +39,9 @@ def test_every_target_is_run():
     assert set(fuzz.LIST) == set(TARGETS)
 
 
-@pytest.fixture(scope="module", params=[name for name in TARGETS if name != "graph"])
+@pytest.fixture(scope="module", params=[name for name in TARGETS if name not in ("graph", "sizes")])
 def target(request, tmp_path_factory):
-    """A target that is ready to read, and its seeds. The graphs take too long for here."""
+    """A target that is ready to read, and its seeds. Graphs take too long for here, and memory is limited for good."""
     target = TARGETS[request.param]
     return target, target.prepare(tmp_path_factory.mktemp("fuzz")), target.seeds()
 

@@ -129,6 +129,20 @@ def test_pieces_of_another_length_are_refused(elsewhere, pieces):
         open_session(bundle.load(elsewhere), "cpu")
 
 
+@pytest.mark.parametrize("shift", [1, 4, 16, -1, 2048])
+def test_pieces_that_lie_askew_are_refused(elsewhere, shift):
+    """Kernels load whole registers from places that divide by their size; from others the process would crash."""
+
+    def shifted(value):
+        identity, piece = value.split("|")
+        offset, rest = piece.split(";", 1)
+        return f"{identity}|{int(offset) + shift};{rest}"
+
+    change_entries(elsewhere, shifted)
+    with pytest.raises(PaliGemmaError, match="not on pages of the file"):
+        open_session(bundle.load(elsewhere), "cpu")
+
+
 def test_pieces_under_another_weights_name_are_refused(elsewhere):
     """What a weight is repacked into is found by its hash, whichever tensor names it."""
     found = [value for each in entries(elsewhere).values() for value in each.values()]

@@ -138,15 +138,24 @@ def _repacked(graph, plain: bytes, place: dict[str, str]) -> list[str]:
 def _is_same(graph, listed: list[str], wanted: list[str]) -> bool:
     """Whether a graph names the repacked weights that are wanted here, all of them known.
 
-    Raises PaliGemmaError if one is known, but its pieces are not as long as it is read.
+    Raises PaliGemmaError if one is known, but its pieces are not as long as it is read, or lie askew.
     """
     known = dict(map(_lengths, wanted))
-    for identity, lengths in map(_lengths, listed):
+    for value in listed:
+        identity, lengths = _lengths(value)
         if lengths != known.get(identity, lengths):
             raise PaliGemmaError(
                 f"{graph}: its repacked weights have other lengths than this processor reads; export the bundle again"
             )
+        if identity in known and not all(map(_is_on_page, value.split("|")[1:])):
+            raise PaliGemmaError(f"{graph}: its repacked weights are not on pages of the file; export the bundle again")
     return {identity for identity, _ in map(_lengths, listed)} <= known.keys()
+
+
+def _is_on_page(piece: str) -> bool:
+    """Whether a piece begins on a page: kernels may read sixty-four bytes at once, of a place that divides by that."""
+    offset = piece.split(";")[0]
+    return offset.isascii() and offset.isdecimal() and int(offset) % PAGE == 0
 
 
 def _lengths(value: str) -> tuple[str, list[list[str]]]:

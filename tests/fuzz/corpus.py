@@ -64,13 +64,13 @@ def tokenizer_config() -> PaliGemmaConfig:
     return replace(TINY, text=replace(TINY.text, vocab=size), image_token=size - 1, max_length=60)
 
 
-def bundle_folder(folder: Path, operators="fused") -> Path:
+def bundle_folder(folder: Path, operators="fused", prepacked=False) -> Path:
     """A bundle of a tiny model with tokenizer and masks."""
     with TemporaryDirectory() as place:
         source = checkpoint_folder(Path(place) / "checkpoint", tokenizer_config())
         (source / "tokenizer.model").write_bytes(tokenizer_model())
         (source / "vae.npz").write_bytes(vae()[0])
-        bundle.write(checkpoint.load(source), folder, operators=operators)
+        bundle.write(checkpoint.load(source), folder, operators=operators, prepacked=prepacked)
     return folder
 
 
@@ -83,6 +83,39 @@ def sealed(folder: Path, name: str, contents: bytes) -> None:
 
 
 # --- seeds, by the name of the target ----------------------------------------------------------------------
+
+
+def training() -> list[bytes]:
+    """The state of a few steps of `targets.trained`."""
+    from .targets import train
+
+    with TemporaryDirectory() as place:
+        return [train(Path(place) / "state.safetensors")]
+
+
+def prepacked() -> list[bytes]:
+    """What the graphs of a bundle say of repacked weights, an entry a line."""
+    from .targets import entries
+
+    with TemporaryDirectory() as place:
+        folder = bundle_folder(Path(place) / "bundle", prepacked=True)
+        lines = [pair.value for _, pair in entries(folder, "decode")[1]]
+        return ["\n".join(lines).encode(), f"{lines[0].split('|')[0]}|0;16;0".encode()]
+
+
+def options() -> list[bytes]:
+    given = ["a.png", "caption en", "--temperature", "1.5", "--top-p", "0.9", "--top-k", "40", "--seed", "7"]
+    more = [*given, "--max-new-tokens", "3", "--json", "--boxes", "huggingface", "--provider", "cpu"]
+    return ["\0".join(each).encode() for each in (given, more)]
+
+
+def drawing() -> list[bytes]:
+    """Width and height, two bytes each, and an answer."""
+    sizes = ((100, 80), (1, 2000), (3000, 1), (1, 1), (65535, 3))
+    words = (
+        b"<loc0010><loc0020><loc0900><loc1000>" + b"<seg001>" * 16 + b" star ; <loc0000><loc0000><loc0000><loc0000> x"
+    )
+    return [width.to_bytes(2, "big") + height.to_bytes(2, "big") + words for width, height in sizes]
 
 
 def config() -> list[bytes]:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import re
 import resource
 import shutil
 import socket
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 
 from export import bundle, serve, session
+from export.bundle import prepack
 from numpy_ref import checkpoint, cli, detection, image, tokenizer
 from numpy_ref.checkpoint import SHIPPED, flatten
 from numpy_ref.generate import generate
-from numpy_ref.model import segmentation
+from numpy_ref.model import sampling, segmentation
 from numpy_ref.model.sampling import Sampling
 
 from . import corpus, mutate
@@ -182,8 +185,7 @@ def graph(folder):
     """
     engine, speaker = session.load(corpus.bundle_folder(folder / "bundle"), "cpu", 1, host_graphs=True)
     speak(engine, speaker)  # now all of its graphs are open
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + GRAPH_ROOM, resource.RLIM_INFINITY))
+    limit_memory()
     drawn, logits = image.open_image(PICTURE), np.zeros((1, engine.config.text.vocab), np.float32)
     uses = {
         "prefill": lambda fresh: speak(fresh, speaker),
@@ -301,6 +303,129 @@ def request(folder):
     return read
 
 
+def trained():
+    """A module of two weights, and its optimizers."""
+    import torch
+
+    from torch_impl.train import loop
+
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.kernel = torch.nn.Parameter(torch.ones(3, 2))
+    model.bias = torch.nn.Parameter(torch.ones(2))
+    return model, loop.optimizers_for(model, loop.Settings(9, 1))
+
+
+def train(file: Path) -> bytes:
+    """The state after a step."""
+    from torch_impl.train import loop
+
+    model, optimizers = trained()
+    (model.kernel.sum() + model.bias.sum()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    progress = {"step": 1, "curve": [[1, 0.1, 2.0, 0.1]], "recent": [2.0], "settings": {"steps": 9}}
+    loop._save(file, model, optimizers, progress)
+    return file.read_bytes()
+
+
+def training(folder):
+    """The state of training, taken up, and one step further."""
+    from torch_impl.train import loop
+
+    def read(data):
+        model, optimizers = trained()
+        (folder / loop.STATE).write_bytes(data)
+        loop._resume(folder / loop.STATE, model, optimizers, {"steps": 9})
+        (model.kernel.sum() + model.bias.sum()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return read
+
+
+def entries(folder, name):
+    """A graph, and (tensor, entry) for what it says of repacked weights."""
+    model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+    tensors = model.graph.initializer
+    return model, [(t, pair) for t in tensors for pair in t.external_data if pair.key.startswith(prepack.ENTRY)]
+
+
+def prepacked(folder):
+    """Where a stranger says that repacked weights are: opened and run as if its checksums were right."""
+    folder = corpus.bundle_folder(folder / "bundle", prepacked=True)
+    engine, speaker = session.load(folder, "cpu", 1)
+    model, places = entries(folder, "decode")
+    file = folder / "decode.onnx"
+
+    def read(data):
+        lines = data.decode("utf-8", "replace").split("\n")
+        for i, (_, pair) in enumerate(places):
+            pair.value = lines[i % len(lines)]
+        file.write_bytes(model.SerializeToString())
+        fresh = copy.copy(engine)
+        fresh._decode = fresh._open("decode", 1)
+        speak(fresh, speaker)
+
+    return read
+
+
+def options(folder):
+    """Arguments of a command, as a user may mistype them."""
+
+    def read(data):
+        arguments = data.decode("utf-8", "surrogateescape").split("\0")
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+            chosen = None
+            with contextlib.suppress(SystemExit):
+                chosen = cli.parser("program", "MODEL", "").parse_intermixed_args(arguments)
+        assert all(line.isprintable() and len(line) <= 2000 for line in said.getvalue().splitlines()[-1:])
+        if chosen is None:
+            return
+        logits, uniform = np.array([[0, 3e38, -3e38]], np.float32), np.zeros(1, np.float32)
+        with np.errstate(all="raise", under="ignore"):
+            sampling.sample(logits / 1e30, np.ones(3, bool), chosen.temperature, chosen.top_k, chosen.top_p, uniform)
+
+    return read
+
+
+def drawing(folder):
+    """Pictures of any shape, and an answer drawn over them."""
+
+    def read(data):
+        width, height = (max(1, int.from_bytes(data[i : i + 2], "big")) for i in (0, 2))
+        if width * height > 10**6:
+            height = max(1, 10**6 // width)
+        canvas, text = Image.new("RGB", (width, height)), data[4:].decode("utf-8", "replace")
+        boxes = detection.parse(text, width, height)[:3]
+        drawn = detection.draw(canvas, boxes, text[:200])
+        assert drawn.width * drawn.height < 10**8
+
+    return read
+
+
+def sizes(folder):
+    """bundle.json with any sizes, where the process is given GRAPH_ROOM more than it has: MemoryError is a finding."""
+    read = description(folder)
+    read((folder / "bundle" / bundle.DESCRIPTION).read_bytes())
+    limit_memory()
+    return read
+
+
+def change_sizes(data, rng):
+    """Some numbers of a description anew, of any magnitude."""
+
+    def number(match):
+        return str(rng.randrange(2 ** rng.randrange(1, 65))).encode() if rng.random() < 0.03 else match[0]
+
+    return re.sub(rb"(?<=[ \[])\d+(?=[,\]\n])", number, data)
+
+
+def limit_memory() -> None:
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + GRAPH_ROOM, resource.RLIM_INFINITY))
+
+
 TARGETS = {
     "config": Target(config, corpus.config, mutate.json_text),
     "preprocessor": Target(preprocessor, corpus.preprocessor, mutate.json_text),
@@ -317,4 +442,9 @@ TARGETS = {
     "prompt_file": Target(prompt_file, corpus.prompt_file, mutate.raw),
     "json_lines": Target(json_lines, corpus.json_lines, mutate.json_lines),
     "request": Target(request, corpus.request, mutate.raw),
+    "training": Target(training, corpus.training, mutate.safetensors),
+    "prepacked": Target(prepacked, corpus.prepacked, mutate.raw),
+    "options": Target(options, corpus.options, mutate.raw),
+    "drawing": Target(drawing, corpus.drawing, mutate.raw),
+    "sizes": Target(sizes, corpus.description, change_sizes),
 }
