@@ -3,8 +3,10 @@
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from numpy_ref import interrupts
 
@@ -23,7 +25,7 @@ SOME_FAILED = 3  # the exit code that --fail-on-error asks for; 1 is an error, 2
 NAMED = 10  # of the files that a folder has besides pictures
 
 
-def export_onnx(argv=None):
+def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     """export-onnx [CHECKPOINT] --output DIR: write a bundle."""
     options = cli.Parser(prog="export-onnx", description="Write an ONNX bundle of a PaliGemma checkpoint.")
     options.add_argument(
@@ -91,7 +93,7 @@ def _print_plan(plan):
     return 0
 
 
-def run_onnx(argv=None):
+def run_onnx(argv: Sequence[str] | None = None) -> int | None:
     """run-onnx [BUNDLE] IMAGE [IMAGE ...] PROMPT: answer with a bundle. run-onnx --serve [BUNDLE]: a page that does."""
     if "--serve" in (sys.argv[1:] if argv is None else argv):
         return _serve(argv)
@@ -154,7 +156,7 @@ def _add_timeout(options):
     )  # fmt: skip
 
 
-def run_onnx_batch(argv=None):
+def run_onnx_batch(argv: Sequence[str] | None = None) -> int | None:
     """run-onnx-batch [BUNDLE] --input ROWS --prompt PROMPT --output OUT.jsonl: answer about every row of a data set."""
     options = cli.Parser(
         prog="run-onnx-batch", description="Answer about every picture of a data set with an ONNX bundle. The same "
@@ -226,15 +228,15 @@ def _answer_rows(prog, arguments) -> int:
     return SOME_FAILED if errors and arguments.fail_on_error else 0
 
 
-def export_main():
+def export_main() -> NoReturn:
     leave(cli.run("export-onnx", export_onnx))
 
 
-def run_main():
+def run_main() -> NoReturn:
     leave(cli.run("run-onnx", run_onnx))
 
 
-def batch_main():
+def batch_main() -> NoReturn:
     leave(cli.run("run-onnx-batch", run_onnx_batch))
 
 

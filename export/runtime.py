@@ -12,7 +12,9 @@ LOGGED_FROM = 4  # of the runtime's levels of severity: fatal. What goes wrong i
 onnxruntime.set_default_logger_severity(LOGGED_FROM)  # what belongs to no session, such as the folding of constants
 
 
-def session_options(entries: dict[str, str] | None = None, threads: int = 0, optimized: bool = True):
+def session_options(
+    entries: dict[str, str] | None = None, threads: int = 0, optimized: bool = True
+) -> onnxruntime.SessionOptions:
     """Options of a session that logs nothing but what is fatal.
 
     `threads` are for the work within a node; 0 takes every core. Not `optimized`, a graph is run node by node as it
@@ -27,7 +29,7 @@ def session_options(entries: dict[str, str] | None = None, threads: int = 0, opt
     return options
 
 
-def run_options(entries: dict[str, str] | None = None):
+def run_options(entries: dict[str, str] | None = None) -> onnxruntime.RunOptions:
     """Options of runs of a session, which end when the command is to stop."""
     options = onnxruntime.RunOptions()
     options.log_severity_level = LOGGED_FROM

@@ -59,7 +59,7 @@ def serve(path: Path | None, port: int = 0) -> None:
         server.serve_forever()
 
 
-def open_server(bundle, port: int = 0) -> ThreadingHTTPServer:
+def open_server(bundle: bundles.Bundle, port: int = 0) -> ThreadingHTTPServer:
     """A server that listens, port 0 being any that is free."""
     if not all((HOSTS / folder).is_dir() for folder in LIBRARIES):
         _fetch_libraries()
@@ -92,7 +92,7 @@ class Served:
     size: int | None = None
 
 
-def files_of(bundle) -> dict[str, Served]:
+def files_of(bundle: bundles.Bundle) -> dict[str, Served]:
     """Every path that is served -> what is."""
     files = {f"/{file.relative_to(HOSTS).as_posix()}": file for file in [*HOSTS.glob("common/*.mjs"), *_page_files()]}
     for folder in LIBRARIES:

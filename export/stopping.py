@@ -11,11 +11,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import NoReturn, TypeVar
 from weakref import WeakSet
 
 from numpy_ref.errors import PaliGemmaError
 
 GRACE = 2.0  # seconds that a stopped command has to put away what it was writing
+Result = TypeVar("Result")
 _POLL = 0.5  # seconds; some systems let nobody interrupt a longer wait
 RUNS: WeakSet = WeakSet()  # options of the runtime's runs, whose `terminate` ends them
 _stops: list[Callable[[], None]] = []
@@ -32,7 +34,7 @@ def no_more(stop: Callable[[], None]) -> None:
     _stops.remove(stop)
 
 
-def stoppable(function, seconds: float | None = None):
+def stoppable(function: Callable[[], Result], seconds: float | None = None) -> Result:
     """Call function() in a thread of its own; its result.
 
     Raises PaliGemmaError if it takes longer than `seconds`, and KeyboardInterrupt at once. Runs of graphs are stopped
@@ -54,7 +56,7 @@ def stoppable(function, seconds: float | None = None):
     raise PaliGemmaError(f"--timeout {seconds:g}: not done by then; give it more seconds, or ask for less")
 
 
-def leave(code: int):
+def leave(code: int) -> NoReturn:
     """End the process, as sys.exit does, but for threads that never end."""
     if _abandoned:
         for stream in (sys.stdout, sys.stderr):

@@ -8,6 +8,7 @@ pixels of the first picture.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from .generate import Timings, answers, choose_capacity, generate
 from .model import segmentation
 from .model.sampling import Sampling
 from .tokenizer import Stream, Tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -74,7 +78,7 @@ def paint(decode_masks: MaskDecoder | None, box: Box, width: int, height: int) -
     return segmentation.paste(decode_masks(np.array([box.codes]))[0], box.corners, width, height)
 
 
-def pictures_of(image) -> list:
+def pictures_of(image: "Image.Image | list[Image.Image]") -> "list[Image.Image]":
     """A picture, or the list or tuple of them that stands for it, as a list. Raises PaliGemmaError if it is empty."""
     pictures = list(image) if isinstance(image, list | tuple) else [image]
     if not pictures:
@@ -101,7 +105,7 @@ def fit(
     return ids, max_new_tokens
 
 
-def ask(engine: Engine, image, prompt: list[int], new_tokens: int) -> Question:
+def ask(engine: Engine, image: "Image.Image | list[Image.Image]", prompt: list[int], new_tokens: int) -> Question:
     """A Pillow image, or a list of them, and what `fit` gave for so many -> a question."""
     first, *more = pictures_of(image)
     pixel_values = np.concatenate([engine.preprocess(picture) for picture in (first, *more)])
@@ -111,7 +115,7 @@ def ask(engine: Engine, image, prompt: list[int], new_tokens: int) -> Question:
 def answer(
     engine: Engine,
     tokenizer: Tokenizer,
-    image,
+    image: "Image.Image | list[Image.Image]",
     prompt: str,
     *,
     max_new_tokens: int | None = None,

@@ -73,7 +73,7 @@ class Engine(ABC):
 
     def sample(
         self,
-        logits: np.ndarray,
+        logits: Any,
         known: np.ndarray,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -108,7 +108,7 @@ def check_room(needed: int, capacity: int) -> None:
         raise PaliGemmaError(f"a cache of {plural(capacity, 'slot')} is too small for {plural(needed, 'position')}")
 
 
-def pictures_per_prompt(config: PaliGemmaConfig, pixel_values, input_ids) -> int:
+def pictures_per_prompt(config: PaliGemmaConfig, pixel_values: np.ndarray, input_ids: np.ndarray) -> int:
     """How many pictures each prompt has: pixel_values [B*N, 3, S, S], input_ids [B, T] -> N.
 
     Raises PaliGemmaError if they cannot have equally many, or if the ids have places for another number of pictures.

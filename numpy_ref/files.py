@@ -8,8 +8,11 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from .errors import PaliGemmaError, quote
 
@@ -23,7 +26,7 @@ _ONLY_FILES = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", 
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def within(folder, name: str) -> Path:
+def within(folder: str | Path, name: str) -> Path:
     """The path of a file of a folder that may come from a stranger; whether it exists is another question.
 
     A link may not lead out of the folder, except as in a Hugging Face cache: from snapshots/<revision> to blobs.
@@ -44,7 +47,7 @@ def within(folder, name: str) -> Path:
 
 
 @contextmanager
-def opened(file):
+def opened(file: str | Path) -> Iterator[BufferedReader]:
     """Open a file to read its bytes. Raises OSError, also for what only has a name like one: a pipe would block.
 
     A link is followed once: if another link is put where it led, that is not.
@@ -56,7 +59,7 @@ def opened(file):
         yield stream
 
 
-def read_bytes(file, most: int = MAX_SMALL_BYTES) -> bytes:
+def read_bytes(file: str | Path, most: int = MAX_SMALL_BYTES) -> bytes:
     """All bytes of a small file. Raises OSError, and PaliGemmaError if it has more than `most`."""
     with opened(file) as stream:
         if (size := os.fstat(stream.fileno()).st_size) > most:
@@ -64,7 +67,7 @@ def read_bytes(file, most: int = MAX_SMALL_BYTES) -> bytes:
         return stream.read(most)
 
 
-def read_json(file: Path):
+def read_json(file: Path) -> Any:
     """Parse a JSON file; PaliGemmaError if it is absent, larger than MAX_JSON_BYTES, or not JSON."""
     try:
         return json.loads(read_bytes(file, MAX_JSON_BYTES))
@@ -78,7 +81,7 @@ def read_json(file: Path):
 
 
 @contextmanager
-def new_directory(path):
+def new_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling that becomes `path` if all goes well, and vanishes if not.
 
     What processes that were killed while making `path` left beside it is removed first. Raises PaliGemmaError if
@@ -93,7 +96,7 @@ def new_directory(path):
 
 
 @contextmanager
-def new_file(path):
+def new_file(path: str | Path) -> Iterator[Path]:
     """As `new_directory`, for one file."""
     path = absent(path, "file")
     with _parents(path), _sibling(path) as folder:
@@ -102,7 +105,7 @@ def new_file(path):
 
 
 @contextmanager
-def replaced_file(path):
+def replaced_file(path: str | Path) -> Iterator[Path]:
     """As `new_file`, for one that may be there already, in a folder that is. Raises OSError."""
     path = Path(path)
     with _sibling(path) as folder:
@@ -110,7 +113,7 @@ def replaced_file(path):
         os.replace(folder / path.name, path)
 
 
-def absent(path, kind) -> Path:
+def absent(path: str | Path, kind: str) -> Path:
     """The path, if nothing is there yet; PaliGemmaError if there is."""
     path = Path(path)
     if os.path.lexists(path):
@@ -181,7 +184,7 @@ _claimed: set[Path] = set()  # folders of this process
 
 
 @contextmanager
-def claimed(folder):
+def claimed(folder: str | Path) -> Iterator[None]:
     """Make a folder, if it is not there, and keep other processes away from it until the end.
 
     Raises PaliGemmaError if one is at work in it, or if it cannot be made. Within it may be claimed again. The lock

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def choose_capacity(engine: Engine, lengths: np.ndarray, max_new_tokens: int | n
 
 def check_logits(
     engine: Engine,
-    logits: np.ndarray,
+    logits: Any,
     alive: np.ndarray,
     pixel_values: np.ndarray,
     prompts: Sequence[Sequence[int]],

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -18,7 +19,7 @@ def raise_again() -> None:
 
 
 @contextmanager
-def while_loading():
+def while_loading() -> Iterator[None]:
     """Around the imports of a module that a command begins with."""
     before = _handler()
     try:

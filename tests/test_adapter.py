@@ -485,6 +485,8 @@ def test_a_merged_weight_that_is_not_finite(plain_adapter, tmp_path):
     for use in (NumpyEngine, TorchEngine, lambda loaded: bundle.write(loaded, tmp_path / "bundle")):
         with pytest.raises(PaliGemmaError, match=r"text\.blocks\.0\.attention\.query\.kernel holds inf at \[0, 0\]"):
             use(loaded)
+    with pytest.raises(PaliGemmaError, match=r"self_attn\.q_proj\.weight holds inf at \[0, 0\]"):
+        checkpoint.save(tmp_path / "merged", loaded.config, loaded.params)
 
 
 def test_folders_that_are_no_adapter(plain_adapter, tmp_path):

@@ -11,11 +11,13 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +36,10 @@ from ..session import CPU, make, place
 from .dataset import Folder, JsonLines, Parquet, Row
 
 PROG = "run-onnx-batch"
+#: From the first rows of batches, and their size, to the answers of each batch in order.
+Answers = Callable[[range, int], Iterator[list[dict]]]
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 _BAR = {
     "unit": " pictures", "bar_format": "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]",
     "disable": None,
@@ -63,7 +69,9 @@ class Job:
         return {"input": self.rows.digest, "bundle": described, **options}
 
 
-def run(job: Job, output: Path, batch_size: int, start_workers) -> tuple[int, int]:
+def run(
+    job: Job, output: Path, batch_size: int, start_workers: Callable[[Job], AbstractContextManager[Answers]]
+) -> tuple[int, int]:
     """Answer every row into the new file `output`; how many rows, and how many of them errors.
 
     `start_workers(job)` is a context in which there is a function from the first rows of batches, and their size, to
@@ -113,7 +121,7 @@ class Worker:
         self.job, self.engine = job, make(job.bundle, job.provider, threads, provider_options=job.provider_options)
         self.tokenizer = Tokenizer.load(job.bundle.path, job.bundle.config)
 
-    def answers(self, begins, size):
+    def answers(self, begins: range, size: int) -> Iterator[list[dict]]:
         """Yield the answers of each batch, a list of dict. The next one's pictures are read meanwhile."""
         for prepared in one_ahead(lambda begin: self.prepare(begin, size), begins):
             yield self.answer(prepared)
@@ -122,7 +130,7 @@ class Worker:
         """The questions of a batch; in place of one that cannot be asked, the answer that says why."""
         return [self._prepare(row) for row in self.job.rows.read(begin, begin + size)]
 
-    def answer(self, prepared) -> list[dict]:
+    def answer(self, prepared: list[Asked | dict]) -> list[dict]:
         """The answers of a batch that was prepared."""
         by_pictures: dict[int, list[Asked]] = {}  # those with equally many go through the model together
         for each in prepared:
@@ -182,7 +190,7 @@ def _head(row: Row, prompt) -> dict:
     return {"row": row.number, "image": row.image_name, "prompt": prompt}
 
 
-def one_ahead(function, items):
+def one_ahead(function: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
     """Yield function(item) for each item, in order, while a thread is at work on the next."""
     with ThreadPoolExecutor(1) as thread:
         before = None
@@ -199,7 +207,7 @@ def one_ahead(function, items):
 
 
 @contextmanager
-def workers(job: Job, count: int = 1, threads: int = 0):
+def workers(job: Job, count: int = 1, threads: int = 0) -> Iterator[Answers]:
     """One worker in this process, or `count` in a process each that share `threads` (0: all cores) evenly."""
     # Chosen here, so that what there is to say about it is printed once and not by every worker.
     job = replace(job, provider="cpu" if place(job.bundle, job.provider, job.provider_options) == CPU else "cuda")
@@ -214,7 +222,7 @@ def workers(job: Job, count: int = 1, threads: int = 0):
         yield partial(in_turn, processes)
 
 
-def in_turn(processes, begins, size):
+def in_turn(processes: Sequence["Process"], begins: range, size: int) -> Iterator[list[dict]]:
     """Yield the answers of each batch; of n workers the first has batches 0, n, 2n, …
 
     A worker that is ahead of its turn is stopped by its pipe when that is full, so nothing piles up.
@@ -237,12 +245,12 @@ class Process:
         stopping.on_stop(self.kill)
         other_end.close()
 
-    def send(self, begins, size) -> None:
+    def send(self, begins: range, size: int) -> None:
         """Which batches to answer."""
         with self._alive():
             self.connection.send((begins, size))
 
-    def receive(self):
+    def receive(self) -> Any:
         """What it sends next: None once it is ready, then the answers of its batches. Raises its PaliGemmaError."""
         with self._alive():
             received = self.connection.recv()
@@ -290,7 +298,7 @@ def _work(connection, job, threads):
 
 
 @contextmanager
-def work_file(output: Path, settings: dict):
+def work_file(output: Path, settings: dict) -> Iterator["Work"]:
     """A Work to write `output` with. What another run with these settings left behind is taken over.
 
     Raises PaliGemmaError, and touches nothing, if there is an output, other settings or another process at work.
@@ -346,7 +354,7 @@ class Work:
             self.file.truncate(self.end)
         return self.rows
 
-    def write(self, answers) -> None:
+    def write(self, answers: list[dict]) -> None:
         """Add the answers of a batch: all of them, or none."""
         lines = "".join(f"{json.dumps(answer)}\n" for answer in answers).encode()
         with _written(self.part):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import decode_image, open_image, picture_suffixes
 
 from ..bundle import sha256
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PROMPTS = ("prompt", "prefix")  # where a row's own prompt may stand; the first counts
 _BOM = b"\xef\xbb\xbf"
@@ -52,7 +55,7 @@ class Row:
         """How the data set names the picture, None if it does not; a list of that where the row has a list."""
         return [_name(image) for image in self.image] if isinstance(self.image, list) else _name(self.image)
 
-    def picture(self, transparency: str = "white"):
+    def picture(self, transparency: str = "white") -> "Image.Image | list[Image.Image]":
         """The picture, as `image.open_image` gives it, or the list of them; PaliGemmaError if one cannot be read."""
         if not isinstance(self.image, list):
             return self._open(self.image, transparency)
@@ -83,7 +86,7 @@ class Row:
         return prompt
 
 
-def open_dataset(path: Path, default_prompt: str | None):
+def open_dataset(path: Path, default_prompt: str | None) -> "Folder | JsonLines | Parquet":
     """The data set at a path. Raises PaliGemmaError if it is none, is empty, or lacks a prompt and the default too."""
     if not os.path.exists(path):
         raise PaliGemmaError(f"{path}: no such folder or file")

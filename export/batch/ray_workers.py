@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,14 +16,14 @@ from functools import partial
 from numpy_ref.errors import PaliGemmaError, explained, plural
 
 from ..session.provider import stays_on_cpu
-from . import Job, Worker
+from . import Answers, Job, Worker
 
 TASKS = 10_000  # at most, that Ray keeps account of: each is one batch, or several where there are more batches
 OBJECT_STORE = 2**28  # bytes: only numbers and lines go through it
 
 
 @contextmanager
-def workers(job: Job, count: int = 1, threads: int = 0):
+def workers(job: Job, count: int = 1, threads: int = 0) -> Iterator[Answers]:
     """As `batch.workers`: `count` actors that share `threads` (0: every core of the cluster) evenly."""
     ray = _import_ray()
     started = not ray.is_initialized()
@@ -42,7 +43,7 @@ def workers(job: Job, count: int = 1, threads: int = 0):
             ray.shutdown()
 
 
-def share_out(cores, count: int, threads: int = 0) -> int:
+def share_out(cores: Sequence[int], count: int, threads: int = 0) -> int:
     """Threads of each of `count` workers: as many as leave room for all on machines of so many cores.
 
     `threads`, if given, is the most for all together. Raises PaliGemmaError if there are fewer cores than workers.

@@ -87,7 +87,7 @@ class Description:
     prepacked: str | None = None  # the processor whose kernels the weights are repacked for
 
     @classmethod
-    def from_json(cls, data, source) -> "Description":
+    def from_json(cls, data: object, source: object) -> "Description":
         """From the parsed file; fields that are not known are ignored.
 
         Raises PaliGemmaError that names `source`, the first field that is wrong, what it is and what it has to be.

@@ -4,23 +4,26 @@
 """
 
 import onnx_ir as ir
-from onnx_ir import DataType
+from onnx_ir import DataType, Value
 
-from numpy_ref.model.layers import identity, scoped
+from numpy_ref.config import PaliGemmaConfig
+from numpy_ref.model.layers import Params, identity, scoped
 
 from . import gemma, siglip
-from .layers import cast_like, cast_to, linear, replaceable
+from .layers import Op, Pair, Tap, cast_like, cast_to, linear, replaceable
 
 FEATURES = "image_features"  # in the prefill graph, where the picture ends and the decoder begins
 
 
-def encode_image(op, p, config, pixel_values, tap=identity):
+def encode_image(op: Op, p: Params, config: PaliGemmaConfig, pixel_values: Value, tap: Tap = identity) -> Value:
     """pixel_values [B, 3, S, S] -> [B, P, D] in the decoder's width."""
     features = siglip.encoder(op, p["vision"], config.vision, pixel_values, scoped(tap, "vision"))
     return tap("projector", cast_like(op, linear(op, features, **p["projector"]), pixel_values))
 
 
-def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
+def embed_prefix(
+    op: Op, p: Params, config: PaliGemmaConfig, pixel_values: Value, input_ids: Value, tap: Tap = identity
+) -> Value:
     """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D].
 
     Concatenated, not scattered by a comparison with the image token: the shapes depend on no data.
@@ -33,7 +36,7 @@ def embed_prefix(op, p, config, pixel_values, input_ids, tap=identity):
     return tap("embed_prefix", op.Concat(images, tap("embed", text), axis=1))
 
 
-def join_pictures(op, images, input_ids):
+def join_pictures(op: Op, images: Value, input_ids: Value) -> Value:
     """The features of each row's pictures, one behind the other: images [B*N, P, D] -> [B, N*P, D]."""
     rows, (_, patches, width) = op.Shape(input_ids, end=1), images.shape
     by_row = op.Reshape(images, op.Concat(rows, [-1, patches, width], axis=0))  # fails unless all have equally many
@@ -43,7 +46,7 @@ def join_pictures(op, images, input_ids):
 
 
 @replaceable
-def prefix_mask(op, prefix_lengths, lengths, size, window=None):
+def prefix_mask(op: Op, prefix_lengths: Value, lengths: Value, size: Value, window: int | None = None) -> Value:
     """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may."""
     steps = op.Range(0, size, 1)
     query, key = op.Unsqueeze(steps, [0, 2]), op.Unsqueeze(steps, [0, 1])
@@ -57,14 +60,17 @@ def prefix_mask(op, prefix_lengths, lengths, size, window=None):
 
 
 @replaceable
-def decode_mask(op, lengths, capacity, window=None):
+def decode_mask(op: Op, lengths: Value, capacity: Value, window: int | None = None) -> Value:
     """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]."""
     key, position = op.Unsqueeze(op.Range(0, capacity, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2])
     mask = op.LessOrEqual(key, position)
     return mask if window is None else op.And(mask, op.Greater(key, op.Sub(position, window)))
 
 
-def hidden_states(op, p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+def hidden_states(
+    op: Op, p: Params, config: PaliGemmaConfig, pixel_values: Value, input_ids: Value, lengths: Value,
+    prefix_lengths: Value, tap: Tap = identity,
+) -> tuple[Value, list[Pair]]:  # fmt: skip
     """The decoder's output everywhere: input_ids [B, T] -> [B, T, D] and (key, value)s, each [B, K, T, H]."""
     x = embed_prefix(op, p, config, pixel_values, input_ids, tap)
     size = _length(op, input_ids, 1)
@@ -74,22 +80,25 @@ def hidden_states(op, p, config, pixel_values, input_ids, lengths, prefix_length
     return gemma.decoder(op, p["text"], config.text, x, positions, masks, tap=scoped(tap, "text"))
 
 
-def prefill(op, p, config, pixel_values, input_ids, lengths, capacity, tap=identity):
+def prefill(
+    op: Op, p: Params, config: PaliGemmaConfig, pixel_values: Value, input_ids: Value, lengths: Value, capacity: Value,
+    tap: Tap = identity,
+) -> tuple[Value, list[Pair]]:  # fmt: skip
     """Read picture and prompt: input_ids [B, T] -> last logits [B, V] and the filled cache, each [B, K, C, H]."""
     lengths, pixel_values = op.Cast(lengths, to=DataType.INT64), cast_to(op, pixel_values, op.residual)
     x, cache = hidden_states(op, p, config, pixel_values, input_ids, lengths, lengths, tap)
     last = last_position(op, x, lengths)
-    cache = [tuple(pad_cache(op, value, capacity) for value in layer) for layer in cache]
+    cache = [(pad_cache(op, key, capacity), pad_cache(op, value, capacity)) for key, value in cache]
     return tap("logits", gemma.logits(op, p["text"], config.text, last)), cache
 
 
 @replaceable
-def last_position(op, x, lengths):
+def last_position(op: Op, x: Value, lengths: Value) -> Value:
     """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
     return op.GatherND(x, op.Unsqueeze(op.Sub(lengths, 1), [1]), batch_dims=1)
 
 
-def pad_cache(op, array, capacity):
+def pad_cache(op: Op, array: Value, capacity: Value) -> Value:
     """array [B, K, T, H] -> [B, K, C, H] with zeros behind."""
     behind = op.Unsqueeze(op.Sub(capacity, _length(op, array, 2)), [0])
     shape = op.Concat(op.Shape(array, end=2), behind, op.Shape(array, start=3), axis=0)
@@ -97,7 +106,9 @@ def pad_cache(op, array, capacity):
     return op.Concat(array, op.Expand(cast_like(op, op.Constant(value_float=0.0), array), shape), axis=2)
 
 
-def decode(op, p, config, input_ids, lengths, cache, tap=identity):
+def decode(
+    op: Op, p: Params, config: PaliGemmaConfig, input_ids: Value, lengths: Value, cache: list[Pair], tap: Tap = identity
+) -> tuple[Value, list[Pair]]:
     """One more token a row: input_ids [B, 1] at lengths [B] -> logits [B, V] and the cache, each [B, K, C, H]."""
     lengths = op.Cast(lengths, to=DataType.INT64)
     capacity = _length(op, cache[0][0], 2)

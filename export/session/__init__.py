@@ -1,6 +1,8 @@
 """A bundle opened with ONNX Runtime, as an engine."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from numpy_ref.tokenizer import Tokenizer
 
@@ -16,7 +18,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool = False, provider_options=None):
+def load(
+    path: str | Path | None = None,
+    provider: str = "auto",
+    threads: int = 0,
+    host_graphs: bool = False,
+    provider_options: Mapping[str, object] | None = None,
+) -> tuple[Session, Tokenizer]:
     """A bundle, or the shipped model's, as engine and tokenizer.
 
     On CUDA it is a DeviceSession; `host_graphs` makes it a HostSession.
@@ -26,12 +34,18 @@ def load(path=None, provider: str = "auto", threads: int = 0, host_graphs: bool 
     return open_session(bundle, provider, threads, HostSession if host_graphs else None, provider_options), tokenizer
 
 
-def shipped(provider: str = "auto", provider_options=None) -> Bundle:
+def shipped(provider: str = "auto", provider_options: Mapping[str, object] | None = None) -> Bundle:
     """The shipped model's bundle, as the provider runs it."""
     return bundles.shipped(for_cuda=choose_provider(provider, provider_options, quietly=True) == CUDA)
 
 
-def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
+def open_session(
+    bundle: Bundle,
+    provider: str = "auto",
+    threads: int = 0,
+    kind: type[Session] | None = None,
+    provider_options: Mapping[str, object] | None = None,
+) -> Session:
     """A session, with the weights checked while the runtime opens the graphs: either takes seconds."""
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(bundles.check_weights_once, bundle)
@@ -41,7 +55,13 @@ def open_session(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=
             checked.result()  # raises what is wrong with the file, which says more than the runtime did
 
 
-def make(bundle: Bundle, provider: str = "auto", threads: int = 0, kind=None, provider_options=None):
+def make(
+    bundle: Bundle,
+    provider: str = "auto",
+    threads: int = 0,
+    kind: type[Session] | None = None,
+    provider_options: Mapping[str, object] | None = None,
+) -> Session:
     """A session of the kind that suits the provider, if none is asked for, of a bundle whose weights were checked."""
     if place(bundle, provider, provider_options) == CPU:
         return (kind or Session)(bundle, "cpu", threads, provider_options)

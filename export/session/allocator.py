@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 # mallopt's parameters, from glibc's malloc.h.
@@ -12,7 +13,7 @@ _AFTERWARDS = {_MMAP_MAX: 2**16, _TRIM_THRESHOLD: 2**26, _ARENA_MAX: 0, _MMAP_TH
 
 
 @contextmanager
-def freed_memory_kept():
+def freed_memory_kept() -> Iterator[None]:
     """Within it freed memory is used again and not returned to the system; where the C library is not glibc, nothing.
 
     ONNX Runtime repacks each weight into a buffer of its own before it finds the repacked one in the file. As glibc

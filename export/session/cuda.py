@@ -4,11 +4,15 @@ import ctypes
 import sys
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from numpy_ref.errors import PaliGemmaError
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
 
 RUNTIMES = ("libcudart.so.13", "libcudart.so.12", "cudart64_13.dll", "cudart64_12.dll")
 DRIVERS = ("libcuda.so.1", "nvcuda.dll")
@@ -20,7 +24,7 @@ class MissingError(PaliGemmaError):
 
 
 @cache
-def library(names: tuple[str, ...]):
+def library(names: tuple[str, ...]) -> ctypes.CDLL | None:
     """The first of the libraries that loads, by name or from an `nvidia` package beside others; None without one."""
     for name in names:
         packages = (file for path in sys.path for file in Path(path or ".").glob(f"nvidia/*/lib/{name}"))
@@ -32,7 +36,7 @@ def library(names: tuple[str, ...]):
     return None
 
 
-def call(function: str, *arguments, names=RUNTIMES) -> None:
+def call(function: str, *arguments: object, names: tuple[str, ...] = RUNTIMES) -> None:
     """Call a function of a library. Raises MissingError without it, PaliGemmaError if it says that it failed."""
     found = library(names)
     if found is None or not hasattr(found, function):
@@ -41,7 +45,7 @@ def call(function: str, *arguments, names=RUNTIMES) -> None:
         raise PaliGemmaError(f"CUDA's {function} failed with error {code}")
 
 
-def number(function: str, kind=ctypes.c_int, names=RUNTIMES) -> int:
+def number(function: str, kind: type = ctypes.c_int, names: tuple[str, ...] = RUNTIMES) -> int:
     """What a function writes into its one argument."""
     value = kind()
     call(function, ctypes.byref(value), names=names)
@@ -100,7 +104,7 @@ def copy_to(address: int, array: np.ndarray, queue: int) -> None:
     call("cudaMemcpyAsync", ctypes.c_void_p(address), source, size, TO_DEVICE, ctypes.c_void_p(queue))
 
 
-def on_host(value) -> np.ndarray:
+def on_host(value: "OrtValue") -> np.ndarray:
     """A copy of an OrtValue as an array, of bfloat16 too (as ml_dtypes has it), once the device is done with it."""
     if value.data_type() != "tensor(bfloat16)":
         return np.array(value.numpy())

@@ -5,16 +5,19 @@ stream that the graphs share, decode as a captured graph) comes in by the provid
 the CPU provider, where it is tested.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import ArrayLike
 from onnx.external_data_helper import ExternalDataInfo
 
 from numpy_ref.engine import check_room
 
+from ..bundle import Bundle
 from ..bundle.weights import FILE
 from ..runtime import run_options
 from . import cuda
@@ -35,13 +38,27 @@ class DeviceSession(Session):
 
     can_capture = True
 
-    def __init__(self, bundle, provider="auto", threads=0, provider_options=None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str = "auto",
+        threads: int = 0,
+        provider_options: Mapping[str, object] | None = None,
+    ):
         self._shared: dict[str, onnxruntime.OrtValue] = {}
         self._stream, self._caches, self._options = 0, {}, {}
         self._owners = WeakKeyDictionary()  # logits -> a weak reference to the cache that they came with
         super().__init__(bundle, provider, threads, provider_options)
 
-    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+    def sample(
+        self,
+        logits: onnxruntime.OrtValue,
+        known: np.ndarray,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        uniform: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Draw a token a row from logits on the device -> token [B]; which ids are `known` is in the graph.
 
         The token's copy to the host is the one wait.
@@ -129,7 +146,7 @@ class DeviceSession(Session):
 class Draw:
     """The sampling graph's inputs and output beside one generation's logits; what does not change is sent once."""
 
-    def __init__(self, session: DeviceSession, logits):
+    def __init__(self, session: DeviceSession, logits: onnxruntime.OrtValue):
         batch, self._sent = logits.shape()[0], {}
         self.inputs = {
             name: session.buffer(shape, np.float32)
@@ -141,7 +158,7 @@ class Draw:
             self.binding.bind_ortvalue_input(name, value)
         self.binding.bind_ortvalue_output("token", self.token)
 
-    def is_new(self, name, number) -> bool:
+    def is_new(self, name: str, number: ArrayLike) -> bool:
         """Whether an input is another than the last time."""
         before, self._sent[name] = self._sent.get(name), np.array(number)
         return before is None or not np.array_equal(before, number)
@@ -152,7 +169,7 @@ class Draw:
             self.binding.bind_cpu_input("count", np.array([candidates], np.int64))
 
 
-def upload(bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.OrtValue]:
+def upload(bundle: Bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.OrtValue]:
     """The large weights of prefill and decode by name, each once on the device, from the mapped file."""
     data, values = np.memmap(bundle.path / FILE, np.uint8, "r"), {}
     for name in ("prefill", "decode"):

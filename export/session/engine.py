@@ -5,14 +5,17 @@ as past and as present, so the runtime updates it in place. The same code drives
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
 from numpy_ref import memory
+from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.engine import Engine, check_room, pictures_per_prompt
 from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.image import to_rgb
@@ -25,6 +28,9 @@ from ..runtime import run_options, session_options
 from . import cuda
 from .allocator import freed_memory_kept
 from .provider import CPU, CUDA, DEFAULTS, chosen_device, place, prefer_cudnn, stdout_kept
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RUN = run_options()
 GRAPH = "enable_cuda_graph"
@@ -45,7 +51,13 @@ class Session(Engine):
     picture = "pixel_values"  # what prefill's graph calls it
     can_capture = False  # which takes logits and tokens that stay where they are
 
-    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int = 0, provider_options=None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str = "auto",
+        threads: int = 0,
+        provider_options: Mapping[str, object] | None = None,
+    ):
         masks = self._paint if "masks" in bundle.description.graphs else None
         super().__init__(bundle.config, bundle.description.image.resize, masks, bundle.max_length)
         self.bundle = bundle
@@ -77,7 +89,9 @@ class Session(Engine):
         """Whether decode is to be captured as a CUDA graph."""
         return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")
 
-    def prefill(self, pixel_values, input_ids, lengths, capacity):
+    def prefill(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+    ) -> tuple[Any, "Cache"]:
         """pixel_values [B*N, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
         check_room(input_ids.shape[1], capacity)
         if pictures_per_prompt(self.config, pixel_values, input_ids) > 1:
@@ -100,7 +114,7 @@ class Session(Engine):
             self._prefill.run_with_iobinding(binding, RUN)
         return self._logits(cache), cache
 
-    def decode(self, input_ids, lengths, cache):
+    def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: "Cache") -> tuple[Any, "Cache"]:
         """input_ids [B, 1] at position lengths [B] -> logits [B, V]; the cache is updated in place."""
         check_room(lengths.max() + 1, cache.capacity)
         self._put(np.ascontiguousarray(input_ids, np.int64), cache.input_ids)
@@ -109,7 +123,7 @@ class Session(Engine):
             self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
         return self._logits(cache), cache
 
-    def buffer(self, shape, dtype):
+    def buffer(self, shape: Sequence[int], dtype: type | int) -> onnxruntime.OrtValue:
         """Memory where this session runs, as an OrtValue."""
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.device_id)
 
@@ -229,11 +243,19 @@ class Session(Engine):
 class HostSession(Session):
     """A bundle run as hosts in other languages run it: its graphs also prepare the picture and draw the tokens."""
 
-    def preprocess(self, image):
+    def preprocess(self, image: "Image.Image") -> np.ndarray:
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
         return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})
 
-    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+    def sample(
+        self,
+        logits: np.ndarray,
+        known: np.ndarray,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        uniform: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Draw a token a row, as `numpy_ref.model.sampling.sample` does; which ids are `known` is in the graph."""
         feeds = {
             "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
@@ -279,7 +301,7 @@ class Cache:
         return {name: cuda.on_host(value) for name, value in self.buffers.items()}
 
 
-def graph_io(name: str, config) -> dict[str, tuple]:
+def graph_io(name: str, config: PaliGemmaConfig) -> dict[str, tuple]:
     """The inputs and outputs of a graph of a bundle -> their shapes; None for a size that is the caller's.
 
     A graph that has others is refused before anything is made in the sizes that bundle.json claims.

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from threading import Lock
@@ -24,7 +25,7 @@ _stdout_lock = Lock()
 
 
 @contextmanager
-def stdout_kept():
+def stdout_kept() -> Iterator[None]:
     """The runtime prints what it misses, and our output may have to be JSON alone. One thread at a time.
 
     Two that redirect the one stdout and put it back in turns would leave it redirected.
@@ -33,7 +34,7 @@ def stdout_kept():
         yield
 
 
-def place(bundle: Bundle, provider: str, provider_options=None) -> str:
+def place(bundle: Bundle, provider: str, provider_options: Mapping[str, object] | None = None) -> str:
     """The name of the provider that runs a bundle.
 
     What cannot run wholly on the device is not run there, since it would leave it at every token: "auto" takes the CPU
@@ -53,7 +54,7 @@ def stays_on_cpu(bundle: Bundle, provider: str) -> bool:
     return True
 
 
-def choose_provider(wanted: str, provider_options=None, quietly: bool = False) -> str:
+def choose_provider(wanted: str, provider_options: Mapping[str, object] | None = None, quietly: bool = False) -> str:
     """ "auto", "cpu" or "cuda" -> the provider's name.
 
     Auto takes CUDA only where a device answers: the GPU build of the runtime lists CUDA on every machine. Where one
@@ -100,7 +101,7 @@ def prefer_cudnn() -> None:
         os.environ.setdefault("ORT_ENABLE_XQA", "0")
 
 
-def chosen_device(provider_options) -> int:
+def chosen_device(provider_options: Mapping[str, object]) -> int:
     """The number of the device that `device_id` asks for; PaliGemmaError if there is none."""
     wanted, count = str(provider_options.get("device_id", "0")), cuda.device_count()
     if not wanted.isdecimal() or int(wanted) >= count:

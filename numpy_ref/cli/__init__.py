@@ -5,24 +5,32 @@ import json
 import signal
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unicodedata import category
 
 from .. import answer as answering
 from .. import detection, interrupts
 from ..answer import Answer
+from ..engine import Engine
 from ..errors import PaliGemmaError, explained, one_line, plural
 from ..image import TRANSPARENCIES, open_image
 from ..model import segmentation
 from ..model.sampling import Sampling
+from ..tokenizer import Tokenizer
 from . import inputs, streams
 from .drawing import check_drawing, write_drawing
 from .options import Parser, real, temperature, whole
 from .prompt import HELP as PROMPT_HELP
 from .prompt import read_prompt, warn_of_prompt
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-def run(prog, main, argv=None) -> int:
+
+def run(prog: str, main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`, the whole of a program; its exit code.
 
     The one place that decides how a command fails: in one line on stderr of at most 2,000 letters, and with exit code
@@ -81,7 +89,7 @@ def _not_lost(hook):
     return raised_again
 
 
-def parser(prog, model, description) -> Parser:
+def parser(prog: str, model: str, description: str) -> Parser:
     """The options of `run-onnx`, `python -m numpy_ref` and `python -m torch_impl`."""
     options = Parser(prog=prog, description=description, usage=f"{prog} [{model}] IMAGE [IMAGE ...] PROMPT [options]")
     options.add_argument(
@@ -122,13 +130,13 @@ def add_adapter_option(options: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def on_the_cpu(arguments, prog) -> None:
+def on_the_cpu(arguments: Namespace, prog: str) -> None:
     """Refuse `--provider cuda` where there is only the CPU."""
     if arguments.provider == "cuda":
         raise PaliGemmaError(f"--provider cuda: {prog} runs on the CPU; run-onnx can use a GPU")
 
 
-def parse(options: Parser, argv=None) -> argparse.Namespace:
+def parse(options: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse, and split the positional arguments into `model` (None if left out), `images` and `prompt`.
 
     Exits with 2 if one is in the wrong place. Raises PaliGemmaError if the prompt is empty, or if a drawing cannot be
@@ -150,7 +158,12 @@ def parse(options: Parser, argv=None) -> argparse.Namespace:
     return arguments
 
 
-def answer(arguments, load, look=None, quiet=False) -> int:
+def answer(
+    arguments: Namespace,
+    load: Callable[[Path | None], tuple[Engine, Tokenizer]],
+    look: Callable | None = None,
+    quiet: bool = False,
+) -> int:
     """Load an engine and its tokenizer with `load(model path or None)`, answer, and print unless `quiet`.
 
     `look(engine, tokenizer, pictures, answer)` is called with what was answered.
@@ -220,7 +233,7 @@ def _run_lengths(mask) -> dict:
     return {} if mask is None else {"size": list(mask.shape), "counts": segmentation.run_lengths(mask)}
 
 
-def draw(image, prompt: str, answered: Answer):
+def draw(image: "Image.Image", prompt: str, answered: Answer) -> "Image.Image":
     """The picture with what was answered about it, the prompt below, and the text unless the boxes show it."""
     found = f"{len(answered.boxes)} found" if answered.boxes else answered.text
     return detection.draw(image, answered.boxes, f"{prompt}: {found}", answered.masks)

@@ -3,10 +3,14 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import PaliGemmaError
 from ..files import replaced_file
 from ..image import FORMATS
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def suffixes() -> set[str]:
@@ -37,7 +41,7 @@ def check_drawing(path: Path) -> None:
         raise _not_written(path, error) from None
 
 
-def write_drawing(path: Path, drawing) -> None:
+def write_drawing(path: Path, drawing: "Image.Image") -> None:
     """Save a picture where it is wanted, whole or not at all; what a killed process left beside it goes."""
     check_drawing(path)
     try:

@@ -4,14 +4,24 @@ The weights are read off the reference's taps, averaged over layers and heads. T
 from, not what was made of it.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from ..config import PaliGemmaConfig
 from ..model import paligemma
+from ..model.layers import Params
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TILE, COLUMNS, GAP = 192, 6, 8
 
 
-def attention_over_picture(params, config, pixel_values, prompt, answer):
+def attention_over_picture(
+    params: Params, config: PaliGemmaConfig, pixel_values: np.ndarray, prompt: Sequence[int], answer: Sequence[int]
+) -> np.ndarray:
     """One map a token of the answer: pixel_values [1, 3, S, S], ids of prompt and answer -> [A, side, side].
 
     Position t predicts the token at t + 1, so the map of a token is the attention of the position before it. Each sums
@@ -31,7 +41,7 @@ def attention_over_picture(params, config, pixel_values, prompt, answer):
     return np.mean(maps, axis=0).reshape(len(answer), side, side)
 
 
-def draw(image, maps, words):
+def draw(image: "Image.Image", maps: np.ndarray, words: Sequence[str]) -> "Image.Image":
     """A tile a token: the picture, lit where the token looked, and the token below."""
     from PIL import Image, ImageDraw, ImageFont
 

@@ -8,7 +8,9 @@ import difflib
 import math
 import os
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import one_line, quote, shortened
@@ -25,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **keywords | {"allow_abbrev": False})
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """Print usage and message, which may quote anything, and exit with 2."""
         super().error(shortened(one_line(message + self._suggestion(message))))
 
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
-def whole(least: int, most: int | None = None, why: str = ""):
+def whole(least: int, most: int | None = None, why: str = "") -> Callable[[str], int]:
     """The type of a whole number from `least` on, or to `most`, which `why` explains."""
     limits = f"from {least} to {most}{why}" if most is not None else f"of at least {least}"
 
@@ -71,13 +73,13 @@ def temperature(text: str) -> float:
     return value
 
 
-def on_cores(least: int):
+def on_cores(least: int) -> Callable[[str], int]:
     """The type of a number of threads or processes on this machine."""
     why = f" ({MOST_PER_CORE} for each of this machine's cores)"
     return whole(least, MOST_PER_CORE * (os.cpu_count() or 1), why)
 
 
-def check_on_cores(options: Parser, arguments, *names: str) -> None:
+def check_on_cores(options: Parser, arguments: Namespace, *names: str) -> None:
     """Check numbers that were parsed before it was known that they are for this machine."""
     for name in names:
         try:
@@ -86,7 +88,7 @@ def check_on_cores(options: Parser, arguments, *names: str) -> None:
             options.error(f"argument --{name}: {error}")
 
 
-def real(least: float, most: float = math.inf):
+def real(least: float, most: float = math.inf) -> Callable[[str], float]:
     """The type of a finite number from `least` on, or to `most`."""
     limits = f"from {least} to {most:g}" if math.isfinite(most) else f"of at least {least}"
 

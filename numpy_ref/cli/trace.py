@@ -9,8 +9,11 @@ first, and prints only the token that was chosen.
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,8 +23,11 @@ from ..engine import NumpyEngine
 from ..generate import generate
 from ..image import open_image, preprocess
 from ..model import paligemma, sampling, segmentation
-from ..model.layers import softmax, upcast
+from ..model.layers import Pair, softmax, upcast
 from ..tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: The axes of a value by the last word of its name, in the decoder; `numpy_ref/__init__.py` declares the letters.
 AXES = {
@@ -53,13 +59,13 @@ def axes(name: str, prefill: bool, pictures: int = 1) -> list[str]:
     return [f"{times}{letters[0]}", *letters[1:]] if words[0] in ("vision", "projector") else letters
 
 
-def shape_of(value, letters) -> str:
+def shape_of(value: np.ndarray, letters: Sequence[str]) -> str:
     """[B=1, T=68, D=128]. An axis with the letter "" is the number alone."""
     sizes = zip(letters, value.shape, strict=True)
     return f"[{', '.join(f'{letter}={size}' if letter else str(size) for letter, size in sizes)}]"
 
 
-def range_of(value) -> str:
+def range_of(value: np.ndarray) -> str:
     """The least and the largest number: "-2.31 … 2.06". What is not finite is counted: "0 … 1, 3 NOT FINITE"."""
     value = upcast(value) if value.dtype.kind not in "iub" else value.astype(int)
     least, most = value.min(), value.max()  # a NaN anywhere is both
@@ -70,7 +76,7 @@ def range_of(value) -> str:
     return f"{among}{value.size - finite.size} NOT FINITE"
 
 
-def origin(code, line: int | None = None) -> tuple[str, str]:
+def origin(code: CodeType, line: int | None = None) -> tuple[str, str]:
     """The name of a function and where it is: ("gemma.attention", "numpy_ref/model/gemma.py:48")."""
     file = Path(code.co_filename)
     module = file.parent.name if file.stem == "__init__" else file.stem
@@ -99,7 +105,7 @@ class TracedEngine(NumpyEngine):
         super().__init__(checkpoint)
         self.tokenizer, self.write, self.steps, self.pictures = tokenizer, write, 0, 0
 
-    def preprocess(self, image):
+    def preprocess(self, image: "Image.Image") -> np.ndarray:
         """A Pillow image -> pixel values [1, 3, S, S]."""
         self.pictures += 1
         if self.pictures == 1:
@@ -110,7 +116,9 @@ class TracedEngine(NumpyEngine):
         self.row("pixel_values", pixel_values, ["B", "", "S", "S"], origin(preprocess.__code__))
         return pixel_values
 
-    def prefill(self, pixel_values, input_ids, lengths, capacity):
+    def prefill(
+        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+    ) -> tuple[np.ndarray, list[Pair]]:
         """As the reference's."""
         self.heading(f"prompt: {self.spell(input_ids[0])}")
         self.row("input_ids", input_ids, ["B", "T"], origin(Tokenizer.prompt.__code__))
@@ -120,7 +128,7 @@ class TracedEngine(NumpyEngine):
             self.row(name, array, ["B", "K", "C", "H"], origin(paligemma.pad_cache.__code__))
         return logits, cache
 
-    def decode(self, input_ids, lengths, cache):
+    def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
         """As the reference's; only the first step is printed."""
         self.steps += 1
         if self.steps == 1:
@@ -132,7 +140,15 @@ class TracedEngine(NumpyEngine):
             self.heading("decode 2 and on: as decode 1; printed are the tokens")
         return super().decode(input_ids, lengths, cache)
 
-    def sample(self, logits, known, temperature=0.0, top_k=0, top_p=1.0, uniform=None):
+    def sample(
+        self,
+        logits: np.ndarray,
+        known: np.ndarray,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        uniform: np.ndarray | None = None,
+    ) -> np.ndarray:
         """As the reference's. Printed beside a token: its text, and its share of the softmax of the logits."""
         token = sampling.sample(logits, known, temperature, top_k, top_p, uniform)
         if self.steps < 2:
@@ -159,7 +175,7 @@ class TracedEngine(NumpyEngine):
                     self.row("mask", self.masks(codes), ["B", "", ""], origin(segmentation.decode.__code__))
                     self.row("painted", painted, ["", ""], origin(segmentation.paste.__code__))
 
-    def traced(self, stage: str, function, *arguments):
+    def traced(self, stage: str, function: Callable, *arguments: Any) -> tuple[np.ndarray, list[Pair]]:
         """`paligemma.prefill` or `.decode`, with a heading where another block begins and a row for each value."""
         block = None
 
@@ -178,11 +194,11 @@ class TracedEngine(NumpyEngine):
         """An empty line, then what the next rows belong to."""
         self.write(f"\n# {text}")
 
-    def row(self, name, value, letters, made_by) -> None:
+    def row(self, name: str, value: np.ndarray, letters: Sequence[str], made_by: tuple[str, str]) -> None:
         """One value."""
         self.write(_ROW.format(name, shape_of(value, letters), str(value.dtype), range_of(value), *made_by))
 
-    def spell(self, ids) -> str:
+    def spell(self, ids: np.ndarray) -> str:
         """Ids as text, one by one: "64 x <image>, <bos>, 'caption', ' en', '\\n'"."""
         config = self.config
         control = {config.image_token: "<image>", config.bos: "<bos>", config.eos: "<eos>", config.pad: "<pad>"}

@@ -7,17 +7,20 @@ has N pictures, one as a rule; a row's pictures follow each other in the B*N of 
 
 import numpy as np
 
+from ..config import PaliGemmaConfig
 from . import gemma, siglip
-from .layers import identity, linear, scoped
+from .layers import Array, Pair, Params, Tap, identity, linear, scoped
 
 
-def encode_image(p, config, pixel_values, tap=identity):
+def encode_image(p: Params, config: PaliGemmaConfig, pixel_values: Array, tap: Tap = identity) -> Array:
     """Vision tower and projector: pixel_values [B, 3, S, S] -> [B, P, D] in the decoder's width."""
     features = siglip.encoder(p["vision"], config.vision, pixel_values, scoped(tap, "vision"))
     return tap("projector", linear(features, **p["projector"]))
 
 
-def embed_prefix(p, config, pixel_values, input_ids, tap=identity):
+def embed_prefix(
+    p: Params, config: PaliGemmaConfig, pixel_values: Array, input_ids: Array, tap: Tap = identity
+) -> Array:
     """The decoder's input: the features of a row's pictures, then the embeddings of the ids after its image tokens.
 
     pixel_values [B*N, 3, S, S], input_ids [B, T] -> [B, T, D]. The image tokens only hold places: their ids
@@ -28,7 +31,7 @@ def embed_prefix(p, config, pixel_values, input_ids, tap=identity):
     return tap("embed_prefix", np.concatenate([images, tap("embed", text)], axis=1))
 
 
-def join_pictures(images, input_ids):
+def join_pictures(images: Array, input_ids: Array) -> Array:
     """The features of each row's pictures, one behind the other.
 
     images [B*N, P, D], input_ids [B, T] -> [B, N*P, D].
@@ -38,7 +41,7 @@ def join_pictures(images, input_ids):
     return by_row.reshape(rows, -1, width)
 
 
-def prefix_mask(prefix_lengths, lengths, size, window=None):
+def prefix_mask(prefix_lengths: Array, lengths: Array, size: int, window: int | None = None) -> Array:
     """Who may attend to whom: prefix_lengths [B], lengths [B] -> [B, size, size], True = may.
 
     The prefix sees the whole prefix, the suffix sees everything before it; with a window, the suffix sees
@@ -59,14 +62,17 @@ def prefix_mask(prefix_lengths, lengths, size, window=None):
     return ((key < prefix) & (query < prefix) | causal) & (key < length)
 
 
-def decode_mask(lengths, capacity, window=None):
+def decode_mask(lengths: Array, capacity: int, window: int | None = None) -> Array:
     """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]: all that is cached, and itself."""
     key, position = np.arange(capacity)[None, None, :], lengths[:, None, None]
     mask = key <= position
     return mask if window is None else mask & (key > position - window)
 
 
-def forward(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+def forward(
+    p: Params, config: PaliGemmaConfig, pixel_values: Array, input_ids: Array, lengths: Array, prefix_lengths: Array,
+    tap: Tap = identity,
+) -> Array:  # fmt: skip
     """Logits of every position in one pass, as training uses it.
 
     pixel_values [B*N, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B] -> [B, T, V].
@@ -75,7 +81,10 @@ def forward(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=ide
     return tap("logits", gemma.logits(p["text"], config.text, x))
 
 
-def hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, tap=identity):
+def hidden_states(
+    p: Params, config: PaliGemmaConfig, pixel_values: Array, input_ids: Array, lengths: Array, prefix_lengths: Array,
+    tap: Tap = identity,
+) -> tuple[Array, list[Pair]]:  # fmt: skip
     """The decoder's output at every position, and each layer's keys and values.
 
     pixel_values [B*N, 3, S, S], input_ids [B, T], lengths and prefix_lengths [B]
@@ -88,7 +97,10 @@ def hidden_states(p, config, pixel_values, input_ids, lengths, prefix_lengths, t
     return gemma.decoder(p["text"], config.text, x, positions, masks, tap=scoped(tap, "text"))
 
 
-def prefill(p, config, pixel_values, input_ids, lengths, capacity, tap=identity):
+def prefill(
+    p: Params, config: PaliGemmaConfig, pixel_values: Array, input_ids: Array, lengths: Array, capacity: int,
+    tap: Tap = identity,
+) -> tuple[Array, list[Pair]]:  # fmt: skip
     """Read picture and prompt: the logits after each row's last token, and the filled cache.
 
     pixel_values [B*N, 3, S, S], input_ids [B, T], lengths [B], capacity >= T
@@ -96,21 +108,23 @@ def prefill(p, config, pixel_values, input_ids, lengths, capacity, tap=identity)
     """
     x, cache = hidden_states(p, config, pixel_values, input_ids, lengths, lengths, tap)
     last = last_position(x, lengths)
-    cache = [tuple(pad_cache(array, capacity) for array in layer) for layer in cache]
+    cache = [(pad_cache(key, capacity), pad_cache(value, capacity)) for key, value in cache]
     return tap("logits", gemma.logits(p["text"], config.text, last)), cache
 
 
-def last_position(x, lengths):
+def last_position(x: Array, lengths: Array) -> Array:
     """What stands at each row's last token: x [B, T, D], lengths [B] -> [B, D]."""
     return x[np.arange(len(lengths)), lengths - 1]
 
 
-def pad_cache(array, capacity):
+def pad_cache(array: Array, capacity: int) -> Array:
     """array [B, K, T, H] -> [B, K, C, H] with zeros behind."""
     return np.pad(array, ((0, 0), (0, 0), (0, capacity - array.shape[2]), (0, 0)))
 
 
-def decode(p, config, input_ids, lengths, cache, tap=identity):
+def decode(
+    p: Params, config: PaliGemmaConfig, input_ids: Array, lengths: Array, cache: list[Pair], tap: Tap = identity
+) -> tuple[Array, list[Pair]]:
     """One more token a row: its logits, and the new cache.
 
     input_ids [B, 1] at position lengths [B], cache (a key and a value a layer) each [B, K, C, H]

@@ -8,7 +8,9 @@ past those, such as `<loc1024>`, are text like any other.
 
 import codecs
 import re
+from collections.abc import Iterable
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -40,7 +42,7 @@ def prompt_warning(prefix: str) -> str:
     )
 
 
-def read_contents(file) -> bytes:
+def read_contents(file: str | Path) -> bytes:
     """The bytes of a tokenizer's file; PaliGemmaError if it cannot be read, or is larger than any."""
     try:
         return read_bytes(file)
@@ -104,7 +106,7 @@ class Json:
         with _errors_as_line(self.source):
             return self.library.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, each byte that is not UTF-8 a replacement character, as SentencePiece has it.
 
         The library's own decoder gives up a whole run of bytes for one that is wrong or still to come.
@@ -155,7 +157,7 @@ class Tokenizer:
         self.newline = self.encode("\n")
 
     @classmethod
-    def load(cls, path, config: PaliGemmaConfig) -> "Tokenizer":
+    def load(cls, path: str | Path, config: PaliGemmaConfig) -> "Tokenizer":
         """Read `tokenizer.model`, or `tokenizer.json` where there is none, of a checkpoint or bundle directory."""
         for backend in (SentencePiece, Json):
             file = within(path, backend.FILE)
@@ -182,7 +184,7 @@ class Tokenizer:
         parts = _INSIDE_CONTROL.split(text) if self.obeys_text else [text]
         return [token for part in parts for token in self.backend.encode(part)]
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; control tokens (pad, bos, eos, image) leave no trace."""
         text, run = [], []
         for token in map(int, ids):

@@ -5,6 +5,7 @@ Each is a map from a number to an example, the same for the same seed; there is 
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,7 @@ class JsonLines:
                 )
 
 
-def collate(examples, pad: int) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[tuple[np.ndarray, list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded rows. `weights` is 1 / (loss tokens of the row) where a token is predicted, else 0.
 
     Pixel values are [3, S, S] in each example, or [N, 3, S, S] in each -> [B, 3, S, S], or [B*N, 3, S, S].
@@ -154,7 +155,7 @@ def collate(examples, pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-def collate_pairs(examples) -> dict[str, torch.Tensor]:
+def collate_pairs(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
     """Pictures and captions, stacked."""
     pixels, ids = zip(*examples, strict=True)
     return {"pixel_values": torch.from_numpy(np.stack(pixels)), "ids": torch.from_numpy(np.stack(ids))}

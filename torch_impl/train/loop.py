@@ -8,14 +8,17 @@ import csv
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -46,6 +49,12 @@ class Settings:
     freeze: tuple[str, ...] = ()
 
 
+class Examples(Protocol):
+    """An endless stream: `examples[i]` is the i-th."""
+
+    def __getitem__(self, index: int) -> tuple: ...
+
+
 def state_folder(output: Path) -> Path:
     """Where a run that is to become `output` keeps its state."""
     return output.with_name(f"{output.name}.training")
@@ -60,7 +69,7 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.peak * min(1.0, (settings.steps - step) / falling)
 
 
-def optimizers_for(model, settings: Settings) -> list[torch.optim.Optimizer]:
+def optimizers_for(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon (Jordan 2024) for the kernels of the blocks and AdamW for the rest.
 
     Kernels decay; norms, biases and embedding tables do not.
@@ -90,7 +99,15 @@ def optimizers_for(model, settings: Settings) -> list[torch.optim.Optimizer]:
 
 
 def fit(
-    model, loss, examples, collate, settings: Settings, folder: Path, label="training", save_every=60.0, about=None
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    examples: Examples,
+    collate: Callable[..., dict[str, Tensor]],
+    settings: Settings,
+    folder: Path,
+    label: str = "training",
+    save_every: float = 60.0,
+    about: dict | None = None,
 ) -> list:
     """Train `model` in place by `loss(model, batch)`; the curve as (step, seconds, loss, rate) rows.
 

@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -146,7 +147,7 @@ def main(argv=None):
         return make(arguments)
 
 
-def make(arguments) -> int:
+def make(arguments: Namespace) -> int:
     """Train and save what ships, or go on with it."""
     folder = state_folder(arguments.output)
     model, tokenizer_model, stages = train_all(folder, arguments.seed, pretrain.SETTINGS, TRAINING, FINISHING)
