@@ -3,7 +3,8 @@
 A file is known by its path, device, inode, size and times. A copy, a download or a program that writes to it in the
 usual way changes the last of them, the inode's own time, which no program can set back (on Windows that is the time of
 creation, and the time of writing must do). What goes unseen: a device's decay, and writing through a shared mapping of
-the file, which need not change any time. Against those, and against whoever may write to the file, `bundle.load` reads everything.
+the file, which need not change any time. Against those, and against whoever may write to the file, `bundle.load` reads
+everything.
 """
 
 import hashlib

@@ -32,13 +32,9 @@ def embed_prefix(
 
 
 def join_pictures(images: Array, input_ids: Array) -> Array:
-    """The features of each row's pictures, one behind the other.
-
-    images [B*N, P, D], input_ids [B, T] -> [B, N*P, D].
-    """
+    """Features of a row's pictures, one behind the other: images [B*N, P, D], input_ids [B, T] -> [B, N*P, D]."""
     rows, (_, patches, width) = len(input_ids), images.shape
-    by_row = images.reshape(rows, -1, patches, width)  # which fails unless every row has equally many
-    return by_row.reshape(rows, -1, width)
+    return images.reshape(rows, -1, patches, width).reshape(rows, -1, width)  # fails unless all rows have equally many
 
 
 def prefix_mask(prefix_lengths: Array, lengths: Array, size: int, window: int | None = None) -> Array:

@@ -375,11 +375,11 @@ def options(folder):
 
     def read(data):
         arguments = data.decode("utf-8", "surrogateescape").split("\0")
-        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()) as printed, contextlib.redirect_stdout(io.StringIO()):
             chosen = None
             with contextlib.suppress(SystemExit):
                 chosen = cli.parser("program", "MODEL", "").parse_intermixed_args(arguments)
-        assert all(line.isprintable() and len(line) <= 2000 for line in said.getvalue().splitlines()[-1:])
+        assert all(line.isprintable() and len(line) <= 2000 for line in printed.getvalue().splitlines()[-1:])
         if chosen is None:
             return
         logits, uniform = np.array([[0, 3e38, -3e38]], np.float32), np.zeros(1, np.float32)
