@@ -1,4 +1,4 @@
-"""The models with their inputs, outputs and weights; the one file that knows the graph library.
+"""The models with their inputs, outputs and weights; the one file that begins graphs and ends them.
 
 Weights come through `initializer(path) -> tensor`: a reference into the bundle's weights file when exporting,
 arrays in memory when testing. With `taps`, every named intermediate value becomes a further output.
