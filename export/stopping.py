@@ -40,8 +40,6 @@ def stoppable(function: Callable[[], Result], seconds: float | None = None) -> R
     Raises PaliGemmaError if it takes longer than `seconds`, and KeyboardInterrupt at once. Runs of graphs are stopped
     then, and Python code. What neither stops, a graph that is being loaded, is abandoned: `leave` ends the process.
     """
-    for options in RUNS:
-        options.terminate = False
     outcome: Future = Future()
     thread = threading.Thread(target=_fill, args=(outcome, function), daemon=True)
     thread.start()
@@ -85,10 +83,17 @@ def _wait(outcome, seconds) -> None:
 def _stop(thread) -> None:
     """Stop what a thread does, and wait a little for it to end."""
     global _abandoned
-    for options in list(RUNS):
-        options.terminate = True
+    _terminate(True)
     for stop in list(_stops):
         stop()
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
     thread.join(GRACE)
-    _abandoned = _abandoned or thread.is_alive()
+    if thread.is_alive():
+        _abandoned = True
+    else:  # sessions that are still open may be used again
+        _terminate(False)
+
+
+def _terminate(stop: bool) -> None:
+    for options in list(RUNS):
+        options.terminate = stop

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from export import bundle, cli, stopping
+from export.session import Session
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli import run
 from numpy_ref.errors import PaliGemmaError
@@ -179,3 +181,15 @@ def test_the_runtime_says_nothing_of_its_own(copy):
     assert process.returncode == 1
     (line,) = errors.splitlines()
     assert line.startswith("run-onnx: error: ")
+
+
+def test_a_session_can_be_used_after_a_stop(copy):
+    """What stopped one run must not stop those that come after it."""
+    engine = Session(bundle.load(copy), "cpu")
+    with pytest.raises(PaliGemmaError, match="--timeout"):
+        stopping.stoppable(lambda: [time.sleep(0.01) for _ in range(1000)], 0.1)
+    assert not any(options.terminate for options in stopping.RUNS)
+    size = engine.config.vision.image_size
+    ids = np.array([[engine.config.image_token] * engine.config.vision.patches + [2, 5]])
+    logits, _ = engine.prefill(np.zeros((1, 3, size, size), np.float32), ids, np.array([ids.shape[1]], np.int32), 40)
+    assert np.isfinite(logits).all()
