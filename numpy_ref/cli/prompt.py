@@ -30,8 +30,9 @@ def read_prompt(argument: str) -> str:
 
 
 def _read(file: Path) -> str:
+    """The text of a file; line ends of other systems are line ends, as in Python's own text files."""
     try:
-        return read_bytes(file, MAX_BYTES).decode("utf-8-sig")
+        return read_bytes(file, MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         raise PaliGemmaError(f"{file}: cannot read the prompt, which is not UTF-8; save it as UTF-8") from None
     except (OSError, ValueError) as error:
