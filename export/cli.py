@@ -69,7 +69,7 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
         options.error("--output DIR is required (or --plan, to see what would be written)")
     checkpoint = checkpoints.load(arguments.checkpoint, arguments.adapter)
     if arguments.plan:
-        wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual
+        wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual, arguments.prepack
         return _print_plan(bundles.plan(checkpoint, *wanted))
     verify = None
     if arguments.verify:

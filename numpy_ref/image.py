@@ -40,7 +40,8 @@ def open_image(path: str | Path, transparency: str = "white") -> "Image.Image":
     if os.path.isdir(path):
         raise PaliGemmaError(f"{path}: a folder, not a picture; run-onnx-batch --input answers about all in a folder")
     if re.match(r"https?:/", str(path)):
-        raise PaliGemmaError(f"{path}: pictures are not fetched from the net; download it first")
+        address = re.sub(r"^(https?:)/+", r"\1//", str(path))  # of which Path leaves one slash
+        raise PaliGemmaError(f"{address}: pictures are not fetched from the net; download it first")
     try:
         with opened(path) as stream:
             return decode_image(stream, path, transparency)

@@ -1,6 +1,7 @@
 """big_vision's npz: a file written with its names from its own shapes, and conversion both ways."""
 
 import io
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,10 @@ import pytest
 
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import flatten, layouts, load, npz, save_npz, unflatten
+from numpy_ref.checkpoint.__main__ import PROG
+from numpy_ref.checkpoint.__main__ import main as convert_main
 from numpy_ref.checkpoint.blocks import bfloat16
+from numpy_ref.cli import run
 from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import paligemma
@@ -426,3 +430,14 @@ def test_arrays_are_mapped(tmp_path, compressed):
         while isinstance(base.base, np.ndarray):
             base = base.base
         assert isinstance(base, np.memmap)
+
+
+def test_what_has_to_lie_beside_a_npz_is_named(tmp_path, capsys):
+    assert run(PROG, convert_main, ["convert", str(checkpoint.SHIPPED), str(tmp_path / "model.npz")]) == 0
+    errors = capsys.readouterr().err
+    assert "a .npz cannot record these settings of the model: longest sequence 256" in errors
+    assert "a .npz holds weights alone; keep tokenizer.model, tokenizer.json, vae.npz beside it" in errors
+    for name in ("tokenizer.model", "tokenizer.json", "vae.npz"):
+        shutil.copy(checkpoint.SHIPPED / name, tmp_path)
+    assert run(PROG, convert_main, ["convert", str(checkpoint.SHIPPED), str(tmp_path / "again.npz")]) == 0
+    assert "beside it" not in capsys.readouterr().err

@@ -437,3 +437,15 @@ def test_transparency_is_an_option(tmp_path, command):
         found[how] = answer(command, tmp_path / "clear.png", "caption en", "--transparency", how)["tokens"]
         assert found[how] == answer(command, tmp_path / f"{how}.png", "caption en")["tokens"]
     assert found["white"] != found["drop"]
+
+
+@pytest.mark.parametrize("option", ["--draw", "--heatmap"])
+def test_the_picture_itself_is_not_drawn_over(tmp_path, option):
+    picture = shutil.copy(EXAMPLE, tmp_path / "picture.png")
+    before = picture.read_bytes()
+    (tmp_path / "link.png").symlink_to(picture)
+    for target in (picture, tmp_path / "link.png"):
+        result = call("numpy", picture, "caption en", option, target)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "this is the picture itself; name another file for the drawing" in result.stderr
+    assert picture.read_bytes() == before

@@ -69,6 +69,7 @@ def test_console_commands(command, capsys):
     [
         (["--temprature", "1"], " (did you mean --temperature?)"),
         (["--temprature=1"], " (did you mean --temperature?)"),
+        (["--temp"], " (did you mean --temperature?)"),
         (["--xyz"], ""),
     ],
 )
@@ -79,3 +80,13 @@ def test_a_misspelt_option_is_guessed(words, hint, capsys):
         parser.parse_args(words)
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"{' '.join(words)}{hint}")
+
+
+@pytest.mark.parametrize(("argument", "end"), [("-m", "torch_impl: error: "), ("program.py", "ModuleNotFoundError: ")])
+def test_without_pytorch_its_package_says_what_is_missing(argument, end):
+    """As a command in one line, which even --help needs; as a library by an ImportError."""
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = [{argument!r}]; import torch_impl"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ended.returncode == 1
+    assert f"{end}PyTorch is missing, which torch_impl needs: pip install '.[torch]'" in ended.stderr.splitlines()[-1]
+    assert len(ended.stderr.splitlines()) == 1 or argument != "-m"

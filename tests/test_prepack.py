@@ -240,3 +240,11 @@ def test_another_runtime_has_other_kernels(monkeypatch):
     before = prepack.processor()
     monkeypatch.setattr(prepack.onnxruntime, "__version__", "0.0.1")
     assert prepack.processor() != before
+
+
+def test_a_plan_counts_the_second_copy():
+    loaded = checkpoint.load()
+    once, twice = (bundle.plan(loaded, "int4", prepacked=prepacked) for prepacked in (False, True))
+    assert twice["files"]["weights.bin"] == 2 * once["files"]["weights.bin"]
+    with pytest.raises(PaliGemmaError, match="--prepack: it is for kernels of the CPU"):
+        bundle.plan(loaded, "float16", prepacked=True)

@@ -10,6 +10,7 @@ arrays reach, in turns with it.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -418,6 +419,10 @@ def main(argv=None):
         return 0
     if arguments.precision.endswith("bfloat16"):
         raise PaliGemmaError("a bfloat16 bundle needs CUDA; this benchmark is about the CPU")
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        raise PaliGemmaError(
+            f"it compares with transformers, and {' and '.join(missing)} cannot be imported; install it"
+        )
     if arguments.folder and arguments.folder.exists():
         raise PaliGemmaError(f"{arguments.folder}: exists already; name a new folder")
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="paligemma-benchmark-"))

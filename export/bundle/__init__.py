@@ -101,10 +101,21 @@ def plan(
     max_length: int | None = None,
     operators: str | None = None,
     residual: str | None = None,
+    prepacked: bool = False,
 ) -> dict:
-    """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint."""
+    """What `write` would do, without writing: bytes of each file, and of memory beyond the mapped checkpoint.
+
+    With `prepacked` the weights are counted twice, which is about what their second copy takes.
+    """
+    _check_prepacked(precision, prepacked)
     contents = prepare(checkpoint, precision, max_length, operators, residual)
-    return {"files": contents.sizes, "memory": weights.memory(contents.placed)}
+    sizes = {**contents.sizes, weights.FILE: contents.sizes[weights.FILE] * (2 if prepacked else 1)}
+    return {"files": sizes, "memory": weights.memory(contents.placed)}
+
+
+def _check_prepacked(precision, prepacked) -> None:
+    if prepacked and weights.stream_dtype(precision) in HALF:
+        raise PaliGemmaError(f"--prepack: it is for kernels of the CPU, and {precision} is for CUDA; leave it out")
 
 
 def prepare(
@@ -162,8 +173,7 @@ def write(
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
     output = absent(output, "folder")
-    if prepacked and weights.stream_dtype(precision) in HALF:
-        raise PaliGemmaError(f"--prepack: it is for kernels of the CPU, and {precision} is for CUDA; leave it out")
+    _check_prepacked(precision, prepacked)
     contents = prepare(checkpoint, precision, max_length, operators, residual)
     with new_directory(output) as folder:
         needed = sum(contents.sizes.values()) * (4 if prepacked else 1)

@@ -343,6 +343,15 @@ def convert(source: str | Path, target: str | Path, tokenizer: str | Path | None
         return []
 
 
+def left_behind(source: str | Path, target: str | Path) -> list[str]:
+    """The tokenizer and mask codec of a directory that a .npz as target has no room for, unless they are beside it."""
+    folder, target = hub.directory(source), Path(target)
+    if target.suffix != ".npz" or not folder.is_dir():
+        return []
+    needed = ("tokenizer.model", "tokenizer.json", "vae.npz", "vae-oid.npz")
+    return [name for name in needed if (folder / name).is_file() and not (target.parent / name).exists()]
+
+
 def companions(checkpoint: Checkpoint, tokenizer: str | Path | None = None) -> dict[str, bytes]:
     """The files that go beside the weights of a directory, by name."""
     from ..tokenizer import Json, SentencePiece, Tokenizer, read_contents

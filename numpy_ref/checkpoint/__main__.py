@@ -4,7 +4,7 @@ import sys
 
 from ..cli import Parser, run
 from ..errors import note, one_line
-from . import convert
+from . import convert, left_behind
 
 PROG = "python -m numpy_ref.checkpoint"
 
@@ -20,7 +20,9 @@ def main(argv=None):
     arguments = options.parse_args(argv)
     omitted = convert(arguments.source, arguments.target, arguments.tokenizer)
     if omitted:
-        note(f"{PROG}: warning: a .npz does not say: {', '.join(omitted)}")
+        note(f"{PROG}: warning: a .npz cannot record these settings of the model: {', '.join(omitted)}")
+    if left := left_behind(arguments.source, arguments.target):
+        note(f"{PROG}: warning: a .npz holds weights alone; keep {', '.join(left)} beside it")
     print(one_line(f"wrote {arguments.target}"))
     return 0
 

@@ -13,6 +13,7 @@ from ..errors import PaliGemmaError, quote
 from ..files import read_json
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_OFFLINE = "HF_HUB_OFFLINE is set; unset it to download the model, or name a local directory"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 #: What a repository may hold besides: weights in other formats, which are not read, and would be gigabytes more.
 PATTERNS = [
@@ -94,10 +95,10 @@ def _download(repo, revision) -> Path:
             "HF_TOKEN)"
         ) from None
     except OfflineModeIsEnabled:
-        raise PaliGemmaError(_absent(repo, revision, "HF_HUB_OFFLINE forbids to download it")) from None
+        raise PaliGemmaError(_absent(repo, revision, _OFFLINE)) from None
     except LocalEntryNotFoundError as error:
         cause = error.__cause__ or error
-        reason = "HF_HUB_OFFLINE forbids to download it" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
+        reason = _OFFLINE if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
         detail = "" if constants.HF_HUB_OFFLINE else f" ({type(cause).__name__}: {cause})"
         raise PaliGemmaError(_absent(repo, revision, reason + detail)) from None
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -109,7 +109,9 @@ def add_answer_options(options: Parser) -> None:
     """The options that say how to answer, one picture or many."""
     options.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="longest answer (64)")
     options.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 is greedy (0)")
-    options.add_argument("--top-p", type=real(0, 1), default=1.0, metavar="P", help="keep the head that sums to P (1)")
+    options.add_argument(
+        "--top-p", type=real(0, 1), default=1.0, metavar="P", help="keep the likeliest that sum to P (1)"
+    )
     options.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="keep the K likeliest, 0 for all (0)")
     options.add_argument("--seed", type=whole(0), default=0, metavar="S", help="of the draws (0)")
     options.add_argument(
@@ -153,7 +155,7 @@ def parse(options: Parser, argv: Sequence[str] | None = None) -> argparse.Namesp
     arguments.prompt = read_prompt(prompt)
     for drawing in (arguments.draw, getattr(arguments, "heatmap", None)):
         if drawing:
-            check_drawing(drawing)
+            check_drawing(drawing, arguments.images)
     warn_of_prompt(options.prog, arguments.prompt)
     return arguments
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,13 @@ def suffixes() -> set[str]:
     return {suffix for suffix, kind in known.items() if kind in FORMATS and kind in Image.SAVE}
 
 
-def check_drawing(path: Path) -> None:
+def check_drawing(path: Path, pictures: Sequence[Path] = ()) -> None:
     """Raise PaliGemmaError unless a drawing can be written there: what is to be known before a model runs.
 
-    A path without an ending is written as PNG.
+    A path without an ending is written as PNG. One of the `pictures` that are asked about is not overwritten.
     """
+    if path.is_file() and any(picture.is_file() and path.samefile(picture) for picture in pictures):
+        raise PaliGemmaError(f"{path}: this is the picture itself; name another file for the drawing")
     if path.suffix and path.suffix.lower() not in suffixes():
         kinds = ", ".join(FORMATS)
         raise PaliGemmaError(f"{path}: drawings are written as {kinds}; give the name such an ending, .png for example")

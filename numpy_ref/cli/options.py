@@ -41,7 +41,10 @@ class Parser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split():
             option = word.partition("=")[0]
-            close = difflib.get_close_matches(option, known, 1) if option.startswith("--") else []
+            if not option.startswith("--"):
+                continue
+            longer = [name for name in known if name.startswith(option)]
+            close = longer or difflib.get_close_matches(option, known, 1)
             if close and close[0] != option:
                 return f" (did you mean {close[0]}?)"
         return ""
