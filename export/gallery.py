@@ -52,8 +52,9 @@ def main(argv=None):
     with opened(arguments.model) as (engine, tokenizer):
         drawing = gallery(engine, tokenizer, arguments.seed, arguments.columns, arguments.new_pairs)
     small = drawing.resize((drawing.width * 3 // 5, drawing.height * 3 // 5), Image.Resampling.LANCZOS)
-    # Noise does not compress; 256 colors are a quarter of the bytes.
-    cli.write_drawing(arguments.output, small.quantize(256, dither=Image.Dither.NONE))
+    if arguments.output.suffix.lower() in ("", ".png"):
+        small = small.quantize(256, dither=Image.Dither.NONE)  # noise does not compress; this is a quarter of the bytes
+    cli.write_drawing(arguments.output, small)
     return 0
 
 
