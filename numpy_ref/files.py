@@ -189,15 +189,16 @@ def claimed(folder: str | Path) -> Iterator[None]:
 
     Raises PaliGemmaError if one is at work in it, or if it cannot be made. Within it may be claimed again. The lock
     ends with this process, however that ends, and is not passed on to those that it starts. Where there are no locks,
-    nobody is kept away.
+    nobody is kept away. A folder that was made and stayed empty is taken away.
     """
     folder = Path(folder)
+    if folder.resolve() in _claimed:
+        yield
+        return
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         home = folder.resolve()
-        if home in _claimed:
-            yield
-            return
         lock = home / _LOCK
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | _ONLY_FILES, 0o666)
     except OSError as error:
@@ -212,6 +213,9 @@ def claimed(folder: str | Path) -> Iterator[None]:
             _claimed.discard(home)
             with suppress(OSError):
                 lock.unlink()
+            with suppress(OSError):  # it is not empty
+                if made:
+                    home.rmdir()
     finally:
         os.close(descriptor)
 

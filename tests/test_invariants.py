@@ -8,6 +8,7 @@ import torch
 
 from export import bundle, runtime
 from export.session import Session
+from export.session import engine as session_engine
 from numpy_ref import checkpoint
 from numpy_ref.engine import NumpyEngine
 from numpy_ref.model import paligemma
@@ -205,6 +206,7 @@ def test_decodes_in_one_buffer_equal_concatenation(engine):
 def test_the_bundle_updates_the_cache_in_place(engines, monkeypatch, capfd):
     """Past and present are one buffer: the runtime does not warn of a copy, and the contents change."""
     monkeypatch.setattr(runtime, "LOGGED_FROM", 2)  # let the runtime's warnings through
+    monkeypatch.setattr(session_engine, "RUN", runtime.run_options())
     engine = Session(engines["paligemma1", "onnx"].bundle, "cpu")
     pixel_values, input_ids, lengths = batch(engine)
     _, cache = engine.prefill(pixel_values, input_ids, lengths, CAPACITY)
