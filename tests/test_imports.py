@@ -1,10 +1,15 @@
 """Who imports whom: no circle in a package, and no arrow between the siblings; lazy and computed imports count."""
 
 import ast
+import importlib.util
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from export import bundle, serve
+from export.gpu_check.command import STAGES
+from numpy_ref.checkpoint import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("numpy_ref", "torch_impl", "export")
@@ -94,3 +99,24 @@ def test_the_mirror_has_one_folder_a_package():
     assert folders["numpy_ref"] >= {"layers", "siglip", "gemma", "paligemma", "segmentation", "contrastive", "sampling"}
     assert folders["torch_impl"] <= folders["numpy_ref"]
     assert folders["export"] >= folders["numpy_ref"] - {"contrastive"}
+
+
+# --- what moving a file could break ------------------------------------------------------------------------
+
+
+def test_the_shipped_bundle_is_made_again_when_any_source_changes():
+    """The key of the user's cache is of every module of the two packages, whatever folder it is in."""
+    expected = {file for package in ("numpy_ref", "export") for file in (ROOT / package).rglob("*.py")}
+    assert set(bundle.sources()) == expected
+    assert len({file.parent for file in expected}) > 10
+
+
+def test_what_lies_beside_the_code_is_found():
+    assert (SHIPPED / "model.safetensors").is_file()
+    assert {folder.name for folder in serve.HOSTS.iterdir()} >= {"common", "node", "web"}
+    assert all((serve.HOSTS / "web" / name).is_file() for name in serve.PAGE_FILES)
+
+
+def test_modules_named_by_strings_exist():
+    for module in STAGES.values():
+        assert importlib.util.find_spec(module), module
