@@ -19,7 +19,7 @@ from .errors import PaliGemmaError
 from .generate import Timings, answers, choose_capacity, generate
 from .model import segmentation
 from .model.sampling import Sampling
-from .tokenizer import Stream, Tokenizer
+from .tokenizer import Stream, Tokenizer, beginnings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,11 +52,14 @@ class Answer:
     convention: str = "big_vision"  # one of detection.CONVENTIONS
     decode_masks: MaskDecoder | None = field(default=None, repr=False)
     timings: Timings = field(default_factory=Timings)  # of the batch that it was answered in
+    logprobs: list[float] | None = None  # of each of `tokens`; None where the engine does not say
+    begins: list[int] = field(default_factory=list)  # where in the text each of `tokens` does
 
     @cached_property
     def boxes(self) -> list[Box]:
-        """The boxes in the text, in pixels of the picture."""
-        return detection.parse(self.text, self.width, self.height, self.convention)
+        """The boxes in the text, in pixels of the picture, with scores if there are log-probabilities."""
+        logprobs = list(zip(self.begins, self.logprobs, strict=True)) if self.logprobs else []
+        return detection.parse(self.text, self.width, self.height, self.convention, logprobs)
 
     @cached_property
     def masks(self) -> list[np.ndarray | None]:
@@ -67,8 +70,9 @@ class Answer:
         return [paint(self.decode_masks, box, self.width, self.height) for box in self.boxes]
 
     def as_json(self) -> dict:
-        """Text, tokens and boxes as plain values."""
-        return {"text": self.text, "tokens": self.tokens, "boxes": [box.as_json() for box in self.boxes]}
+        """Text, tokens, their log-probabilities if there are any, and boxes as plain values."""
+        logprobs = {} if self.logprobs is None else {"logprobs": [round(each, 6) for each in self.logprobs]}
+        return {"text": self.text, "tokens": self.tokens, **logprobs, "boxes": [box.as_json() for box in self.boxes]}
 
 
 def paint(decode_masks: MaskDecoder | None, box: Box, width: int, height: int) -> np.ndarray | None:
@@ -160,15 +164,26 @@ def answer_all(
     pixel_values = np.concatenate([question.pixel_values for question in questions])
     prompts = [question.prompt for question in questions]
     new_tokens = np.array([question.new_tokens for question in questions])
-    timings, steps = Timings(), []
+    timings, steps, drawn = Timings(), [], []
     for tokens in generate(
-        engine, pixel_values, prompts, tokenizer.known(), new_tokens, sampling, timings=timings, seeds=seeds
+        engine, pixel_values, prompts, tokenizer.known(), new_tokens, sampling, timings, seeds, logprobs=drawn
     ):
         steps.append(tokens)
         if on_tokens:
             on_tokens(tokens)
     rows = [ids[:most] for ids, most in zip(answers(steps, engine.config.ends), new_tokens, strict=True)]
+    logprobs = None if drawn[0] is None else np.stack(drawn, axis=1)  # [B, steps]
     return [
-        Answer(tokenizer.decode(ids), ids, question.width, question.height, boxes, engine.masks, timings)
-        for ids, question in zip(rows, questions, strict=True)
+        Answer(
+            tokenizer.decode(ids),
+            ids,
+            question.width,
+            question.height,
+            boxes,
+            engine.masks,
+            timings,
+            logprobs=None if logprobs is None else logprobs[row, : len(ids)].tolist(),
+            begins=beginnings(tokenizer, ids),
+        )
+        for row, (ids, question) in enumerate(zip(rows, questions, strict=True))
     ]

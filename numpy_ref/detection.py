@@ -11,8 +11,15 @@ How an answer is read, here and in `export/hosts/common/detection.mjs` (`tests/d
 - Location tokens and codes that are left over behind a box are skipped.
 - The label is what follows, of any characters, up to " ; ", the next location token or code, or the end. Of two boxes
   in a row the first has an empty label.
+
+A box has a score where the log-probabilities of the answer's tokens are given: exp of the mean over its four location
+tokens and those of its label. Its mask has one of its own, from its sixteen codes. A token belongs to the part of the
+text that it begins in. The mean, and not the sum: so a label of three tokens does not make a box less sure than one of
+a single token, and sixteen codes do not come out near zero. A score is in (0, 1]; it is how sure the model is of a
+token of the box, not a calibrated probability that the box is right.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +48,10 @@ _LABEL_END = re.compile(rf"{_BLANK};(?={_BLANK}|\Z)|;(?={_BLANK}*{_LOCATION})|{_
 
 @dataclass(frozen=True)
 class Box:
-    """An object found: its label, its corners in pixels of the picture, its 16 mask codes if any."""
+    """An object found: its label, its corners in pixels of the picture, its 16 mask codes if any.
+
+    `score`, and that of its mask if it has one, are None where the tokens' log-probabilities are not known.
+    """
 
     label: str
     x1: float
@@ -49,36 +59,62 @@ class Box:
     x2: float
     y2: float
     codes: tuple[int, ...] = ()
+    score: float | None = None
+    mask_score: float | None = None
 
     @property
     def corners(self) -> tuple[float, float, float, float]:
         return self.x1, self.y1, self.x2, self.y2
 
     def as_json(self) -> dict:
-        fields = asdict(self)
-        return fields if self.codes else {key: value for key, value in fields.items() if key != "codes"}
+        """As plain values, without what it does not have."""
+        return {name: value for name, value in asdict(self).items() if value not in ((), None)}
 
 
-def parse(text: str, width: int, height: int, convention: str = "big_vision") -> list[Box]:
-    """The boxes of an answer, in pixels of a width x height picture; every four location tokens are one."""
+def parse(
+    text: str,
+    width: int,
+    height: int,
+    convention: str = "big_vision",
+    logprobs: Sequence[tuple[int, float]] = (),
+) -> list[Box]:
+    """The boxes of an answer, in pixels of a width x height picture; every four location tokens are one.
+
+    They have scores if `logprobs` are given: where in the text each of its tokens begins, and its log-probability.
+    """
     steps = CONVENTIONS[convention]
     boxes = []
     for match in _OBJECT.finditer(text):
         y1, x1, y2, x2 = (int(number) / steps for number in re.findall("[0-9]+", match[1]))
         codes = [int(number) for number in re.findall("[0-9]+", match[2])][:CODES]
         end = _LABEL_END.search(text, match.end())
-        label = text[match.end() : end.start() if end else None]
+        # With the blank before it, which belongs to the token of its first word.
+        label = match.start() + len(match[0].rstrip()), end.start() if end else len(text)
+        words = _WORD.findall(text[slice(*label)])
+        has_mask = len(codes) == CODES
+        mask = match.start(2), match.start(2) + CODES * len("<seg000>")
         boxes.append(
             Box(
-                " ".join(_WORD.findall(label)),
+                " ".join(words),
                 x1 * width,
                 y1 * height,
                 x2 * width,
                 y2 * height,
-                tuple(codes) if len(codes) == CODES else (),
+                tuple(codes) if has_mask else (),
+                score(logprobs, match.span(1), *([label] if words else [])),
+                score(logprobs, mask) if has_mask else None,
             )
         )
     return boxes
+
+
+def score(logprobs: Sequence[tuple[int, float]], *spans: tuple[int, int]) -> float | None:
+    """exp of the mean log-probability of the tokens that begin inside of the spans; None without any.
+
+    `logprobs` are as `parse` takes them.
+    """
+    found = [logprob for begin, logprob in logprobs if any(first <= begin < end for first, end in spans)]
+    return math.exp(math.fsum(found) / len(found)) if found else None
 
 
 def encode(x1: float, y1: float, x2: float, y2: float) -> str:

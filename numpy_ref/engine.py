@@ -17,7 +17,7 @@ from .errors import PaliGemmaError, plural
 from .image import preprocess
 from .model import paligemma, segmentation
 from .model.layers import Pair
-from .model.sampling import sample
+from .model.sampling import log_probability, sample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,9 +79,14 @@ class Engine(ABC):
         top_k: int = 0,
         top_p: float = 1.0,
         uniform: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Draw a token a row as `sampling.sample` does: logits [B, V], known [V], uniform [B] -> int64 [B]."""
-        return sample(logits, known, temperature, top_k, top_p, uniform)
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Draw a token a row as `sampling.sample` does: logits [B, V], known [V], uniform [B] -> int64 [B].
+
+        Beside it the token's log-probability, float32 [B], as `sampling.log_probability` has it; None where an engine
+        cannot say.
+        """
+        token = sample(logits, known, temperature, top_k, top_p, uniform)
+        return token, log_probability(logits, token)
 
     def first_not_finite(
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray

@@ -69,11 +69,8 @@ def check_logits(
 ) -> None:
     """Raise PaliGemmaError if a row that is alive has logits [B, V] that are not finite, and say where they arose.
 
-    `generated` are the tokens [B] of the steps before. An engine that has taps runs that row again with one. Logits
-    that stay on a device are not looked at: that would be one more wait a token.
+    `generated` are the tokens [B] of the steps before. An engine that has taps runs that row again with one.
     """
-    if not isinstance(logits, np.ndarray):
-        return
     rows = np.flatnonzero(alive & ~np.isfinite(logits).all(-1))
     if not rows.size:
         return
@@ -96,13 +93,15 @@ def generate(
     sampling: Sampling | None = None,
     timings: Timings | None = None,
     seeds: Sequence[int] | None = None,
+    logprobs: list[np.ndarray | None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens, one number or one a row.
 
     pixel_values [B*N, 3, S, S] are the N pictures of each of B prompts; the ids of a prompt begin with their places.
     A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
-    place of the sampling's own, a row draws the same in any company. Raises PaliGemmaError if the engine has too few
-    positions, or if its logits are not finite.
+    place of the sampling's own, a row draws the same in any company. `logprobs` gets what `Engine.sample` says of each
+    step's tokens, [B] or None, before they are yielded. Raises PaliGemmaError if the engine has too few positions, or
+    if its logits are not finite.
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
@@ -115,11 +114,17 @@ def generate(
     logits, cache = engine.prefill(pixel_values, input_ids, lengths, capacity)
     timings.prefill_s = time.perf_counter() - started
     for step in range(np.max(max_new_tokens)):
-        check_logits(engine, logits, alive, pixel_values, prompts, generated)
+        on_host = isinstance(logits, np.ndarray)
+        if on_host:
+            check_logits(engine, logits, alive, pixel_values, prompts, generated)
         started = time.perf_counter()
-        token = engine.sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
-        if not isinstance(logits, np.ndarray):  # a device was still at work on them, and this the wait for it
+        token, logprob = engine.sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
+        if not on_host:  # a device was still at work on them, and this the wait for it
             timings.add_wait(step, time.perf_counter() - started)
+            if logprob is not None:  # all that comes to the host of them; to look at the others were one more wait
+                check_logits(engine, logprob[:, None], alive, pixel_values, prompts, generated)
+        if logprobs is not None:
+            logprobs.append(logprob)
         token = np.where(alive, token, config.pad)
         generated.append(token)
         yield token

@@ -55,7 +55,8 @@ def answer(engine, batch, steps, name="", temperature=0.0, capacity=None):
     uniform = np.linspace(0.1, 0.9, batch, dtype=np.float32)
     for step in range(steps):
         mark(f"{name}sample {step}")
-        token = engine.sample(logits, None, temperature, 40 * bool(temperature), 0.9, uniform + np.float32(step / 100))
+        number = uniform + np.float32(step / 100)
+        token, logprob = engine.sample(logits, None, temperature, 40 * bool(temperature), 0.9, number)
         mark(f"{name}decode {step}")
         logits, cache = engine.decode(token[:, None], lengths + step, cache)
     mark("after")
@@ -144,7 +145,7 @@ def test_a_step_waits_once_for_its_token(run):
                 assert decode.copies("D2H") == []
                 assert [copy.bytes for copy in decode.copies("H2D")] == [8 * batch, 4 * batch]  # tokens, lengths
                 (token,) = sample.waits
-                assert (token.direction, token.bytes) == ("D2H", 8 * batch)
+                assert (token.direction, token.bytes) == ("D2H", (8 + 4) * batch)  # and log-probabilities
                 assert sample.copies("D2H") == [token]
                 sent = sample.copied("H2D")
                 assert sent == (4 * batch if "drawn" in name else 0)  # the uniform numbers, where they matter

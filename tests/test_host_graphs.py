@@ -15,7 +15,7 @@ from export.model import graphs
 from numpy_ref import checkpoint
 from numpy_ref.config import PaliGemmaConfig, SiglipConfig
 from numpy_ref.image import RESIZES, preprocess
-from numpy_ref.model.sampling import sample
+from numpy_ref.model.sampling import log_probability, sample
 from numpy_ref.tokenizer import Json, Tokenizer
 
 from .test_sampling import frequencies
@@ -78,8 +78,9 @@ def draw(sampler, logits, temperature, top_k, top_p, uniform):
         "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
         "top_p": np.array(top_p, np.float32), "uniform": uniform,
     }  # fmt: skip
-    (token,) = sampler.run(None, feeds)
-    assert token.dtype == np.int64
+    token, logprob = sampler.run(None, feeds)
+    assert (token.dtype, logprob.dtype) == (np.int64, np.float32)
+    assert np.abs(logprob - log_probability(logits, token)).max() <= 1e-5
     return token
 
 
@@ -144,7 +145,7 @@ def test_a_bundle_alone_answers(tmp_path):
     tokens, length = [], len(prompt)
     while len(tokens) < 40:
         settings = {"temperature": np.float32(0), "top_k": 0, "top_p": np.float32(1), "uniform": [np.float32(0.5)]}
-        (token,) = run["sample"].run(
+        token, _ = run["sample"].run(
             None, {"logits": values["logits"], **{name: np.array(value) for name, value in settings.items()}}
         )
         if token[0] == opened.description.tokens.eos:

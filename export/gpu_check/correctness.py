@@ -11,7 +11,7 @@ from numpy_ref.engine import Engine, NumpyEngine
 from numpy_ref.generate import answers, generate, pad_prompts
 from numpy_ref.model import paligemma
 from numpy_ref.model.layers import Pair, Params
-from numpy_ref.model.sampling import sample
+from numpy_ref.model.sampling import log_probability, sample
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
 from ..bundle import Bundle, weights
@@ -29,6 +29,7 @@ NEW_TOKENS = 24
 DRAWS = ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 40, 0.9), (2.0, 5, 1.0), (1.0, 0, 0.5))
 UNIFORMS = 40
 EDGE = 1e-5  # a uniform number this close to where the next token begins may be rounded past it
+LOGPROB_BUDGET = 1e-4  # of a log-probability, from the same logits
 
 
 def parts(settings: Settings) -> list[str]:
@@ -147,23 +148,31 @@ def is_tie(pixels: np.ndarray, prompt: list[int], expected: list[int], actual: l
 
 
 def draws(engine: Session) -> dict:
-    """Tokens drawn on the device from fixed uniform numbers, beside those that the reference draws from its logits."""
+    """Tokens drawn on the device from fixed uniform numbers, and their log-probabilities, beside the reference's.
+
+    The reference draws from the same logits.
+    """
     config, random = engine.config, np.random.default_rng(5)
     tokenizer = Tokenizer.load(engine.bundle.path, config)
     ids, lengths = pad_prompts([tokenizer.prompt(text) for text in PROMPTS[:3]], config.pad)
     logits, _ = engine.prefill(models.picture(engine, len(ids)), ids, lengths, ids.shape[1] + 1)
     values, known, edges, differ = cuda.on_host(logits), tokenizer.known(), 0, []
+    worst = 0.0  # error of a log-probability
     for temperature, top_k, top_p in DRAWS:
         for _ in range(UNIFORMS):
             uniform = random.random(len(ids), np.float32)
-            actual = engine.sample(logits, known, temperature, top_k, top_p, uniform)
+            actual, logprob = engine.sample(logits, known, temperature, top_k, top_p, uniform)
+            worst = max(worst, float(np.abs(logprob - log_probability(values, actual)).max()))
             nearby = [np.clip(uniform + shift, 0, 1 - 2**-24).astype(np.float32) for shift in (0, -EDGE, EDGE)]
             allowed = [sample(values, known, temperature, top_k, top_p, number) for number in nearby]
             edges += int((actual != allowed[0]).sum())
             if not np.any([actual == tokens for tokens in allowed], 0).all():
                 drawn = {"drawn": actual.tolist(), "expected": allowed[0].tolist(), "uniform": uniform.tolist()}
                 differ.append({"temperature": temperature, "top_k": top_k, "top_p": top_p, **drawn})
-    return {"draws": len(DRAWS) * UNIFORMS * len(ids), "draws_at_an_edge": edges, "draws_differ": differ[:5]}
+    if not worst <= LOGPROB_BUDGET:
+        differ.append({"log_probability_error": worst})
+    count = len(DRAWS) * UNIFORMS * len(ids)
+    return {"draws": count, "draws_at_an_edge": edges, "draws_differ": differ[:5], "log_probability_error": worst}
 
 
 def lines(part: str, found: dict) -> list[str]:

@@ -88,7 +88,7 @@ def preprocess_model(config: PaliGemmaConfig, resize: str) -> ir.Model:
 
 
 def sample_model(known: np.ndarray, on_device: bool = False) -> ir.Model:
-    """sample.onnx: logits, temperature, top_k, top_p, uniform -> token. `known` [V] says what may be drawn.
+    """sample.onnx: logits, temperature, top_k, top_p, uniform -> token, logprob. `known` [V]: what may be drawn.
 
     `on_device` makes it sample_device.onnx, which has `count` int64 [1] in place of top_k (`sampling.sample_among`).
     """
@@ -100,8 +100,10 @@ def sample_model(known: np.ndarray, on_device: bool = False) -> ir.Model:
     drawable = builder.initializer(ir.tensor(known, name="known"), "known")
     sample = sampling.sample_among if on_device else sampling.sample
     token = sample(_op(builder), logits, drawable, temperature, top_k, top_p, uniform)
-    token.dtype, token.shape = DataType.INT64, ir.Shape(["B"])
-    builder.add_output(token, "token")
+    logprob = sampling.log_probability(_op(builder), logits, token)
+    for value, name, dtype in ((token, "token", DataType.INT64), (logprob, "logprob", DataType.FLOAT)):
+        value.dtype, value.shape = dtype, ir.Shape(["B"])
+        builder.add_output(value, name)
     return _model(builder)
 
 

@@ -36,6 +36,12 @@ def sample_among(
     return op.Squeeze(op.GatherElements(order, rank, axis=1), [1])
 
 
+def log_probability(op: Op, logits: Value, token: Value) -> Value:
+    """The log-softmax of the raw logits [B, V] over all ids, at token [B] -> [B]."""
+    chosen = op.GatherElements(op.LogSoftmax(logits, axis=-1), op.Unsqueeze(token, [1]), axis=1)
+    return op.Squeeze(chosen, [1])
+
+
 def keep_top_p(op: Op, weights: Value, top_p: Value) -> Value:
     """Zero what top-p cuts off: weights [B, K], falling, of sum one -> [B, K]."""
     before = op.CumSum(weights, 1, exclusive=1)

@@ -1,8 +1,8 @@
 """Running a bundle where nothing large leaves the device: weights uploaded once, logits and sampling there.
 
-Of a step only the token of each row comes back, and that is the one wait for the device. What is special to CUDA (a
-stream that the graphs share, decode as a captured graph) comes in by the provider's options; all else is the same on
-the CPU provider, where it is tested.
+Of a step only each row's token and its log-probability come back, in one copy, and that is the one wait for the device.
+What is special to CUDA (a stream that the graphs share, decode as a captured graph) comes in by the provider's options;
+all else is the same on the CPU provider, where it is tested.
 """
 
 from collections.abc import Mapping
@@ -58,14 +58,15 @@ class DeviceSession(Session):
         top_k: int = 0,
         top_p: float = 1.0,
         uniform: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Draw a token a row from logits on the device -> token [B]; which ids are `known` is in the graph.
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """A token a row from logits on the device, and its log-probability; which ids are `known` is in the graph.
 
-        The token's copy to the host is the one wait.
+        Their copy to the host is the one wait. The log-probability is None where the graph, of an older bundle, has
+        none.
         """
         draw, vocab = self._draw_of(logits), self.config.text.vocab
         if temperature == 0:  # greedy: the likeliest alone
-            temperature, top_k, top_p, uniform = 1.0, 1, 1.0, np.zeros(draw.token.shape(), np.float32)
+            temperature, top_k, top_p, uniform = 1.0, 1, 1.0, np.zeros(draw.batch, np.float32)
         candidates = min(top_k or vocab, vocab)
         draw.set_count(candidates)
         for name, number in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
@@ -73,7 +74,7 @@ class DeviceSession(Session):
                 self._put(np.asarray(number, np.float32), draw.inputs[name])
         with self._errors_as_line("sample_device"):
             self._sample.run_with_iobinding(draw.binding, self._options_for(draw, candidates))
-            return draw.token.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+            return draw.numpy()
 
     def _draw_of(self, logits):
         """Kept on the cache, so that it goes with it: a binding holds what is bound to it."""
@@ -144,19 +145,30 @@ class DeviceSession(Session):
 
 
 class Draw:
-    """The sampling graph's inputs and output beside one generation's logits; what does not change is sent once."""
+    """The sampling graph's inputs and outputs beside one generation's logits; what does not change is sent once."""
 
     def __init__(self, session: DeviceSession, logits: onnxruntime.OrtValue):
-        batch, self._sent = logits.shape()[0], {}
+        (batch, _), self._sent = logits.shape(), {}
         self.inputs = {
             name: session.buffer(shape, np.float32)
             for name, shape in (("temperature", []), ("top_p", []), ("uniform", [batch]))
         }
-        self.token = session.buffer([batch], np.int64)
         self.binding = session._sample.io_binding()
         for name, value in (("logits", logits), *self.inputs.items()):
             self.binding.bind_ortvalue_input(name, value)
-        self.binding.bind_ortvalue_output("token", self.token)
+        # One buffer for both outputs, so that one copy brings them: tokens, and behind them their log-probabilities.
+        self.batch, self.drawn = batch, session.buffer([12 * batch], np.uint8)
+        self.has_logprob = any(value.name == "logprob" for value in session._sample.get_outputs())
+        place, where = self.drawn.data_ptr(), (session.device, session.device_id)
+        self.binding.bind_output("token", *where, np.int64, [batch], place)
+        if self.has_logprob:
+            self.binding.bind_output("logprob", *where, np.float32, [batch], place + 8 * batch)
+
+    def numpy(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """What was drawn: tokens [B], and their log-probabilities [B] if the graph gives them."""
+        drawn = self.drawn.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+        token, logprob = drawn[: 8 * self.batch].view(np.int64), drawn[8 * self.batch :].view(np.float32)
+        return token, logprob if self.has_logprob else None
 
     def is_new(self, name: str, number: ArrayLike) -> bool:
         """Whether an input is another than the last time."""

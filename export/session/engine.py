@@ -19,6 +19,7 @@ from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.engine import Engine, check_room, pictures_per_prompt
 from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.image import to_rgb
+from numpy_ref.model.sampling import log_probability
 from numpy_ref.model.segmentation import CELLS, SIDE
 
 from .. import bundle as bundles
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 RUN = run_options()
 GRAPH = "enable_cuda_graph"
 ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small, and made for the host
+NOT_IN_OLDER = {"logprob"}  # outputs that a graph of an older bundle may lack
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
 # float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
 # too (prepack.py). Quantized weights are always repacked: their quick kernels read no other order.
@@ -146,7 +148,7 @@ class Session(Engine):
 
     def _paint(self, codes):
         """Mask codes [B, 16] -> [B, 64, 64], positive inside."""
-        return self._run("masks", self._masks, {"codes": np.ascontiguousarray(codes, np.int64)})
+        return self._run("masks", self._masks, {"codes": np.ascontiguousarray(codes, np.int64)})["masks"]
 
     def _prepare(self):
         """What comes before the graphs are opened."""
@@ -163,7 +165,7 @@ class Session(Engine):
             opened = onnxruntime.InferenceSession(source, options, providers=providers)
         found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
         for value, shape in self._io(name).items():
-            if not _fits(found.get(value), shape):
+            if (value not in NOT_IN_OLDER or value in found) and not _fits(found.get(value), shape):
                 raise PaliGemmaError(
                     f"{self._file(name)}: {value} is {found.get(value, 'missing')}, not {list(shape)} as "
                     f"{bundles.DESCRIPTION} has it; export the bundle again"
@@ -197,9 +199,10 @@ class Session(Engine):
         return graph_io(name, self.config)
 
     def _run(self, name, opened, feeds):
-        """The one output of a graph."""
+        """The outputs of a graph by name."""
+        names = [value.name for value in opened.get_outputs()]
         with self._errors_as_line(name):
-            return opened.run(None, feeds, RUN)[0]
+            return dict(zip(names, opened.run(names, feeds, RUN), strict=True))
 
     def _file(self, name):
         return self.bundle.graph_file(name)
@@ -245,7 +248,7 @@ class HostSession(Session):
 
     def preprocess(self, image: "Image.Image") -> np.ndarray:
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
-        return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})
+        return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})["pixel_values"]
 
     def sample(
         self,
@@ -255,13 +258,18 @@ class HostSession(Session):
         top_k: int = 0,
         top_p: float = 1.0,
         uniform: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Draw a token a row, as `numpy_ref.model.sampling.sample` does; which ids are `known` is in the graph."""
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """A token a row and its log-probability, as every engine's; which ids are `known` is in the graph.
+
+        The log-probability is NumPy's where the graph, of an older bundle, has none.
+        """
         feeds = {
             "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
             "top_p": np.array(top_p, np.float32), "uniform": uniform,
         }  # fmt: skip
-        return self._run("sample", self._sample, feeds)
+        drawn = self._run("sample", self._sample, feeds)
+        token = drawn["token"]
+        return token, drawn["logprob"] if "logprob" in drawn else log_probability(logits, token)
 
     @cached_property
     def _preprocess(self):
@@ -312,7 +320,8 @@ def graph_io(name: str, config: PaliGemmaConfig) -> dict[str, tuple]:
     past = {f"past_key_values.{i}.{kind}": cache for i in layers for kind in ("key", "value")}
     pixel_values, logits = {"pixel_values": (None, 3, size, size)}, {"logits": (None, text.vocab)}
     ids, lengths = {"input_ids": (None, None)}, {"lengths": (None,)}
-    drawing = {**logits, "temperature": (), "top_p": (), "uniform": (None,), "token": (None,)}
+    drawing = {**logits, "temperature": (), "top_p": (), "uniform": (None,)}
+    drawing |= {"token": (None,), "logprob": (None,)}
     return {
         "prefill": {**pixel_values, **ids, **lengths, "capacity": (), **logits, **present},
         "decode": {**ids, **lengths, **past, **logits, **present},

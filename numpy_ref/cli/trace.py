@@ -23,7 +23,7 @@ from ..engine import NumpyEngine
 from ..generate import generate
 from ..image import open_image, preprocess
 from ..model import paligemma, sampling, segmentation
-from ..model.layers import Pair, softmax, upcast
+from ..model.layers import Pair, upcast
 from ..tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -148,18 +148,17 @@ class TracedEngine(NumpyEngine):
         top_k: int = 0,
         top_p: float = 1.0,
         uniform: np.ndarray | None = None,
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """As the reference's. Printed beside a token: its text, and its share of the softmax of the logits."""
-        token = sampling.sample(logits, known, temperature, top_k, top_p, uniform)
+        token, logprob = super().sample(logits, known, temperature, top_k, top_p, uniform)
         if self.steps < 2:
             self.heading(f"token {self.steps + 1}: id, text, probability (before temperature, top-k and top-p)")
-        probability = softmax(np.where(known, upcast(logits), -np.inf))[0, token[0]]
-        chosen = f"{token[0]} {self.spell(token)} {probability:.4f}"
+        chosen = f"{token[0]} {self.spell(token)} {np.exp(logprob[0]):.4f}"
         self.write(
             _ROW.format(f"token.{self.steps + 1}", shape_of(token, ["B"]), str(token.dtype), chosen,
                         *origin(sampling.sample.__code__))
         )  # fmt: skip
-        return token
+        return token, logprob
 
     def print_answer(self, answer: Answer) -> None:
         """Print an answer's text, its boxes in pixels of the picture, and its masks."""

@@ -40,6 +40,18 @@ def sample(
     return np.take_along_axis(order, invert_cdf(weights, uniform)[:, None], -1)[:, 0]
 
 
+def log_probability(logits: Array, token: Array) -> Array:
+    """The log-probability that the model gives a token: logits [B, V], token [B] -> float32 [B].
+
+    The log-softmax, in float32, of the raw logits over all ids: before temperature, top-k and top-p, and with the ids
+    that are never drawn. So it is the same for a token however it was drawn.
+    """
+    logits = logits.astype(np.float32)
+    shifted = logits - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(shifted, token[:, None], -1)[:, 0]
+    return chosen - np.log(np.exp(shifted).sum(-1))
+
+
 def keep_top_p(weights: Array, top_p: float) -> Array:
     """Zero what top-p cuts off (Holtzman et al. 2020): weights [B, K], falling, of sum one -> [B, K].
 

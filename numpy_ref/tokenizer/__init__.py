@@ -239,3 +239,12 @@ class Stream:
     def _show(self, text: str) -> str:
         new, self.shown = text[len(self.shown) :], text
         return new
+
+
+def beginnings(tokenizer: Tokenizer, ids) -> list[int]:
+    """Where in the text of ids each of them begins; tokens that share a character begin where it does."""
+    stream, found = Stream(tokenizer), []
+    for token in ids:
+        found.append(len(stream.shown))
+        stream.push(token)
+    return found

@@ -14,18 +14,36 @@ const BOX = `(?:${LOCATION}){4}`;
 const OBJECT = new RegExp(`(${BOX})${BLANK}*((?:${CODE})*)(?:${BLANK}*(?!${BOX})(?:${LOCATION}|${CODE}))*`, "g");
 const LABEL_END = new RegExp(`${BLANK};(?=${BLANK}|$)|;(?=${BLANK}*${LOCATION})|${LOCATION}|${CODE}|$`);
 
-/** The boxes of an answer, in pixels of a width x height picture; every four location tokens are one. */
-export function parse(text, width, height, convention = "big_vision") {
+/**
+ * The boxes of an answer, in pixels of a width x height picture; every four location tokens are one. They have scores if
+ * `logprobs` are given: for each of the text's tokens where it begins, and its log-probability.
+ */
+export function parse(text, width, height, convention = "big_vision", logprobs = []) {
   const steps = CONVENTIONS[convention];
   if (!steps) throw new PaliGemmaError(`boxes ${convention}: one of ${Object.keys(CONVENTIONS).join(", ")}`);
   return [...text.matchAll(OBJECT)].map((found) => {
     const [y1, x1, y2, x2] = numbersIn(found[1]).map((number) => number / steps);
     const codes = numbersIn(found[2]).slice(0, CODES);
-    const rest = text.slice(found.index + found[0].length);
-    const label = (rest.slice(0, rest.search(LABEL_END)).match(WORD) ?? []).join(" ");
+    const end = found.index + found[0].length;
+    const rest = text.slice(end);
+    const labelled = rest.slice(0, rest.search(LABEL_END));
+    const label = (labelled.match(WORD) ?? []).join(" ");
     const box = { label, x1: x1 * width, y1: y1 * height, x2: x2 * width, y2: y2 * height };
-    return codes.length === CODES ? { ...box, codes } : box;
+    if (codes.length === CODES) box.codes = codes;
+    const spans = [[found.index, found.index + found[1].length]];
+    // With the blank before it, which belongs to the token of its first word.
+    if (label) spans.push([found.index + found[0].trimEnd().length, end + labelled.length]);
+    const first = found.index + found[0].indexOf("<seg");
+    const scores = { score: score(logprobs, spans) };
+    if (box.codes) scores.mask_score = score(logprobs, [[first, first + CODES * "<seg000>".length]]);
+    return logprobs.length ? { ...box, ...scores } : box;
   });
+}
+
+/** exp of the mean log-probability of the tokens that begin inside of the spans. */
+function score(logprobs, spans) {
+  const found = logprobs.filter(([begin]) => spans.some(([first, end]) => first <= begin && begin < end));
+  return Math.exp(found.reduce((sum, [, logprob]) => sum + logprob, 0) / found.length);
 }
 
 const numbersIn = (text) => (text.match(/[0-9]+/g) ?? []).map(Number);

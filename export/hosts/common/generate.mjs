@@ -70,17 +70,18 @@ export class Engine {
     return { logits, cache: updated };
   }
 
-  /** Draw the next token; `uniform` in [0, 1) is all the chance there is. Temperature 0 is greedy. */
+  /** Draw the next token: it and its log-probability. `uniform` in [0, 1) is all the chance there is; temperature 0 is greedy. */
   async sample(logits, { temperature = 0, topK = 0, topP = 1 }, uniform) {
     const scalar = (value) => new this.ort.Tensor("float32", Float32Array.of(value), []);
-    const { token } = await this.run("sample", {
+    const { token, logprob } = await this.run("sample", {
       logits,
       temperature: scalar(temperature),
       top_k: this.integers([topK], []),
       top_p: scalar(topP),
       uniform: new this.ort.Tensor("float32", Float32Array.of(Math.min(uniform, LARGEST_UNIFORM)), [1]),
     });
-    return Number(token.data[0]);
+    const drawn = Number(token.data[0]);
+    return { token: drawn, logprob: logprob ? logprob.data[0] : logProbability(logits.data, drawn) };
   }
 
   /** Sixteen mask codes -> a mask of 64 x 64 values, positive inside; null without a mask codec. */
@@ -96,6 +97,12 @@ export class Engine {
   integers(values, shape) {
     return new this.ort.Tensor("int64", BigInt64Array.from(values, BigInt), shape);
   }
+}
+
+/** The log-softmax of logits at a token: what the sampling graphs of older bundles do not give. */
+function logProbability(logits, token) {
+  const most = logits.reduce((a, b) => Math.max(a, b), -Infinity);
+  return logits[token] - most - Math.log(logits.reduce((sum, logit) => sum + Math.exp(logit - most), 0));
 }
 
 /** How many tokens to generate at most, and the cache slots that takes (the last token is never fed back). */
@@ -114,14 +121,17 @@ export function budget(engine, promptLength, maxNewTokens, pictures = 1) {
   return { newTokens: wanted, capacity: promptLength + wanted - 1 };
 }
 
-/** Yield one token at a time about pixel values [N, 3, S, S], the last of them one that ends the answer unless there was no room for it. */
+/**
+ * Yield one { token, logprob } at a time about pixel values [N, 3, S, S], the last of them one that ends the answer unless
+ * there was no room for it.
+ */
 export async function* generate(engine, pixelValues, prompt, { maxNewTokens, uniform = Math.random, ...sampling } = {}) {
   const { newTokens, capacity } = budget(engine, prompt.length, maxNewTokens, pixelValues.dims[0]);
   let { logits, cache } = await engine.prefill(pixelValues, prompt, capacity);
   for (let step = 0; ; step++) {
-    const token = await engine.sample(logits, sampling, uniform());
-    yield token;
-    if (engine.stops.has(token) || step === newTokens - 1) return;
-    ({ logits, cache } = await engine.decode(token, prompt.length + step, cache));
+    const drawn = await engine.sample(logits, sampling, uniform());
+    yield drawn;
+    if (engine.stops.has(drawn.token) || step === newTokens - 1) return;
+    ({ logits, cache } = await engine.decode(drawn.token, prompt.length + step, cache));
   }
 }

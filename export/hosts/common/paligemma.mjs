@@ -3,7 +3,7 @@ import { openBundle } from "./bundle.mjs";
 import { parse, paste, runLengths } from "./detection.mjs";
 import { PaliGemmaError } from "./errors.mjs";
 import { Engine, budget, generate } from "./generate.mjs";
-import { Stream, Tokenizer } from "./tokenizer.mjs";
+import { beginnings, Stream, Tokenizer } from "./tokenizer.mjs";
 
 export class PaliGemma {
   constructor(engine, tokenizer) {
@@ -45,13 +45,14 @@ export class PaliGemma {
     for (const each of images) prepared.push(await this.engine.preprocess(each));
     const pixelValues = this.engine.join(prepared);
     const stream = new Stream(this.tokenizer);
-    const tokens = [];
+    const [tokens, logprobs] = [[], []];
     let [first, drawn] = [0, 0];
-    for await (const token of generate(this.engine, pixelValues, ids, options)) {
+    for await (const { token, logprob } of generate(this.engine, pixelValues, ids, options)) {
       first ||= performance.now();
       drawn += 1;
       if (this.engine.stops.has(token)) break;
       tokens.push(token);
+      logprobs.push(logprob);
       onToken?.(stream.push(token), token);
       if (signal && (await isAborted(signal))) break;
     }
@@ -59,10 +60,13 @@ export class PaliGemma {
     const rest = stream.close();
     if (rest) onToken?.(rest);
     const text = this.tokenizer.decode(tokens);
-    const boxes = parse(text, images[0].width, images[0].height, convention);
+    const begins = beginnings(this.tokenizer, tokens);
+    const placed = logprobs.map((logprob, i) => [begins[i], logprob]);
+    const boxes = parse(text, images[0].width, images[0].height, convention, placed);
     return {
       text,
       tokens,
+      logprobs,
       boxes,
       masks: await this.outline(boxes, images[0]),
       timings: { first_token_s: (first - started) / 1000, decode_tokens_per_s: drawn > 1 ? (drawn - 1) / seconds : 0 },

@@ -126,3 +126,13 @@ export class Stream {
     return fresh;
   }
 }
+
+/** Where in the text of ids each of them begins; tokens that share a character begin where it does. */
+export function beginnings(tokenizer, ids) {
+  const stream = new Stream(tokenizer);
+  return ids.map((token) => {
+    const begin = stream.shown.length;
+    stream.push(token);
+    return begin;
+  });
+}

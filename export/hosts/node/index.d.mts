@@ -10,7 +10,9 @@ export interface Picture {
 
 /**
  * An object that was found, in pixels of the picture: every four location tokens of an answer, whatever their values. A
- * flat box has x1 === x2 or y1 === y2, an inverted one x1 > x2 or y1 > y2; a mask of such a box is empty. `codes` are the sixteen numbers of its mask, if it has one.
+ * flat box has x1 === x2 or y1 === y2, an inverted one x1 > x2 or y1 > y2; a mask of such a box is empty. `codes` are the
+ * sixteen numbers of its mask, if it has one. `score` is exp of the mean log-probability of its four location tokens and
+ * its label's, `mask_score` that of its sixteen codes.
  */
 export interface Box {
   label: string;
@@ -19,6 +21,8 @@ export interface Box {
   x2: number;
   y2: number;
   codes?: number[];
+  score: number;
+  mask_score?: number;
 }
 
 /** A box and its mask, as COCO's uncompressed run lengths over a picture of `size` [height, width]. */
@@ -51,6 +55,8 @@ export interface Options {
 export interface Answer {
   text: string;
   tokens: number[];
+  /** The log-probability of each token: the log-softmax of the logits, before temperature, top-k and top-p. */
+  logprobs: number[];
   boxes: Box[];
   masks: Mask[];
   timings: { first_token_s: number; decode_tokens_per_s: number };
