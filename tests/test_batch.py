@@ -142,7 +142,7 @@ def test_each_row_draws_for_itself(greedy, drawn, rows, tmp_path):
 def test_a_folder_is_asked_one_prompt(rows, greedy, tmp_path):
     results = answer(rows.parent, tmp_path / "out.jsonl", prompt="caption en")
     assert [each["image"] for each in results] == [f"{i:02}.png" for i in range(COUNT)]
-    assert [results[i] for i in range(0, COUNT, len(PROMPTS))] == greedy[:: len(PROMPTS)]
+    assert alike([results[i] for i in range(0, COUNT, len(PROMPTS))], greedy[:: len(PROMPTS)])
 
 
 def test_parquet_holds_the_pictures_themselves(rows, greedy, tmp_path):
@@ -423,7 +423,7 @@ def test_a_worker_that_is_killed(rows, greedy):
         results = answers(range(0, COUNT, 2), 2)
         victim = answers.args[0][1].process
         os.kill(victim.pid, signal.SIGSTOP)  # or it might be ahead of its turn, and done
-        assert next(results) == greedy[:2]
+        assert alike(json.loads(json.dumps(next(results))), greedy[:2])
         victim.kill()
         victim.join()
         with pytest.raises(PaliGemmaError, match=r"a worker stopped \(exit code -9\); the same command again goes on"):

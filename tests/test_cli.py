@@ -53,7 +53,7 @@ def test_three_commands_one_answer(bundle):
     answers = [answer("run-onnx", bundle, EXAMPLE, "caption en"), answer("run-onnx", EXAMPLE, "caption en")]
     answers += [answer(command, EXAMPLE, "caption en") for command in ("numpy", "torch")]
     for each in answers:
-        assert each.keys() == {"text", "tokens", "boxes", "masks", "timings"}
+        assert each.keys() == {"text", "tokens", "logprobs", "boxes", "masks", "timings"}
         assert each["timings"].keys() == {"load_s", "prefill_s", "decode_tokens_per_s"}
         assert (each["text"], each["tokens"]) == (answers[0]["text"], answers[0]["tokens"])
     assert answers[0]["tokens"]

@@ -215,7 +215,14 @@ def same_answers(golden, results):
         asked = case["asked"]
         assert result["tokens"] == case["tokens"], asked
         assert result["text"] == result["streamed"] == case["text"], asked
-        assert result["boxes"] == case["boxes"]
+        assert result["logprobs"] == pytest.approx(case["logprobs"], abs=1e-4)
+        assert len(result["boxes"]) == len(case["boxes"])
+        for found, expected in zip(result["boxes"], case["boxes"], strict=True):
+            scores = {
+                name: pytest.approx(expected[name], abs=1e-4) for name in ("score", "mask_score") if name in expected
+            }
+            assert found == expected | scores
+            assert "score" in scores
         assert len(result["masks"]) == len(case["masks"])
         for found, mask in zip(result["masks"], case["masks"], strict=True):
             assert found["size"] == list(mask.shape)
@@ -251,6 +258,7 @@ def test_python_by_the_host_graphs(golden, shipped):
         sampling = Sampling(asked["temperature"], asked["topK"], asked["topP"], seed)
         found = answer(engine, tokenizer, image, asked["prompt"], max_new_tokens=64, sampling=sampling)
         assert found.tokens == case["tokens"], asked
+        assert found.logprobs == pytest.approx(case["logprobs"], abs=1e-4)
 
 
 # --- pictures and text -------------------------------------------------------------------------------------
@@ -357,7 +365,7 @@ def test_node_command(node, shipped, golden):
     assert (result.returncode, result.stdout, result.stderr) == (0, golden[0]["text"] + "\n", "")
     result = command(node, shipped.path, asked["picture"], asked["prompt"], "--json", "--temperature", 1, "--seed", 3)
     found = json.loads(result.stdout)
-    assert found.keys() == {"text", "tokens", "boxes", "masks", "timings"}
+    assert found.keys() == {"text", "tokens", "logprobs", "boxes", "masks", "timings"}
     again = command(node, shipped.path, asked["picture"], asked["prompt"], "--json", "--temperature", 1, "--seed", 3)
     assert json.loads(again.stdout)["tokens"] == found["tokens"]
 
