@@ -31,6 +31,7 @@ from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer, prompt_warning
 
 from .fuzz import corpus
+from .test_scores import without_logprob
 
 SHIPPED = checkpoint.SHIPPED
 TESTS, HOSTS = Path(__file__).parent, Path(serve.__file__).parent / "hosts"
@@ -243,6 +244,18 @@ def test_golden_set_is_worth_it(golden):
 
 def test_node_answers_as_python(golden, answered):
     same_answers(golden, answered["answers"])
+
+
+def test_node_answers_with_an_older_bundle(node, shipped, golden, tmp_path):
+    """Whose sampling graph gives the token alone."""
+    folder = without_logprob(shutil.copytree(shipped.path, tmp_path / "old"))
+    cases = [case for case in golden if case["boxes"]][:2] + [case for case in golden if case["asked"]["temperature"]][
+        :1
+    ]
+    answered = run_node(
+        node, "host_node.mjs", bundle=folder, cases=[case["asked"] for case in cases], pictures=[], texts=[]
+    )
+    same_answers(cases, answered["answers"])
 
 
 def test_page_answers_as_python(golden, shown):

@@ -48,18 +48,22 @@ def current(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def old(current, tmp_path_factory):
-    """The bundle as an older export wrote it: without the output `logprob`."""
-    folder = shutil.copytree(current, tmp_path_factory.mktemp("old") / "bundle")
-    for name in ("sample", "sample_device"):
-        model = onnx.load(folder / f"{name}.onnx")
-        del model.graph.output[1]
-        assert [value.name for value in model.graph.output] == ["token"]
-        corpus.sealed(folder, f"{name}.onnx", model.SerializeToString())
+    """The bundle as an older export wrote it."""
+    return without_logprob(shutil.copytree(current, tmp_path_factory.mktemp("old") / "bundle"))
+
+
+def without_logprob(folder):
+    """Take the output `logprob` from a bundle's graphs."""
     description = json.loads((folder / bundle.DESCRIPTION).read_text())
     for name in ("sample", "sample_device"):
         outputs = description["graphs"][name]["outputs"]
         description["graphs"][name]["outputs"] = [value for value in outputs if value["name"] != "logprob"]
     (folder / bundle.DESCRIPTION).write_text(json.dumps(description))
+    for name in ("sample", "sample_device"):
+        model = onnx.load(folder / f"{name}.onnx")
+        del model.graph.output[1]
+        assert [value.name for value in model.graph.output] == ["token"]
+        corpus.sealed(folder, f"{name}.onnx", model.SerializeToString())
     return folder
 
 

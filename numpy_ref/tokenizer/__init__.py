@@ -241,7 +241,7 @@ class Stream:
         return new
 
 
-def beginnings(tokenizer: Tokenizer, ids) -> list[int]:
+def beginnings(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
     """Where in the text of ids each of them begins; tokens that share a character begin where it does."""
     stream, found = Stream(tokenizer), []
     for token in ids:
