@@ -71,7 +71,7 @@ class Engine(ABC):
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
         return preprocess(image, self.config.vision.image_size, resize=self.resize)
 
-    def sample(
+    def draw(
         self,
         logits: Any,
         known: np.ndarray,
@@ -87,6 +87,10 @@ class Engine(ABC):
         """
         token = sample(logits, known, temperature, top_k, top_p, uniform)
         return token, log_probability(logits, token)
+
+    def sample(self, logits: Any, known: np.ndarray, *settings: Any, **named: Any) -> np.ndarray:
+        """The tokens alone of `draw`, which takes the same: int64 [B]."""
+        return self.draw(logits, known, *settings, **named)[0]
 
     def first_not_finite(
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray

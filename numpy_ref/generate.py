@@ -99,7 +99,7 @@ def generate(
 
     pixel_values [B*N, 3, S, S] are the N pictures of each of B prompts; the ids of a prompt begin with their places.
     A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
-    place of the sampling's own, a row draws the same in any company. `logprobs` gets what `Engine.sample` says of each
+    place of the sampling's own, a row draws the same in any company. `logprobs` gets what `Engine.draw` says of each
     step's tokens, [B] or None, before they are yielded. Raises PaliGemmaError if the engine has too few positions, or
     if its logits are not finite.
     """
@@ -118,7 +118,7 @@ def generate(
         if on_host:
             check_logits(engine, logits, alive, pixel_values, prompts, generated)
         started = time.perf_counter()
-        token, logprob = engine.sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
+        token, logprob = engine.draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
         if not on_host:  # a device was still at work on them, and this the wait for it
             timings.add_wait(step, time.perf_counter() - started)
             if logprob is not None:  # all that comes to the host of them; to look at the others were one more wait

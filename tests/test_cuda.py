@@ -56,7 +56,7 @@ def answer(engine, batch, steps, name="", temperature=0.0, capacity=None):
     for step in range(steps):
         mark(f"{name}sample {step}")
         number = uniform + np.float32(step / 100)
-        token, logprob = engine.sample(logits, None, temperature, 40 * bool(temperature), 0.9, number)
+        token, logprob = engine.draw(logits, None, temperature, 40 * bool(temperature), 0.9, number)
         mark(f"{name}decode {step}")
         logits, cache = engine.decode(token[:, None], lengths + step, cache)
     mark("after")

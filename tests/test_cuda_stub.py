@@ -411,7 +411,7 @@ for step in range(2):
     logits, cache = opened.decode(ids[:, -1:], lengths + step, cache)
 mark("sample")
 deliver(int64=1)  # how many tokens TopK is to keep
-assert [drawn.shape for drawn in opened.sample(logits, None, uniform=np.array([0.5]))] == [(1,), (1,)]
+assert [drawn.shape for drawn in opened.draw(logits, None, uniform=np.array([0.5]))] == [(1,), (1,)]
 """,
         str(tmp_path / "out"),
     )

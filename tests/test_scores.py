@@ -182,13 +182,13 @@ def test_an_older_bundle_answers_as_before(old, current, tokenizer):
 
 def test_logits_that_stay_on_a_device_are_noticed_if_they_are_not_finite(current, tokenizer, monkeypatch):
     engine = DeviceSession(bundle.load(current), "cpu")
-    sample = engine.sample
+    draw = engine.draw
 
     def broken(logits, *arguments):
         logits.update_inplace(np.full(logits.shape(), np.nan, np.float32))
-        return sample(logits, *arguments)
+        return draw(logits, *arguments)
 
-    monkeypatch.setattr(engine, "sample", broken)
+    monkeypatch.setattr(engine, "draw", broken)
     with pytest.raises(PaliGemmaError, match="the logits for token 1 of the answer are not finite numbers"):
         answer(engine, tokenizer, open_image(EXAMPLE), "caption en")
 

@@ -50,7 +50,7 @@ class DeviceSession(Session):
         self._owners = WeakKeyDictionary()  # logits -> a weak reference to the cache that they came with
         super().__init__(bundle, provider, threads, provider_options)
 
-    def sample(
+    def draw(
         self,
         logits: onnxruntime.OrtValue,
         known: np.ndarray,

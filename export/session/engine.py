@@ -250,7 +250,7 @@ class HostSession(Session):
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
         return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})["pixel_values"]
 
-    def sample(
+    def draw(
         self,
         logits: np.ndarray,
         known: np.ndarray,

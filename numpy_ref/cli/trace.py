@@ -8,6 +8,7 @@ takes no more memory than answering. Prefill and the first decode step are trace
 first, and prints only the token that was chosen.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -140,7 +141,7 @@ class TracedEngine(NumpyEngine):
             self.heading("decode 2 and on: as decode 1; printed are the tokens")
         return super().decode(input_ids, lengths, cache)
 
-    def sample(
+    def draw(
         self,
         logits: np.ndarray,
         known: np.ndarray,
@@ -150,10 +151,11 @@ class TracedEngine(NumpyEngine):
         uniform: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """As the reference's. Printed beside a token: its text, and its share of the softmax of the logits."""
-        token, logprob = super().sample(logits, known, temperature, top_k, top_p, uniform)
+        token, logprob = super().draw(logits, known, temperature, top_k, top_p, uniform)
         if self.steps < 2:
             self.heading(f"token {self.steps + 1}: id, text, probability (before temperature, top-k and top-p)")
-        chosen = f"{token[0]} {self.spell(token)} {np.exp(logprob[0]):.4f}"
+        probability = float(np.exp(logprob[0])) if logprob is not None else math.nan
+        chosen = f"{token[0]} {self.spell(token)} {probability:.4f}"
         self.write(
             _ROW.format(f"token.{self.steps + 1}", shape_of(token, ["B"]), str(token.dtype), chosen,
                         *origin(sampling.sample.__code__))
