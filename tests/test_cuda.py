@@ -265,7 +265,7 @@ for name, batch, steps in (("a", 1, 4), ("b", 3, 4), ("c", 1, 4), ("d", 1, 2), (
             assert decode.kernels == sample.kernels == decode.products == decode.waits == []
             assert decode.copied("H2D") == 12 * batch
             (token,) = sample.waits
-            assert token.bytes == 8 * batch
+            assert token.bytes == (8 + 4) * batch
     assert len({decode.graph for name in "acd" for decode in log[f"{name} decode 1"].replays}) == 1
     replay = log["c decode 1"].replays[0]
     assert replay.product + replay.kernel > 40  # of four layers

@@ -177,7 +177,7 @@ def other_cases():
         ("layers", "matmul", lambda r: {"x": normal(r, 2, 3, 5), "y": normal(r, 2, 5, 7)}),
         ("sampling", "sample", lambda r: {"logits": normal(r, 3, 7), "known": np.ones(7, bool), "temperature": 1.0,
                                           "uniform": r.uniform(size=3)}),
-        ("sampling", "log_probability", lambda r: {"logits": r.normal(size=(3, 7)), "token": r.integers(0, 7, 3)}),
+        ("sampling", "log_probability", lambda r: {"logits": normal(r, 3, 7), "token": np.array([2, 0, 6])}),
         ("sampling", "keep_top_p", lambda r: {"weights": r.uniform(size=(3, 7)), "top_p": 0.5}),
         ("sampling", "invert_cdf", lambda r: {"weights": r.uniform(size=(3, 7)), "uniform": r.uniform(size=3)}),
         ("segmentation", "quantize", lambda r: {"vectors": normal(r, 2, 3, 5), "codebook": codec["codebook"]}),
