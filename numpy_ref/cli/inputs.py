@@ -6,9 +6,9 @@ Files are asked for through os.path, which takes a prompt of any length and lett
 import os
 from pathlib import Path
 
+from ..checkpoint import kinds
 from ..image import picture_suffixes
 
-_WEIGHTS = (".npz", ".safetensors")
 _DESCRIPTIONS = ("bundle.json", "config.json", "adapter_config.json")
 
 
@@ -41,9 +41,8 @@ def mistake(model: str | None, images: list[str], prompt: str, kind: str) -> str
 
 
 def _is_picture(name: str) -> bool:
-    """Whether a name is a file's, or ends as a picture's does."""
-    ending = Path(name).suffix.lower()
-    return ending in picture_suffixes() or (os.path.isfile(name) and ending not in _WEIGHTS)
+    """Whether a name ends as a picture's does, or is a file's that is no part of a model."""
+    return Path(name).suffix.lower() in picture_suffixes() or (os.path.isfile(name) and kinds.kind(name) is None)
 
 
 def _is_model(name: str) -> bool:
