@@ -1,6 +1,7 @@
 """big_vision's npz: a file written with its names from its own shapes, and conversion both ways."""
 
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -441,3 +442,15 @@ def test_what_has_to_lie_beside_a_npz_is_named(tmp_path, capsys):
         shutil.copy(checkpoint.SHIPPED / name, tmp_path)
     assert run(PROG, convert_main, ["convert", str(checkpoint.SHIPPED), str(tmp_path / "again.npz")]) == 0
     assert "beside it" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stops", "spelled"), [((1, 107), r"\[1, 107\]"), ((), "none")])
+def test_several_stop_tokens_are_named_and_left_out(tmp_path, stops, spelled):
+    """A fine-tune whose generation_config.json has a list of them converts all the same."""
+    config = replace(CONFIGS["paligemma1"], stops=stops)
+    checkpoint.save(tmp_path / "model", config, random_params(config, dtype=np.float32))
+    (omitted,) = [
+        each for each in checkpoint.convert(tmp_path / "model", tmp_path / "model.npz") if "stop tokens" in each
+    ]
+    assert re.fullmatch(f"stop tokens {spelled}", omitted)
+    assert load(tmp_path / "model.npz").config.stops is None

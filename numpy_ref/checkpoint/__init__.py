@@ -49,7 +49,7 @@ COMPANIONS = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "vae.npz", "vae-oid.npz",
 )  # fmt: skip
-_TOKENIZERS = COMPANIONS[:2]
+_TOKENIZERS, _CODECS = COMPANIONS[:2], COMPANIONS[-2:]
 
 # --- reading -----------------------------------------------------------------------------------------------
 
@@ -252,8 +252,8 @@ def save_npz(
 ) -> None:
     """Write a big_vision file. The rows from the image token on, which big_vision does not have, are left out.
 
-    Final softcap, sliding windows and the longest sequence are left to whoever reads it (`npz_omits`). Raises
-    PaliGemmaError if the file exists, or if anything else of the config would come back different.
+    Final softcap, sliding windows, the longest sequence and stop tokens are left to whoever reads it (`npz_omits`).
+    Raises PaliGemmaError if the file exists, or if anything else of the config would come back different.
     """
     flat = _checked(config, params)
     rows = min(config.text.vocab, config.image_token)
@@ -285,6 +285,7 @@ def npz_omits(checkpoint: Checkpoint) -> list[str]:
         "sliding window": next((window for window in config.text.windows if window), None),
         "longest sequence": None if config.max_length == PaliGemmaConfig().max_length else config.max_length,
         "resize": None if checkpoint.resize == "bilinear" else checkpoint.resize,
+        "stop tokens": None if config.stops is None else list(config.stops) or "none",
     }
     return [f"{name} {value}" for name, value in omitted.items() if value]
 
@@ -297,7 +298,7 @@ def _check_representable(path, config, rows_cut) -> None:
         raise PaliGemmaError(f"{path}: a big_vision file ends before the image token, but {rows_cut} rows follow it")
     read = config_of_npz(path, npz_shapes(config))
     text = replace(read.text, final_softcap=config.text.final_softcap, windows=config.text.windows)
-    read = replace(read, text=text, max_length=config.max_length)
+    read = replace(read, text=text, max_length=config.max_length, stops=config.stops)
     theirs, ours = flatten(asdict(read)), flatten(asdict(config))
     odd = [f"{name} {ours[name]} (it means {theirs[name]})" for name in ours if ours[name] != theirs[name]]
     if odd:
@@ -348,8 +349,9 @@ def left_behind(source: str | Path, target: str | Path) -> list[str]:
     folder, target = hub.directory(source), Path(target)
     if target.suffix != ".npz" or not folder.is_dir():
         return []
-    needed = ("tokenizer.model", "tokenizer.json", "vae.npz", "vae-oid.npz")
-    return [name for name in needed if (folder / name).is_file() and not (target.parent / name).exists()]
+    return [
+        name for name in (*_TOKENIZERS, *_CODECS) if (folder / name).is_file() and not (target.parent / name).exists()
+    ]
 
 
 def companions(checkpoint: Checkpoint, tokenizer: str | Path | None = None) -> dict[str, bytes]:
