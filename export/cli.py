@@ -14,7 +14,7 @@ with interrupts.while_loading():
     from numpy_ref import checkpoint as checkpoints
     from numpy_ref import cli, files
     from numpy_ref.cli.options import check_on_cores, on_cores, pair
-    from numpy_ref.errors import note, one_line, plural
+    from numpy_ref.errors import listed, note, one_line, plural
     from numpy_ref.model.sampling import Sampling
 
     from . import bundle as bundles
@@ -22,7 +22,6 @@ with interrupts.while_loading():
     from .stopping import leave, stoppable
 
 SOME_FAILED = 3  # the exit code that --fail-on-error asks for; 1 is an error, 2 a wrong command line
-NAMED = 10  # of the files that a folder has besides pictures
 
 
 def export_onnx(argv: Sequence[str] | None = None) -> int | None:
@@ -133,13 +132,10 @@ def _serve(argv):
 
 def _left_out(names) -> str:
     """What a folder has besides pictures, by count and name."""
-    kinds = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in _endings(names).most_common(NAMED))
-    some = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return f"{plural(len(names), 'file')} left out, by their endings not pictures that can be read: {kinds} ({some})"
-
-
-def _endings(names) -> Counter:
-    return Counter(Path(name).suffix.lower() for name in names)
+    endings = Counter(Path(name).suffix.lower() for name in names)
+    kinds = listed(f"{count} {kind or 'without ending'}" for kind, count in endings.most_common())
+    files = plural(len(names), "file")
+    return f"{files} left out, by their endings not pictures that can be read: {kinds} ({listed(names)})"
 
 
 def _add_provider_options(options):

@@ -17,7 +17,7 @@ from .errors import PaliGemmaError, plural
 from .image import preprocess
 from .model import paligemma, segmentation
 from .model.layers import Pair
-from .model.sampling import log_probability, sample
+from .model.sampling import Sampling, log_probability, sample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,25 +72,22 @@ class Engine(ABC):
         return preprocess(image, self.config.vision.image_size, resize=self.resize)
 
     def draw(
-        self,
-        logits: Any,
-        known: np.ndarray,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        uniform: np.ndarray | None = None,
+        self, logits: Any, known: np.ndarray, sampling: Sampling, uniform: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Draw a token a row as `sampling.sample` does: logits [B, V], known [V], uniform [B] -> int64 [B].
 
         Beside it the token's log-probability, float32 [B], as `sampling.log_probability` has it; None where an engine
         cannot say.
         """
-        token = sample(logits, known, temperature, top_k, top_p, uniform)
+        token = sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, uniform)
         return token, log_probability(logits, token)
 
-    def sample(self, logits: Any, known: np.ndarray, *settings: Any, **named: Any) -> np.ndarray:
-        """The tokens alone of `draw`, which takes the same: int64 [B]."""
-        return self.draw(logits, known, *settings, **named)[0]
+    def sample(
+        self, logits: Any, known: np.ndarray, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+        uniform: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """The tokens alone of `draw`, by the arguments of `sampling.sample`: int64 [B]."""
+        return self.draw(logits, known, Sampling(temperature, top_k, top_p), uniform)[0]
 
     def first_not_finite(
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray

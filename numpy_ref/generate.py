@@ -118,7 +118,7 @@ def generate(
         if on_host:
             check_logits(engine, logits, alive, pixel_values, prompts, generated)
         started = time.perf_counter()
-        token, logprob = engine.draw(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, next(draws))
+        token, logprob = engine.draw(logits, known, sampling, next(draws))
         if not on_host:  # a device was still at work on them, and this the wait for it
             timings.add_wait(step, time.perf_counter() - started)
             if logprob is not None:  # all that comes to the host of them; to look at the others were one more wait

@@ -40,6 +40,7 @@ from export import bundle, session
 from export.session.engine import ON_DEVICE
 from export.gpu_check import placement
 from numpy_ref.generate import pad_prompts
+from numpy_ref.model.sampling import Sampling
 from tests.cuda_stub.inside import *
 
 def open_bundle(folder, **options):
@@ -56,7 +57,7 @@ def answer(engine, batch, steps, name="", temperature=0.0, capacity=None):
     for step in range(steps):
         mark(f"{name}sample {step}")
         number = uniform + np.float32(step / 100)
-        token, logprob = engine.draw(logits, None, temperature, 40 * bool(temperature), 0.9, number)
+        token, logprob = engine.draw(logits, None, Sampling(temperature, 40 * bool(temperature), 0.9), number)
         mark(f"{name}decode {step}")
         logits, cache = engine.decode(token[:, None], lengths + step, cache)
     mark("after")

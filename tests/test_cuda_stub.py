@@ -399,6 +399,7 @@ def test_the_shipped_model_decodes(tmp_path):
 import sys
 from export import bundle, session
 from export.session.device import DeviceSession
+from numpy_ref.model.sampling import Sampling
 opened = DeviceSession(bundle.load(sys.argv[1]), "cuda")
 assert opened.provider == session.CUDA
 config = opened.config
@@ -411,7 +412,7 @@ for step in range(2):
     logits, cache = opened.decode(ids[:, -1:], lengths + step, cache)
 mark("sample")
 deliver(int64=1)  # how many tokens TopK is to keep
-assert [drawn.shape for drawn in opened.draw(logits, None, uniform=np.array([0.5]))] == [(1,), (1,)]
+assert [drawn.shape for drawn in opened.draw(logits, None, Sampling(), np.array([0.5]))] == [(1,), (1,)]
 """,
         str(tmp_path / "out"),
     )

@@ -131,5 +131,5 @@ def test_logits_that_are_no_numbers_draw_an_id_that_exists(opened):
     vocab = engine.config.text.vocab
     logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.full((2, vocab), np.nan, np.float32), "cpu", 0)
     for temperature, top_k in ((0.0, 0), (1.0, 8)):
-        token, _ = engine.draw(logits, None, temperature, top_k, 1.0, np.array([0.3, 0.9], np.float32))
+        token, _ = engine.draw(logits, None, Sampling(temperature, top_k), np.array([0.3, 0.9], np.float32))
         assert ((token >= 0) & (token < vocab)).all()

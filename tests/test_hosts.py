@@ -345,7 +345,7 @@ def test_page_in_use(shown, golden):
     assert "begins with <image>" in warned
     assert gone
     assert shown["overflow"] <= 0  # at the width of a telephone
-    assert 0 < int(shown["stopped"].split("; ")[1].split()[0]) < 180  # which it was to have
+    assert 0 < int(shown["stopped"].split("; ")[1].split()[0]) < 150
     assert shown["changed"] == ""
     height, message = shown["tall"]
     assert height < 3000

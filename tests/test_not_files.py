@@ -61,12 +61,7 @@ def at_once(function) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint directory with all that travels along."""
-    folder = corpus.checkpoint_folder(tmp_path / "checkpoint", corpus.tokenizer_config())
-    (folder / "tokenizer.model").write_bytes(corpus.tokenizer_model())
-    (folder / "preprocessor_config.json").write_bytes(corpus.preprocessor()[0])
-    (folder / "vae.npz").write_bytes(corpus.vae()[0])
-    return folder
+    return corpus.whole_checkpoint(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,7 +78,7 @@ def test_stops_are_those_of_transformers(saved, tmp_path, top, text, generation)
     loaded = checkpoint.load(changed)
     for kind in ENGINES:
         engine = open_engine(kind, loaded, tmp_path / "bundle")
-        pixels = np.concatenate([make_goldens.pixels(_Config(config), 1)])
+        pixels = make_goldens.pixels(_Config(config), 1)
         prompts = [make_goldens.row_ids(_Config(config), PREFIXES[0])]
         tokens = list(generate(engine, pixels, prompts, np.ones(config["text_config"]["vocab_size"], bool), NEW_TOKENS))
         assert [int(token[0]) for token in tokens] == expected, kind

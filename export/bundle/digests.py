@@ -8,13 +8,13 @@ everything.
 """
 
 import hashlib
-import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
+
+from numpy_ref.files import replaced_file
 
 _SETTLED = 2 * 10**9  # nanoseconds; a file that was written later than this ago may change again within one tick
 
@@ -35,7 +35,8 @@ def remember(file: Path, digest: str, before: str) -> None:
     noted = _note(file, digest)
     with suppress(OSError):  # a home that cannot be written costs only time
         noted.parent.mkdir(parents=True, exist_ok=True)
-        _replace(noted, before)
+        with replaced_file(noted) as temporary:
+            temporary.write_text(before)
 
 
 def is_noted(kind: str, key: str) -> bool:
@@ -49,18 +50,6 @@ def note(kind: str, key: str) -> None:
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-
-
-def _replace(file, text) -> None:
-    """Write a file whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        os.replace(temporary, file)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 def state(file: Path) -> str:

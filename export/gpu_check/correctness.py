@@ -11,7 +11,7 @@ from numpy_ref.engine import Engine, NumpyEngine
 from numpy_ref.generate import answers, generate, pad_prompts
 from numpy_ref.model import paligemma
 from numpy_ref.model.layers import Pair, Params
-from numpy_ref.model.sampling import log_probability, sample
+from numpy_ref.model.sampling import Sampling, log_probability, sample
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
 from ..bundle import Bundle, weights
@@ -161,7 +161,7 @@ def draws(engine: Session) -> dict:
     for temperature, top_k, top_p in DRAWS:
         for _ in range(UNIFORMS):
             uniform = random.random(len(ids), np.float32)
-            actual, logprob = engine.draw(logits, known, temperature, top_k, top_p, uniform)
+            actual, logprob = engine.draw(logits, known, Sampling(temperature, top_k, top_p), uniform)
             worst = max(worst, float(np.abs(logprob - log_probability(values, actual)).max()))
             nearby = [np.clip(uniform + shift, 0, 1 - 2**-24).astype(np.float32) for shift in (0, -EDGE, EDGE)]
             allowed = [sample(values, known, temperature, top_k, top_p, number) for number in nearby]

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from onnx.external_data_helper import ExternalDataInfo
 
 from numpy_ref.engine import check_room
+from numpy_ref.model.sampling import Sampling
 
 from ..bundle import Bundle
 from ..bundle.weights import FILE
@@ -51,13 +52,7 @@ class DeviceSession(Session):
         super().__init__(bundle, provider, threads, provider_options)
 
     def draw(
-        self,
-        logits: onnxruntime.OrtValue,
-        known: np.ndarray,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        uniform: np.ndarray | None = None,
+        self, logits: onnxruntime.OrtValue, known: np.ndarray, sampling: Sampling, uniform: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """A token a row from logits on the device, and its log-probability; which ids are `known` is in the graph.
 
@@ -65,11 +60,13 @@ class DeviceSession(Session):
         none.
         """
         draw, vocab = self._draw_of(logits), self.config.text.vocab
-        if temperature == 0:  # greedy: the likeliest alone
-            temperature, top_k, top_p, uniform = 1.0, 1, 1.0, np.zeros(draw.batch, np.float32)
-        candidates = min(top_k or vocab, vocab)
+        if sampling.temperature == 0:  # greedy: the likeliest alone
+            sampling, uniform = Sampling(temperature=1.0, top_k=1), np.zeros(draw.batch, np.float32)
+        candidates = min(sampling.top_k or vocab, vocab)
         draw.set_count(candidates)
-        for name, number in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
+        for name, number in (
+            ("temperature", sampling.temperature), ("top_p", sampling.top_p), ("uniform", uniform),
+        ):  # fmt: skip
             if draw.is_new(name, number):
                 self._put(np.asarray(number, np.float32), draw.inputs[name])
         with self._errors_as_line("sample_device"):

@@ -19,7 +19,7 @@ from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.engine import Engine, check_room, pictures_per_prompt
 from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.image import to_rgb
-from numpy_ref.model.sampling import log_probability
+from numpy_ref.model.sampling import Sampling, log_probability
 from numpy_ref.model.segmentation import CELLS, SIDE
 
 from .. import bundle as bundles
@@ -251,21 +251,16 @@ class HostSession(Session):
         return self._run("preprocess", self._preprocess, {"image": np.asarray(to_rgb(image))})["pixel_values"]
 
     def draw(
-        self,
-        logits: np.ndarray,
-        known: np.ndarray,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        uniform: np.ndarray | None = None,
+        self, logits: np.ndarray, known: np.ndarray, sampling: Sampling, uniform: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """A token a row and its log-probability, as every engine's; which ids are `known` is in the graph.
 
         The log-probability is NumPy's where the graph, of an older bundle, has none.
         """
         feeds = {
-            "logits": logits, "temperature": np.array(temperature, np.float32), "top_k": np.array(top_k, np.int64),
-            "top_p": np.array(top_p, np.float32), "uniform": uniform,
+            "logits": logits, "temperature": np.array(sampling.temperature, np.float32),
+            "top_k": np.array(sampling.top_k, np.int64), "top_p": np.array(sampling.top_p, np.float32),
+            "uniform": uniform,
         }  # fmt: skip
         drawn = self._run("sample", self._sample, feeds)
         token = drawn["token"]

@@ -23,8 +23,9 @@ from ..answer import Answer
 from ..engine import NumpyEngine
 from ..generate import generate
 from ..image import open_image, preprocess
-from ..model import paligemma, sampling, segmentation
+from ..model import paligemma, segmentation
 from ..model.layers import Pair, upcast
+from ..model.sampling import Sampling, sample
 from ..tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -142,23 +143,17 @@ class TracedEngine(NumpyEngine):
         return super().decode(input_ids, lengths, cache)
 
     def draw(
-        self,
-        logits: np.ndarray,
-        known: np.ndarray,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        uniform: np.ndarray | None = None,
+        self, logits: np.ndarray, known: np.ndarray, sampling: Sampling, uniform: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """As the reference's. Printed beside a token: its text, and its share of the softmax of the logits."""
-        token, logprob = super().draw(logits, known, temperature, top_k, top_p, uniform)
+        token, logprob = super().draw(logits, known, sampling, uniform)
         if self.steps < 2:
             self.heading(f"token {self.steps + 1}: id, text, probability (before temperature, top-k and top-p)")
         probability = float(np.exp(logprob[0])) if logprob is not None else math.nan
         chosen = f"{token[0]} {self.spell(token)} {probability:.4f}"
         self.write(
             _ROW.format(f"token.{self.steps + 1}", shape_of(token, ["B"]), str(token.dtype), chosen,
-                        *origin(sampling.sample.__code__))
+                        *origin(sample.__code__))
         )  # fmt: skip
         return token, logprob
 

@@ -44,6 +44,15 @@ def checkpoint_folder(folder: Path, config=TINY, shards=1) -> Path:
     return folder
 
 
+def whole_checkpoint(folder: Path) -> Path:
+    """A checkpoint directory with all that travels along."""
+    checkpoint_folder(folder, tokenizer_config())
+    (folder / "tokenizer.model").write_bytes(tokenizer_model())
+    (folder / "preprocessor_config.json").write_bytes(preprocessor()[0])
+    (folder / "vae.npz").write_bytes(vae()[0])
+    return folder
+
+
 @cache
 def tokenizer_model() -> bytes:
     """The shipped tokenizer, cut down to bytes, letters and a few tokens for places."""
