@@ -42,19 +42,10 @@ def greedy(engine, pixel_values, rows, steps):
     return np.stack(list(generate(engine, pixel_values, rows, known, steps)), 1)
 
 
-@pytest.fixture
-def no_eos(monkeypatch):
-    """Random models may draw eos; the recorded runs did not stop there."""
-    from dataclasses import replace
-
-    load_config = checkpoint.load_config
-    monkeypatch.setattr(checkpoint, "load_config", lambda path: replace(load_config(path), eos=2**30))
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("name", NAMES)
-def test_recorded(name, kind, tmp_path, no_eos):
+def test_recorded(name, kind, tmp_path):
     loaded, golden = checkpoint.load(GOLDEN / name), load_file(GOLDEN / name / "golden.safetensors")
     engine = open_engine(kind, loaded, tmp_path / "bundle")
     rows = prompts(loaded.config)
@@ -78,7 +69,7 @@ LIVE = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LIVE)
-def test_live(name, tmp_path, no_eos):
+def test_live(name, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the live comparison needs transformers")
     make_goldens.build(**LIVE[name]).save_pretrained(tmp_path / "hf")
     model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
