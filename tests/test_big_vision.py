@@ -447,8 +447,8 @@ def test_what_has_to_lie_beside_a_npz_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(("stops", "spelled"), [((1, 107), r"\[1, 107\]"), ((), "none")])
 def test_several_stop_tokens_are_named_and_left_out(tmp_path, stops, spelled):
     """A fine-tune whose generation_config.json has a list of them converts all the same."""
-    config = replace(CONFIGS["paligemma1"], stops=stops)
-    checkpoint.save(tmp_path / "model", config, random_params(config, dtype=np.float32))
+    shipped = load()
+    checkpoint.save(tmp_path / "model", replace(shipped.config, stops=stops), shipped.params)
     (omitted,) = [
         each for each in checkpoint.convert(tmp_path / "model", tmp_path / "model.npz") if "stop tokens" in each
     ]
