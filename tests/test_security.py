@@ -98,6 +98,14 @@ def test_operators_of_other_libraries_do_not_load(copy):
         answer(copy, host_graphs=False)
 
 
+def test_names_that_are_no_text_end_in_the_one_line(copy):
+    contents = (copy / "masks.onnx").read_bytes()
+    assert b"codes" in contents
+    corpus.sealed(copy, "masks.onnx", contents.replace(b"codes", b"\x80odes"))
+    with pytest.raises(PaliGemmaError, match=r"masks\.onnx: ONNX Runtime cannot load or run it .*can't decode"):
+        answer(copy, host_graphs=False)
+
+
 def change_graph(folder, name, change) -> None:
     """Change a graph of a bundle, with the right checksum."""
     model = onnx.load(folder / f"{name}.onnx", load_external_data=False)

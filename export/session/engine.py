@@ -163,7 +163,7 @@ class Session(Engine):
             options.add_session_config_entry(key, value)
         with self._errors_as_line(name):
             opened = onnxruntime.InferenceSession(source, options, providers=providers)
-        found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}
+            found = {value.name: value.shape for value in (*opened.get_inputs(), *opened.get_outputs())}  # or not UTF-8
         for value, shape in self._io(name).items():
             if (value not in NOT_IN_OLDER or value in found) and not _fits(found.get(value), shape):
                 raise PaliGemmaError(
