@@ -3,7 +3,7 @@
 Two views of it. Part by part: the bundle's own graphs are cut at their taps, and each part, a layer for instance, is
 given the reference's values where it was cut off and compared at all of its taps; one part is in memory at a time, and
 an error stays where it arises. End to end: the shipped, optimised graphs run as a host runs them, prefill and several
-decode steps that feed on each other, and logits and cache are compared.
+decode steps that feed on each other, then the same tokens at once (extend), and logits and cache are compared.
 """
 
 import math
@@ -143,19 +143,28 @@ def rows(bundle: Bundle, checkpoint: Checkpoint) -> list[Row]:
 
 
 def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -> tuple[list[Row], list]:
-    """One row a part of prefill and of a decode step; and what the reference answered to both, as `answers` has it."""
+    """One row a part of prefill, of a decode step and of extend.
+
+    And what the reference answered to the first two, as `answers` has it.
+    """
     config, inputs = checkpoint.config, example(checkpoint.config)
     feeds = dict(zip(("pixel_values", "input_ids", "lengths", "capacity"), inputs.prefill(np.float32), strict=True))
     prefill = Comparison("prefill", config, bundle, provider, feeds)
     decode = Comparison("decode", config, bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths})
-    total = len(prefill.parts) + len(decode.parts)
+    ids = np.concatenate(inputs.steps, axis=1)
+    extend = Comparison("extend", config, bundle, provider, {"input_ids": ids, "lengths": inputs.lengths})
+    total = len(prefill.parts) + len(decode.parts) + len(extend.parts)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
-        prefill.progress = decode.progress = bar.update
+        prefill.progress = decode.progress = extend.progress = bar.update
         first = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), prefill)
         for i, layer in enumerate(first[1]):
-            decode.values |= {f"past_key_values.{i}.{kind}": a for kind, a in zip(("key", "value"), layer, strict=True)}
+            past = {f"past_key_values.{i}.{kind}": a for kind, a in zip(("key", "value"), layer, strict=True)}
+            decode.values |= past
+            extend.values |= past
         second = paligemma.decode(checkpoint.params, config, inputs.steps[0], inputs.lengths, first[1], decode)
+        _, cache = paligemma.extend(checkpoint.params, config, ids, inputs.lengths, first[1], extend)
     compared = [*prefill.finish(first[1], inputs.lengths), *decode.finish(second[1], inputs.lengths + 1)]
+    compared += extend.finish(cache, inputs.lengths + STEPS)
     return compared, [first, second]
 
 
@@ -218,7 +227,7 @@ def _within(part, name) -> str:
 
 
 def tapped_model(config: PaliGemmaConfig, bundle: Bundle, graph: str, operators: str) -> ir.Model:
-    """The bundle's prefill or decode over its weights, with every tap as an output; or the same of other operators."""
+    """A graph of the bundle over its weights, with every tap as an output; or the same of other operators."""
     precision, residual = bundle.description.precision, None
     placed = weights.plan(config, precision, bundle.operators)
     if operators == bundle.operators:
@@ -226,7 +235,7 @@ def tapped_model(config: PaliGemmaConfig, bundle: Bundle, graph: str, operators:
         residual = weights.FLOATS.get(bundle.description.residual or "")
     else:
         initializer = weights.apart(config, placed, bundle.path)
-    build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}[graph]
+    build = {"prefill": graphs.prefill_model, "decode": graphs.decode_model, "extend": graphs.extend_model}[graph]
     return build(config, initializer, weights.stream_dtype(precision), True, operators, residual)
 
 
@@ -323,6 +332,11 @@ def compare_stages(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU, 
         logits, buffers = session.decode(inputs.steps[step], inputs.lengths + step, buffers)
         rows.append(row(f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
     rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
+    _, buffers = session.prefill(*inputs.prefill(np.float32))
+    logits, buffers = session.extend(np.concatenate(inputs.steps, axis=1), inputs.lengths, buffers)
+    expected = np.stack([stepped for stepped, _ in steps], axis=1)
+    rows.append(row("extend logits", {"logits": expected}, {"logits": logits}))
+    rows.append(row("extend cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     if session.masks:
         decode_masks = segmentation.decoder_of(checkpoint)
         assert decode_masks is not None, "a bundle's mask codec comes from its checkpoint"

@@ -30,7 +30,7 @@ MaskDecoder = Callable[[np.ndarray], np.ndarray]
 
 
 class Engine(ABC):
-    """A model with its weights: `prefill` and `decode`, and what else a caller must know.
+    """A model with its weights: `prefill`, `decode` and `extend`, and what else a caller must know.
 
     `resize` is how its pictures are resized, one of `image.RESIZES`; `masks` decodes mask codes and is None where no
     mask codec came with the weights; `max_length` is how many positions it has for a prompt and its answer. The cache
@@ -38,6 +38,7 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    extends_at_once: bool = False  # whether `extend` is quicker than as many decodes
 
     def __init__(
         self,
@@ -66,6 +67,18 @@ class Engine(ABC):
 
         Raises PaliGemmaError if the cache is full.
         """
+
+    def extend(self, input_ids: np.ndarray, lengths: np.ndarray, cache: Any) -> tuple[Any, Any]:
+        """Several known tokens a row: input_ids [B, T] from position lengths [B] on -> logits [B, T, V] and the cache.
+
+        What is written behind the tokens that turn out to be right is overwritten by those that come in their place.
+        An engine that has nothing quicker decodes them one by one. Raises PaliGemmaError if the cache is too small.
+        """
+        steps = []
+        for i in range(input_ids.shape[1]):
+            logits, cache = self.decode(input_ids[:, i : i + 1], (lengths + i).astype(lengths.dtype), cache)
+            steps.append(np.array(logits))
+        return np.stack(steps, 1), cache
 
     def preprocess(self, image: "Image.Image") -> np.ndarray:
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
@@ -137,6 +150,7 @@ class NumpyEngine(Engine):
     """The reference as an engine. Raises PaliGemmaError that names a weight with a NaN or an infinity."""
 
     name = "numpy"
+    extends_at_once = True
 
     def __init__(self, checkpoint: Checkpoint):
         self.params = in_memory(checkpoint.params)
@@ -156,6 +170,11 @@ class NumpyEngine(Engine):
     def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
         check_room(lengths.max() + 1, cache[0][0].shape[2])
         return paligemma.decode(self.params, self.config, input_ids, lengths, cache)
+
+    @_quietly
+    def extend(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
+        check_room(lengths.max() + input_ids.shape[1], cache[0][0].shape[2])
+        return paligemma.extend(self.params, self.config, input_ids, lengths, cache)
 
     @_quietly
     def first_not_finite(

@@ -110,6 +110,9 @@ def leaf_cases():
             "prefix_lengths": np.array([2, 1, 3]), "lengths": np.array([4, 5, 7]), "size": 7, "window": 2},
         "decode_mask": lambda r: {"lengths": np.array([0, 5, 6]), "capacity": 7},
         "decode_mask, window": lambda r: {"lengths": np.array([0, 5, 6]), "capacity": 7, "window": 3},
+        "decode_mask, several": lambda r: {"lengths": np.array([0, 4, 3]), "capacity": 7, "size": 3},
+        "decode_mask, several in a window": lambda r: {
+            "lengths": np.array([0, 4, 3]), "capacity": 7, "window": 2, "size": 3},
     }  # fmt: skip
     for name, arguments in masks.items():
         yield Case(name, "paligemma", name.split(",")[0], arguments)

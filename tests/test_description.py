@@ -54,10 +54,10 @@ def test_older_bundles_have_fewer_fields(written, data):
 def test_newer_bundles_may_have_more(written, data):
     data |= {"adapters": ["a"]}
     data["tokens"]["padding_side"] = "right"
-    data["graphs"]["extend"] = data["graphs"]["decode"]
+    data["graphs"]["forget"] = data["graphs"]["decode"]
     read = Description.from_json(data, "bundle.json")
     assert read.tokens == written.tokens
-    assert read.graphs.keys() == {*written.graphs, "extend"}
+    assert read.graphs.keys() == {*written.graphs, "forget"}
 
 
 def test_a_bundle_of_ids_alone_has_no_newline(written, data):

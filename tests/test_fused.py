@@ -61,7 +61,7 @@ def test_fused_graphs_in_half_precision_keep_its_budget(tmp_path, model, residua
     opened = bundle.load(tmp_path / "out")
     assert (opened.operators, opened.description.residual) == (FUSED, residual)
     found = verify.rows(opened, model)
-    assert {row.stage for row in found} == {"prefill", "decode", "end to end"}
+    assert {row.stage for row in found} == {"prefill", "decode", "extend", "end to end"}
     for row in found:
         assert row.error < verify.BUDGETS["float16"], row
 

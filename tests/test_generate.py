@@ -121,6 +121,8 @@ def test_a_cache_that_is_too_small(tmp_path):
         _, cache = engine.prefill(pixels, ids, lengths, size)
         with pytest.raises(PaliGemmaError, match=f"{size} slots is too small for {size + 1}"):
             engine.decode(ids[:, -1:], np.full_like(lengths, size), cache)
+        with pytest.raises(PaliGemmaError, match=f"{size} slots is too small for {size + 2}"):
+            engine.extend(ids[:, -3:], np.full_like(lengths, size - 1), cache)
         with pytest.raises(PaliGemmaError, match="exceeds the capacity of 97"):
             list(generate(engine, pixels[:1], [ids[0].tolist()], KNOWN, 97))
 

@@ -113,6 +113,24 @@ def test_prefill_and_decodes_equal_one_forward(engine):
         assert_close(engine, decoded[row], full[row, length : length + STEPS])
 
 
+def test_several_at_once_equal_one_after_another(engine):
+    """Logits and cache; and what was written behind the tokens that count is written over."""
+    pixel_values, input_ids, lengths = batch(engine)
+    suffix = np.random.default_rng(5).integers(3, 50, (3, STEPS))
+    _, cache = engine.prefill(pixel_values, input_ids, lengths, CAPACITY)
+    expected, cache = decode_all(engine, suffix, lengths, cache)
+    slots = {name: array.copy() for name, array in as_numpy(engine, cache).items()}
+    _, cache = engine.prefill(pixel_values, input_ids, lengths, CAPACITY)
+    wrong = np.concatenate([suffix[:, :1], suffix[:, 1:] + 1], axis=1)
+    first, cache = engine.extend(wrong, lengths, cache)
+    assert_close(engine, first[:, 0], expected[:, 0])
+    rest, cache = engine.extend(suffix[:, 1:], (lengths + 1).astype(np.int32), cache)
+    assert_close(engine, rest, expected[:, 1:])
+    for name, array in as_numpy(engine, cache).items():
+        for row, length in enumerate(lengths):
+            assert_close(engine, array[row, :, : length + STEPS], slots[name][row, :, : length + STEPS])
+
+
 def test_the_prefix_is_bidirectional(engine):
     """A late token of the prefix changes what the first picture position holds in the layers above."""
     pixel_values, input_ids, lengths = batch(engine)

@@ -58,7 +58,7 @@ METHODS = {
     ("contrastive", "embed_image"): "Contrastive.embed_image",
     ("contrastive", "embed_text"): "Contrastive.embed_text",
     **{("paligemma", name): f"PaliGemma.{name}" for name in
-       ("encode_image", "embed_prefix", "forward", "hidden_states", "prefill", "decode")},
+       ("encode_image", "embed_prefix", "forward", "hidden_states", "prefill", "decode", "extend", "further_states")},
 }  # fmt: skip
 
 
@@ -132,14 +132,14 @@ def test_one_weight_namespace(name):
 
 @pytest.mark.parametrize("operators", [PORTABLE, FUSED])
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "int4"])
-@pytest.mark.parametrize("graph", ["prefill", "decode"])
+@pytest.mark.parametrize("graph", ["prefill", "decode", "extend"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nodes_are_named_by_their_modules(name, graph, precision, operators):
     """Each by a module of the model, whose own weights it reads; every module of every block has nodes of its own."""
     config = with_heads(name)
     placed, build = (
         weights.plan(config, precision, operators),
-        {"prefill": graphs.prefill_model, "decode": graphs.decode_model},
+        {"prefill": graphs.prefill_model, "decode": graphs.decode_model, "extend": graphs.extend_model},
     )
     model = build[graph](
         config, weights.initializer(placed, graph=graph), weights.stream_dtype(precision), operators=operators

@@ -1,4 +1,4 @@
-"""The whole model: prefill and decode on every engine, tap by tap, and every field of the config matters."""
+"""The whole model: prefill, decode and extend on every engine, tap by tap, and every field of the config matters."""
 
 from dataclasses import fields, replace
 
@@ -18,6 +18,8 @@ from .parity import DTYPES, Recorder, assert_parity, cast, evaluate_reference, e
 
 CAPACITY = 27
 TWO = "prefill of two pictures a row"
+FURTHER = {"decode": [[7], [11], [13]], "extend": [[7, 5, 3], [11, 2, 23], [13, 31, 19]]}  # tokens behind a cache
+MODELS = {"decode": graphs.decode_model, "extend": graphs.extend_model}
 
 
 def inputs(config, dtype, pictures=1):
@@ -26,17 +28,17 @@ def inputs(config, dtype, pictures=1):
 
 
 def reference(config, stage, dtype=np.float64):
-    """Taps and outputs of the reference. Decode continues from prefill's cache, with stale slots behind it."""
+    """Taps and outputs of the reference. The others continue from prefill's cache, with stale slots behind it."""
     params, recorder = random_params(config, dtype=dtype), Recorder()
     arguments = inputs(config, dtype, 2 if stage == TWO else 1)
-    if stage != "decode":
+    if stage not in FURTHER:
         outputs = paligemma.prefill(params, config, **arguments, capacity=CAPACITY, tap=recorder)
         return {**recorder.values, **named(outputs)}, arguments
     _, cache = paligemma.prefill(random_params(config), config, **inputs(config, np.float64), capacity=CAPACITY)
     stale = np.arange(CAPACITY)[None, None, :, None] >= arguments["lengths"][:, None, None, None]
     cache = [tuple(np.where(stale, 1e4, array).astype(np.float32).astype(dtype) for array in layer) for layer in cache]
-    arguments = {"input_ids": np.array([[7], [11], [13]]), "lengths": arguments["lengths"], "cache": cache}
-    outputs = paligemma.decode(params, config, **arguments, tap=recorder)
+    arguments = {"input_ids": np.array(FURTHER[stage]), "lengths": arguments["lengths"], "cache": cache}
+    outputs = getattr(paligemma, stage)(params, config, **arguments, tap=recorder)
     return {**recorder.values, **named(outputs)}, arguments
 
 
@@ -49,7 +51,7 @@ def run_torch(config, stage, dtype):
     _, arguments = reference(config, stage, dtype)
     model = from_params(config, random_params(config), torch.float64 if dtype == np.float64 else torch.float32)
     recorder = Recorder()
-    extra = {"capacity": CAPACITY} if stage != "decode" else {}
+    extra = {"capacity": CAPACITY} if stage not in FURTHER else {}
     with torch.inference_mode():
         outputs = getattr(model, stage.split()[0])(**to_torch(arguments), **extra, tap=recorder)
     return {name: value.numpy() for name, value in {**recorder.values, **named(outputs)}.items()}
@@ -58,12 +60,12 @@ def run_torch(config, stage, dtype):
 def run_onnx(config, stage, dtype, evaluate):
     _, arguments = reference(config, stage, dtype)
     params = checkpoint.flatten(random_params(config, dtype=dtype))
-    make = graphs.decode_model if stage == "decode" else graphs.prefill_model
+    make = MODELS.get(stage, graphs.prefill_model)
     model = make(
         config, lambda path: ir.tensor(params[path], name=path), ir.DataType.from_numpy(np.dtype(dtype)), taps=True
     )
     feeds = dict(arguments)
-    if stage != "decode":
+    if stage not in FURTHER:
         feeds["capacity"] = np.array(CAPACITY)
     else:
         for i, layer in enumerate(feeds.pop("cache")):
@@ -91,7 +93,7 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("stage", ["prefill", TWO, "decode"])
+@pytest.mark.parametrize("stage", ["prefill", TWO, *FURTHER])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tap(name, engine, stage, dtype):

@@ -127,6 +127,26 @@ def test_ignoring_the_window_is_noticed(monkeypatch):
         return np.stack(rows, 1)
 
     assert np.array_equal(tokens(), golden["tokens"])
-    original = paligemma.decode_mask
-    monkeypatch.setattr(paligemma, "decode_mask", lambda lengths, capacity, window=None: original(lengths, capacity))
+    monkeypatch.setattr(paligemma, "decode_mask", without_window)
     assert not np.array_equal(tokens(), golden["tokens"])
+
+
+def without_window(lengths, capacity, window=None, size=1, original=paligemma.decode_mask):
+    return original(lengths, capacity, size=size)
+
+
+def not_causal(lengths, capacity, window=None, size=1, original=paligemma.decode_mask):
+    """Each of several new tokens sees all of them."""
+    return np.repeat(original(lengths + size - 1, capacity, window), size, axis=1)
+
+
+@pytest.mark.parametrize("mask", [paligemma.decode_mask, without_window, not_causal])
+def test_given_all_tokens_at_once_each_is_the_next_of_those_before(mask, monkeypatch):
+    """The recorded answer, at once: behind each of its tokens the likeliest is the next, unless the mask is wrong."""
+    loaded, golden = checkpoint.load(GOLDEN / "paligemma2"), load_file(GOLDEN / "paligemma2" / "golden.safetensors")
+    input_ids, lengths = pad_prompts(prompts(loaded.config), 0)
+    _, cache = paligemma.prefill(loaded.params, loaded.config, golden["pixel_values"], input_ids, lengths, 40)
+    right = mask is paligemma.decode_mask
+    monkeypatch.setattr(paligemma, "decode_mask", mask)
+    logits, _ = paligemma.extend(loaded.params, loaded.config, golden["tokens"][:, :-1], lengths, cache)
+    assert np.array_equal(logits.argmax(-1), golden["tokens"][:, 1:]) == right

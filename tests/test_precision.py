@@ -32,8 +32,9 @@ def test_a_verified_export(name, precision, tmp_path, capsys):
     parts = {(row["stage"], row["part"]) for row in rows}
     config = checkpoint.load_config(GOLDEN / name)
     for i in range(config.text.depth):
-        assert {("prefill", f"text.blocks.{i}"), ("decode", f"text.blocks.{i}")} <= parts
+        assert {(stage, f"text.blocks.{i}") for stage in ("prefill", "decode", "extend")} <= parts
     assert (("end to end", "decode 4 logits") in parts) == (precision != "bfloat16")
+    assert (("end to end", "extend logits") in parts) == (precision != "bfloat16")
     assert all(row["error"] <= row["budget"] for row in rows)
     assert "text.blocks.0" in capsys.readouterr().out
 
@@ -44,7 +45,7 @@ def test_half_precision_keeps_the_stream_in_float32(name, tmp_path):
     config = CONFIGS[name]
     loaded = checkpoint.Checkpoint(tmp_path, config, random_params(config), np.dtype("f8"))
     bundle.write(loaded, tmp_path / "out", "bfloat16")
-    for graph in ("prefill", "decode"):
+    for graph in ("prefill", "decode", "extend"):
         model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "out" / f"{graph}.onnx"))
         dtypes = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.value_info, *model.graph.output]}
         half = onnx.TensorProto.BFLOAT16

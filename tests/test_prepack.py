@@ -17,7 +17,7 @@ from numpy_ref.errors import PaliGemmaError
 
 from .fuzz import corpus
 
-GRAPHS = ("prefill", "decode")
+GRAPHS = ("prefill", "decode", "extend")
 
 
 @pytest.fixture(scope="module", params=["float32", "int8", "int4"])

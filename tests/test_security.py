@@ -153,7 +153,7 @@ def secret(tmp_path, whole):
 @pytest.mark.parametrize(
     "location", ["../secret.bin", "{secret}", "./../secret.bin", "*/_ORT_MEM_ADDR_/*", "bundle/../../secret.bin"]
 )
-@pytest.mark.parametrize("name", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "extend"])
 def test_external_data_lies_in_the_folder(copy, secret, name, location):
     """Paths that lead out, and the tag by which ONNX Runtime means an address in memory."""
 

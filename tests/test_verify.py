@@ -19,7 +19,7 @@ from numpy_ref.errors import PaliGemmaError
 
 from .models import random_params, with_heads
 
-BUILD = {"prefill": graphs.prefill_model, "decode": graphs.decode_model}
+BUILD = {"prefill": graphs.prefill_model, "decode": graphs.decode_model, "extend": graphs.extend_model}
 CONFIGS = {
     "paligemma1": with_heads("paligemma1"),
     "paligemma2": with_heads("paligemma2", windows=(4, None, 3), attn_softcap=2.0),
@@ -50,6 +50,8 @@ ABSENT = {
     ("paligemma2", "decode", "float32"): UNCAPPED,
     ("paligemma1", "decode", "float16"): HALF | {f"text.blocks.*.attention.{name}" for name in ("key", "value")},
     ("paligemma2", "decode", "float16"): HALF | {f"text.blocks.*.attention.{name}" for name in ("key", "value")},
+    ("paligemma1", "extend", "float32"): set(),
+    ("paligemma2", "extend", "float16"): set(),
 }
 
 
@@ -119,7 +121,7 @@ def test_rows_are_of_the_operators_that_ship(tmp_path, precision):
     parts = Counter(row.stage for row in found)
     vision, text = model.config.vision.depth, model.config.text.depth
     assert parts["prefill"] == 2 + vision + 2 + 2 + text + 3
-    assert parts["decode"] == 1 + text + 3
+    assert parts["decode"] == parts["extend"] == 1 + text + 3
     assert all(row.error <= verify.BUDGETS[precision] for row in found)
     unseen = {f"{row.part}.{name}" for row in found if row.stage == "decode" for name in row.unseen}
     absent = ABSENT["paligemma2", "decode", precision]
@@ -175,20 +177,33 @@ def swapped(op, p, config, *arguments, original=fused.attention, **keywords):
 
 
 def without_window(mask):
-    return lambda op, lengths, capacity, window=None: mask(op, lengths, capacity)
+    return lambda op, lengths, capacity, window=None, size=1: mask(op, lengths, capacity, size=size)
 
 
-def turned_late(op, lengths, capacity, window=None):
+def not_causal(op, lengths, capacity, window=None, size=1):
+    """A mask by which the first of several new tokens sees the one behind it too."""
+    if size == 1:
+        return fused.decode_mask(op, lengths, capacity, window)
+    return paligemma.decode_mask.portable(op, op.Add(lengths, 1), capacity, window, size)
+
+
+def turned_late(op, lengths, capacity, window=None, size=1):
     """A mask of half precision that tells the place of each token one too small, so that its key is written there."""
-    right = fused_half.decode_mask(op, lengths, capacity, window)
-    return replace(right, last=op.Sub(right.last, op.Cast(op.Constant(value_int=1), to=ir.DataType.INT32)))
+    right = fused_half.decode_mask(op, lengths, capacity, window, size)
+    return (
+        right
+        if size != 1
+        else replace(right, last=op.Sub(right.last, op.Cast(op.Constant(value_int=1), to=ir.DataType.INT32)))
+    )
 
 
-TEXT = {f"{stage} text.blocks.{i}" for stage in ("prefill", "decode") for i in range(3)}
-PREFILL = {row for row in TEXT if row.startswith("prefill")}
-DECODE = TEXT - PREFILL
+PREFILL, DECODE, EXTEND = (
+    {f"{stage} text.blocks.{i}" for i in range(3)} for stage in ("prefill", "decode", "extend")
+)  # fmt: skip
+TEXT = PREFILL | DECODE | EXTEND
+WINDOWED = (DECODE | EXTEND) - {"decode text.blocks.1", "extend text.blocks.1"}
 VISION = {f"prefill vision.blocks.{i}" for i in range(2)}
-NORMS = TEXT | {f"{stage} {part}" for stage in ("prefill", "decode") for part in ("text.norm", "cache")}
+NORMS = TEXT | {f"{stage} {part}" for stage in ("prefill", "decode", "extend") for part in ("text.norm", "cache")}
 # In float32 the last layer of prefill calls `prefix_attention` itself.
 CALLED = TEXT - {"prefill text.blocks.2"}
 MUTANTS = {
@@ -199,10 +214,9 @@ MUTANTS = {
     "a factor of the scores": ("float32", gemma.attention, with_text(fused.attention, query_scalar=16.0), CALLED),
     "no softcap": ("float32", gemma.attention, with_text(fused.attention, attn_softcap=None), CALLED),
     "heads of the tower": ("float32", siglip.attention, with_text(fused.patch_attention, heads=1), VISION),
-    "values as keys": ("float32", gemma.attention, swapped, {"prefill cache", "decode cache"}),
-    "no window": (
-        "float32", paligemma.decode_mask, without_window(fused.decode_mask), DECODE - {"decode text.blocks.1"},
-    ),
+    "values as keys": ("float32", gemma.attention, swapped, {f"{stage} cache" for stage in ("prefill", "decode", "extend")}),
+    "no window": ("float32", paligemma.decode_mask, without_window(fused.decode_mask), WINDOWED),
+    "new tokens that see one another": ("float32", paligemma.decode_mask, not_causal, EXTEND),
     "eps of a sum's norm": (
         "float16", layers.add_rms_norm, with_eps(fused_half.add_rms_norm), NORMS,
     ),
@@ -213,7 +227,7 @@ MUTANTS = {
         "float16", gemma.attention, with_text(fused_half.attention, attn_softcap=None), TEXT,
     ),
     "no window in half precision": (
-        "float16", paligemma.decode_mask, without_window(fused_half.decode_mask), DECODE - {"decode text.blocks.1"},
+        "float16", paligemma.decode_mask, without_window(fused_half.decode_mask), WINDOWED,
     ),
     "a place too early": ("float16", paligemma.decode_mask, turned_late, DECODE | {"decode cache"}),
 }  # fmt: skip

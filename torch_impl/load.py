@@ -72,6 +72,7 @@ class ModuleEngine(Engine):
     """A module as an engine: NumPy arrays in, NumPy logits out."""
 
     name = "torch"
+    extends_at_once = True
 
     def __init__(self, model: PaliGemma, resize: str = "bicubic", masks: MaskDecoder | None = None):
         super().__init__(model.config, resize, masks)
@@ -91,6 +92,12 @@ class ModuleEngine(Engine):
     def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
         check_room(lengths.max() + 1, cache[0][0].shape[2])
         logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
+        return upcast(logits).numpy(), cache
+
+    @torch.inference_mode()
+    def extend(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
+        check_room(lengths.max() + input_ids.shape[1], cache[0][0].shape[2])
+        logits, cache = self.model.extend(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
         return upcast(logits).numpy(), cache
 
     @torch.inference_mode()

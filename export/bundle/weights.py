@@ -234,8 +234,8 @@ def _encoded(placed, arrays) -> Iterator[tuple[Stored, np.ndarray]]:
 def initializer(placed: dict[str, Stored], directory: str | Path = "", graph: str = "prefill") -> Initializer:
     """path -> the weight as a graph takes it: tensors that refer into the weights file.
 
-    Of a weight that is stored in two forms decode takes the second. One that is joined to others is that tensor, under
-    the name that they have together.
+    Of a weight that is stored in two forms decode and extend take the second. One that is joined to others is that
+    tensor, under the name that they have together.
     """
     by_path: dict[str, list[Stored]] = {}
     for stored in placed.values():

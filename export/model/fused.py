@@ -6,6 +6,7 @@ For graphs whose stream is float32, where they are quick on the CPU: `INSTEAD`, 
 attention in prefill   MultiHeadAttention without a mask goes through the keys in tiles: scores are never held whole.
                        Padding is told by one more column: 1 in every query, 0 or -1e9 in the keys.
 attention in decode    GroupQueryAttention writes into the cache where it lies, and reads only what is filled.
+attention in extend    the portable one, since that operator takes several tokens behind a cache from one row alone.
 kernels in few bits    those that read the same input, side by side in the weights file, are taken as one.
 """
 
@@ -187,15 +188,18 @@ def _in_tiles(op, config, query, key, value, padding):
 
 
 def attention(
-    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Padding | Window, cache: Pair | None = None,
-    start: Value | None = None, tap: Tap = identity,
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Padding | Window | Value,
+    cache: Pair | None = None, start: Value | None = None, tap: Tap = identity,
 ) -> tuple[Value, Pair]:  # fmt: skip
     """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value).
 
-    `mask` is a Padding in prefill, a Window in decode.
+    `mask` is a Padding in prefill, a Window in decode, and in extend [B, T, C].
     """
     if isinstance(mask, Padding):
         return prefix_attention(op, p, config, x, x, rotary, rotary, mask, tap)
+    if isinstance(mask, Value):
+        parts = project(op, x, p, ("query", "key", "value"))
+        return attend_behind(op, p, config, parts, rotary, mask, cache, start, tap)
     if config.head_dim % 8:  # GroupQueryAttention takes no others
         return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
     query, key, value = project(op, x, p, ("query", "key", "value"))
@@ -215,6 +219,22 @@ def attention(
     context = by_head(op, tap, config.heads)("context", context)
     updated = like(key, cache[0]), like(value, cache[1])
     return layers.linear(op, context, **p["output"]), updated
+
+
+def attend_behind(
+    op: Op, p: Params, config: GemmaConfig, parts: Sequence[Value], rotary: Pair, mask: Value, cache: Pair,
+    start: Value, tap: Tap = identity,
+) -> tuple[Value, Pair]:  # fmt: skip
+    """Queries, keys and values of several tokens, each [B, T, heads * H], behind a cache: the portable attention."""
+    query, key, value = (
+        layers.split_heads(op, each, heads)
+        for each, heads in zip(parts, (config.heads, config.kv_heads, config.kv_heads), strict=True)
+    )
+    query = tap("query", op.Mul(layers.rope(op, query, *rotary), config.query_scale))
+    key, value = tap("key", layers.rope(op, key, *rotary)), tap("value", value)
+    key, value = (layers.write_cache(op, *each, start) for each in zip(cache, (key, value), strict=True))
+    context = tap("context", layers.attend(op, query, key, value, mask, config.attn_softcap, tap))
+    return layers.linear(op, layers.merge_heads(op, context), **p["output"]), (key, value)
 
 
 def _rotate(op, x, cos, sin, heads):
@@ -331,8 +351,12 @@ def prefix_mask(op: Op, prefix_lengths: Value, lengths: Value, size: Value, wind
     return op.Less(op.Unsqueeze(op.Range(0, size, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2]))
 
 
-def decode_mask(op: Op, lengths: Value, capacity: Value, window: int | None = None) -> Window:
-    """No mask yet: GroupQueryAttention knows what is filled."""
+def decode_mask(
+    op: Op, lengths: Value, capacity: Value, window: int | None = None, size: Value | int = 1
+) -> Window | Value:
+    """No mask yet for one token: GroupQueryAttention knows what is filled. For several the portable one."""
+    if size != 1:
+        return paligemma.decode_mask.portable(op, lengths, capacity, window, size)
     return Window(window, partial(paligemma.decode_mask.portable, op, lengths, capacity, window))
 
 

@@ -4,7 +4,7 @@ norms                  one operator each; a sum and the norm behind it are one t
 query, key and value   one product: the weights file has their kernels side by side.
 attention of patches   the standard Attention, which takes flash kernels in float16 and in bfloat16.
 attention of tokens    GroupQueryAttention takes that one product, rotates queries and keys, writes the cache where it
-                       lies and attends, in prefill as in decode.
+                       lies and attends, in prefill as in decode; in extend the portable attention does.
 
 The residual stream is in `op.residual`, float32 or the dtype of the weights. Source: ONNX Runtime, ContribOperators.md.
 """
@@ -19,7 +19,7 @@ from numpy_ref.config import GemmaConfig, SiglipConfig
 from numpy_ref.model.layers import Params, identity, scoped
 
 from . import gemma, layers, paligemma, siglip
-from .fused import by_head, gelu, like, project
+from .fused import attend_behind, by_head, gelu, like, project
 from .layers import Op, Pair, Tap
 from .quantized import CONTRIB
 
@@ -85,17 +85,30 @@ def prefix_mask(op: Op, prefix_lengths: Value, lengths: Value, size: Value, wind
     return Lengths(op.Cast(op.Sub(lengths, 1), to=DataType.INT32), op.Cast(size, to=DataType.INT32), None)
 
 
-def decode_mask(op: Op, lengths: Value, capacity: Value, window: int | None = None) -> Lengths:
-    """No mask: the token at position `lengths` [B] sees what came before it, in a window."""
+def decode_mask(
+    op: Op, lengths: Value, capacity: Value, window: int | None = None, size: Value | int = 1
+) -> Lengths | Value:
+    """No mask for one token: at position `lengths` [B] it sees what came before it, in a window. For several, one."""
+    if size != 1:
+        return paligemma.decode_mask.portable(op, lengths, capacity, window, size)
     return Lengths(op.Cast(lengths, to=DataType.INT32), op.Cast(capacity, to=DataType.INT32), window)
 
 
 def attention(
-    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Lengths, cache: Pair | None = None,
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Lengths | Value, cache: Pair | None = None,
     start: Value | None = None, tap: Tap = identity,
 ) -> tuple[Value, Pair]:  # fmt: skip
-    """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value); `rotary` are tables [positions, H/2]."""
+    """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value).
+
+    `rotary` are tables [positions, H/2]; in extend, where `mask` is [B, T, C], the angles at the tokens.
+    """
     packed = _packed(op, p, x)
+    if isinstance(mask, Value):
+        sizes = [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
+        parts = op.Split(packed, sizes, axis=-1, _outputs=3)
+        for part, size in zip(parts, sizes, strict=True):
+            part.dtype, part.shape = packed.dtype, ir.Shape([*list(x.shape)[:2], size])
+        return attend_behind(op, p, config, parts, rotary, mask, cache, start, tap)
     context, key, value = op.GroupQueryAttention(
         packed, None, None, *(cache or (None, None)), mask.last, mask.total, *rotary,
         num_heads=config.heads, kv_num_heads=config.kv_heads, scale=config.query_scale, do_rotary=1,
@@ -126,11 +139,15 @@ def mlp(op: Op, p: Params, x: Value) -> Value:
 
 
 def decoder(
-    op: Op, p: Params, config: GemmaConfig, x: Value, positions: Value, masks: dict[int | None, Lengths],
+    op: Op, p: Params, config: GemmaConfig, x: Value, positions: Value, masks: dict[int | None, Lengths | Value],
     cache: list[Pair] | None = None, start: Value | None = None, tap: Tap = identity,
 ) -> tuple[Value, list[Pair]]:  # fmt: skip
     """All layers and the final norm; each sum is taken together with the norm behind it, be it of the next layer."""
-    rotary, caches = rotary_tables(op, config, p["norm"]["scale"].dtype), []
+    if all(isinstance(mask, Lengths) for mask in masks.values()):
+        rotary = rotary_tables(op, config, p["norm"]["scale"].dtype)
+    else:
+        rotary = layers.rope_angles(op, positions, config.head_dim, config.rope_base, DataType.FLOAT)
+    caches = []
     following = [*(weights["attention_norm"] for weights in p["blocks"][1:]), p["norm"]]
     normed = layers.rms_norm(op, x, **p["blocks"][0]["attention_norm"], eps=config.eps)
     for i, (weights, norm) in enumerate(zip(p["blocks"], following, strict=True)):

@@ -51,17 +51,28 @@ def decode_model(
     operators: str = PORTABLE, residual: DataType | None = None,
 ) -> ir.Model:  # fmt: skip
     """decode.onnx: input_ids, lengths, past_key_values.{i}.key/value -> logits, present.{i}.key/value."""
-    builder, p = _start(
-        "decode", config, initializer, lambda path: path.startswith("text."), operators, dtype, residual
-    )
-    input_ids = builder.input("input_ids", DataType.INT64, ["B", 1])
+    return _further_model("decode", paligemma.decode, 1, config, initializer, dtype, taps, operators, residual)
+
+
+def extend_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE, residual: DataType | None = None,
+) -> ir.Model:  # fmt: skip
+    """extend.onnx: decode's inputs and outputs, for several tokens a row: input_ids [B, T] -> logits [B, T, V]."""
+    return _further_model("extend", paligemma.extend, "T", config, initializer, dtype, taps, operators, residual)
+
+
+def _further_model(name, function, size, config, initializer, dtype, taps, operators, residual) -> ir.Model:
+    """A graph of tokens behind a cache, `size` a row."""
+    builder, p = _start(name, config, initializer, lambda path: path.startswith("text."), operators, dtype, residual)
+    input_ids = builder.input("input_ids", DataType.INT64, ["B", size])
     lengths = builder.input("lengths", DataType.INT32, ["B"])
     cache = [
         tuple(builder.input(f"past_key_values.{i}.{kind}", dtype, _cache_shape(config)) for kind in ("key", "value"))
         for i in range(config.text.depth)
     ]
-    logits, cache = paligemma.decode(_op(builder), p, config, input_ids, lengths, cache, _tap(builder, taps))
-    return _finish(builder, config, logits, cache)
+    logits, cache = function(_op(builder), p, config, input_ids, lengths, cache, _tap(builder, taps))
+    return _finish(builder, config, logits, cache, ["B", *([] if size == 1 else [size])])
 
 
 def masks_model(params: Params) -> ir.Model:
@@ -215,8 +226,8 @@ def _tap(builder, taps):
     return record
 
 
-def _finish(builder, config, logits, cache) -> ir.Model:
-    outputs = {"logits": (logits, ["B", config.text.vocab])}
+def _finish(builder, config, logits, cache, rows=("B",)) -> ir.Model:
+    outputs = {"logits": (logits, [*rows, config.text.vocab])}
     for i, layer in enumerate(cache):
         for kind, value in zip(("key", "value"), layer, strict=True):
             outputs[f"present.{i}.{kind}"] = (value, _cache_shape(config))

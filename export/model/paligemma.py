@@ -1,4 +1,4 @@
-"""PaliGemma's two graphs, prefill and decode: twin of `numpy_ref/model/paligemma.py`.
+"""PaliGemma's graphs, prefill, decode and extend: twin of `numpy_ref/model/paligemma.py`.
 
 `op.residual` is the dtype of the residual stream.
 """
@@ -60,9 +60,11 @@ def prefix_mask(op: Op, prefix_lengths: Value, lengths: Value, size: Value, wind
 
 
 @replaceable
-def decode_mask(op: Op, lengths: Value, capacity: Value, window: int | None = None) -> Value:
-    """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]."""
+def decode_mask(op: Op, lengths: Value, capacity: Value, window: int | None = None, size: Value | int = 1) -> Value:
+    """The rows of the mask for `size` tokens from position `lengths` [B] on -> [B, size, C]."""
     key, position = op.Unsqueeze(op.Range(0, capacity, 1), [0, 1]), op.Unsqueeze(lengths, [1, 2])
+    if size != 1:
+        position = op.Add(position, op.Unsqueeze(op.Range(0, size, 1), [0, 2]))
     mask = op.LessOrEqual(key, position)
     return mask if window is None else op.And(mask, op.Greater(key, op.Sub(position, window)))
 
@@ -110,14 +112,36 @@ def decode(
     op: Op, p: Params, config: PaliGemmaConfig, input_ids: Value, lengths: Value, cache: list[Pair], tap: Tap = identity
 ) -> tuple[Value, list[Pair]]:
     """One more token a row: input_ids [B, 1] at lengths [B] -> logits [B, V] and the cache, each [B, K, C, H]."""
+    x, cache = further_states(op, p, config, input_ids, lengths, cache, tap)
+    return tap("logits", gemma.logits(op, p["text"], config.text, op.Squeeze(x, [1]))), cache
+
+
+def extend(
+    op: Op, p: Params, config: PaliGemmaConfig, input_ids: Value, lengths: Value, cache: list[Pair], tap: Tap = identity
+) -> tuple[Value, list[Pair]]:
+    """Several more tokens a row: input_ids [B, T] from lengths [B] on -> logits [B, T, V] and the cache."""
+    x, cache = further_states(op, p, config, input_ids, lengths, cache, tap)
+    rows = op.Reshape(x, [-1, config.text.width])  # the head is made for a row a token
+    rows.dtype, rows.shape = x.dtype, ir.Shape(["tokens of all", config.text.width])
+    logits = gemma.logits(op, p["text"], config.text, rows)
+    shape = op.Concat(op.Shape(input_ids), [config.text.vocab], axis=0)
+    return tap("logits", op.Reshape(logits, shape)), cache
+
+
+def further_states(
+    op: Op, p: Params, config: PaliGemmaConfig, input_ids: Value, lengths: Value, cache: list[Pair], tap: Tap = identity
+) -> tuple[Value, list[Pair]]:
+    """The decoder's output behind what is cached: input_ids [B, T] -> [B, T, D] and the cache, each [B, K, C, H]."""
     lengths = op.Cast(lengths, to=DataType.INT64)
     capacity = _length(op, cache[0][0], 2)
+    size = 1 if input_ids.shape[1] == 1 else _length(op, input_ids, 1)
     x = tap("embed", gemma.embed(op, p["text"], config.text, input_ids, op.residual))
     windows = dict.fromkeys([*config.text.windows] or [None])
-    masks = {window: decode_mask(op, lengths, capacity, window) for window in windows}
+    masks = {window: decode_mask(op, lengths, capacity, window, size) for window in windows}
     positions = op.Unsqueeze(lengths, [1])
-    x, cache = gemma.decoder(op, p["text"], config.text, x, positions, masks, cache, lengths, scoped(tap, "text"))
-    return tap("logits", gemma.logits(op, p["text"], config.text, op.Squeeze(x, [1]))), cache
+    if size != 1:
+        positions = op.Add(positions, op.Unsqueeze(op.Range(0, size, 1), [0]))
+    return gemma.decoder(op, p["text"], config.text, x, positions, masks, cache, lengths, scoped(tap, "text"))
 
 
 def _length(op, array, axis):

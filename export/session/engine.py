@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RUN = run_options()
 GRAPH = "enable_cuda_graph"
-ON_DEVICE = ("prefill", "decode", "sample_device")  # the other graphs are small, and made for the host
+ON_DEVICE = ("prefill", "decode", "extend", "sample_device")  # the other graphs are small, and made for the host
 NOT_IN_OLDER = {"logprob"}  # outputs that a graph of an older bundle may lack
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
 # float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
@@ -62,7 +62,7 @@ class Session(Engine):
     ):
         masks = self._paint if "masks" in bundle.description.graphs else None
         super().__init__(bundle.config, bundle.description.image.resize, masks, bundle.max_length)
-        self.bundle = bundle
+        self.bundle, self.threads = bundle, threads
         self.provider_options = {name: str(value) for name, value in (provider_options or {}).items()}
         self.provider = place(bundle, provider, self.provider_options)
         self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
@@ -84,7 +84,12 @@ class Session(Engine):
             self._prepare()
             self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
         if self.provider == CUDA:
-            self._check_placement()
+            self._check_placement((self._prefill, "prefill"), (self._decode, "decode"))
+
+    @property
+    def extends_at_once(self) -> bool:
+        """Whether the bundle has the graph for it, as newer ones do."""
+        return "extend" in self.bundle.description.graphs
 
     @property
     def captures(self) -> bool:
@@ -125,6 +130,23 @@ class Session(Engine):
             self._decode.run_with_iobinding(cache.binding, self._run_options(cache))
         return self._logits(cache), cache
 
+    def extend(self, input_ids: np.ndarray, lengths: np.ndarray, cache: "Cache") -> tuple[Any, "Cache"]:
+        """input_ids [B, T] from position lengths [B] on -> logits [B, T, V]; the cache is updated in place.
+
+        The graph is opened when it is first needed. Without it, in an older bundle, the tokens are decoded one by one.
+        """
+        if not self.extends_at_once:
+            return super().extend(input_ids, lengths, cache)
+        size = input_ids.shape[1]
+        check_room(lengths.max() + size, cache.capacity)
+        with self._room():
+            extension = cache.extension(self, size)
+        self._put(np.ascontiguousarray(input_ids, np.int64), extension.input_ids)
+        self._put(np.ascontiguousarray(lengths, np.int32), cache.lengths)
+        with self._errors_as_line("extend"):
+            self._extend.run_with_iobinding(extension.binding, self._run_options(extension))
+        return self._logits(extension), cache
+
     def buffer(self, shape: Sequence[int], dtype: type | int) -> onnxruntime.OrtValue:
         """Memory where this session runs, as an OrtValue."""
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.device_id)
@@ -143,6 +165,15 @@ class Session(Engine):
         return RUN
 
     @cached_property  # here as below, two threads that come first together both open it, and either's does
+    def _extend(self):
+        kept = freed_memory_kept() if self.bundle.is_prepacked else nullcontext()
+        with stdout_kept(), kept:
+            opened = self._open("extend", self.threads)
+        if self.provider == CUDA:
+            self._check_placement((opened, "extend"))
+        return opened
+
+    @cached_property
     def _masks(self):
         return self._open("masks", 1)  # when a mask is first asked for
 
@@ -172,17 +203,20 @@ class Session(Engine):
                 )
         return opened
 
-    def _check_placement(self):
-        """Raise PaliGemmaError unless what decode reads and writes at every step is on the device.
+    def _check_placement(self, *graphs):
+        """Raise PaliGemmaError unless what decode and extend read and write at every step is on the device.
 
         The runtime leaves a node without a kernel there to the CPU, and copies what is bound to it once, when it is
         bound: from then on such a session computes with what was there then.
         """
-        for opened, graph in ((self._prefill, "prefill"), (self._decode, "decode")):
+        for opened, graph in graphs:
             if CUDA not in opened.get_providers():
                 given = ", ".join(f"{name}={value}" for name, value in self.provider_options.items())
                 raise PaliGemmaError(f"--provider cuda: the runtime does not start it with the options {given}")
-            infos = [*opened.get_output_memory_infos(), *(opened.get_input_memory_infos() if graph == "decode" else ())]
+            infos = [
+                *opened.get_output_memory_infos(),
+                *(opened.get_input_memory_infos() if graph != "prefill" else ()),
+            ]
             if any(info.name != "Cuda" for info in infos):
                 raise PaliGemmaError(
                     f"{self._file(graph)}: CUDA has no kernels for all of it; run it with --provider cpu, or export "
@@ -280,7 +314,7 @@ class Cache:
 
     def __init__(self, session: Session, batch: int, capacity: int):
         text = session.config.text
-        self.batch, self.capacity, self.draw = batch, capacity, None
+        self.batch, self.capacity, self.draws, self.extensions = batch, capacity, {}, {}
         shape = [batch, text.kv_heads, capacity, text.head_dim]
         dtype = stream_dtype(session.bundle.description.precision)
         if session.provider == CPU:
@@ -291,17 +325,40 @@ class Cache:
         }
         self.input_ids, self.lengths = session.buffer([batch, 1], np.int64), session.buffer([batch], np.int32)
         self.logits = session.buffer([batch, text.vocab], np.float32)
-        self.binding = session._decode.io_binding()
-        self.binding.bind_ortvalue_input("input_ids", self.input_ids)
-        self.binding.bind_ortvalue_input("lengths", self.lengths)
-        self.binding.bind_ortvalue_output("logits", self.logits)
+        self.binding = self.bind(session._decode, self.input_ids, self.logits)
+
+    def bind(
+        self, opened: onnxruntime.InferenceSession, input_ids: onnxruntime.OrtValue, logits: onnxruntime.OrtValue
+    ) -> onnxruntime.IOBinding:
+        """The inputs and outputs of decode, or of extend: each buffer is past and present."""
+        binding = opened.io_binding()
+        binding.bind_ortvalue_input("input_ids", input_ids)
+        binding.bind_ortvalue_input("lengths", self.lengths)
+        binding.bind_ortvalue_output("logits", logits)
         for name, value in self.buffers.items():
-            self.binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self.binding.bind_ortvalue_output(f"present.{name}", value)
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        return binding
+
+    def extension(self, session: Session, size: int) -> "Extension":
+        """What `size` tokens at once are fed by, and where their logits are; made when first asked for."""
+        if size not in self.extensions:
+            self.extensions[size] = Extension(session, self, size)
+        return self.extensions[size]
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]."""
         return {name: cuda.on_host(value) for name, value in self.buffers.items()}
+
+
+class Extension:
+    """The buffers of `size` tokens a row, bound to the extend graph with those of a cache."""
+
+    def __init__(self, session: Session, cache: Cache, size: int):
+        vocab = session.config.text.vocab
+        self.input_ids = session.buffer([cache.batch, size], np.int64)
+        self.logits = session.buffer([cache.batch, size, vocab], np.float32)
+        self.binding = cache.bind(session._extend, self.input_ids, self.logits)
 
 
 def graph_io(name: str, config: PaliGemmaConfig) -> dict[str, tuple]:
@@ -320,6 +377,7 @@ def graph_io(name: str, config: PaliGemmaConfig) -> dict[str, tuple]:
     return {
         "prefill": {**pixel_values, **ids, **lengths, "capacity": (), **logits, **present},
         "decode": {**ids, **lengths, **past, **logits, **present},
+        "extend": {**ids, **lengths, **past, "logits": (None, None, text.vocab), **present},
         "preprocess": {"image": (None, None, 3), "pixel_values": (1, 3, size, size)},
         "sample": {**drawing, "top_k": ()},
         "sample_device": {**drawing, "count": (1,)},

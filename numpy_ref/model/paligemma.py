@@ -1,4 +1,4 @@
-"""PaliGemma: picture features and text in one sequence, prefix-LM attention, prefill and decode.
+"""PaliGemma: picture features and text in one sequence, prefix-LM attention, prefill, decode and extend.
 
 A row of input ids is  <image> * N*P, <bos>, prefix, "\\n"[, suffix]  and is padded on the right. Each of the B rows
 has N pictures, one as a rule; a row's pictures follow each other in the B*N of `pixel_values`.
@@ -58,9 +58,12 @@ def prefix_mask(prefix_lengths: Array, lengths: Array, size: int, window: int | 
     return ((key < prefix) & (query < prefix) | causal) & (key < length)
 
 
-def decode_mask(lengths: Array, capacity: int, window: int | None = None) -> Array:
-    """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]: all that is cached, and itself."""
-    key, position = np.arange(capacity)[None, None, :], lengths[:, None, None]
+def decode_mask(lengths: Array, capacity: int, window: int | None = None, size: int = 1) -> Array:
+    """The rows of the mask for `size` tokens from position `lengths` [B] on -> [B, size, C].
+
+    Each sees all that is cached, those before it, and itself.
+    """
+    key, position = np.arange(capacity)[None, None, :], lengths[:, None, None] + np.arange(size)[None, :, None]
     mask = key <= position
     return mask if window is None else mask & (key > position - window)
 
@@ -126,8 +129,32 @@ def decode(
     input_ids [B, 1] at position lengths [B], cache (a key and a value a layer) each [B, K, C, H]
     -> [B, V] and one (key, value) a layer, each [B, K, C, H].
     """
-    capacity, dtype = cache[0][0].shape[2], cache[0][0].dtype
-    x = tap("embed", gemma.embed(p["text"], config.text, input_ids, dtype))
-    masks = {window: decode_mask(lengths, capacity, window) for window in {*config.text.windows, None}}
-    x, cache = gemma.decoder(p["text"], config.text, x, lengths[:, None], masks, cache, lengths, scoped(tap, "text"))
+    x, cache = further_states(p, config, input_ids, lengths, cache, tap)
     return tap("logits", gemma.logits(p["text"], config.text, x[:, 0])), cache
+
+
+def extend(
+    p: Params, config: PaliGemmaConfig, input_ids: Array, lengths: Array, cache: list[Pair], tap: Tap = identity
+) -> tuple[Array, list[Pair]]:
+    """Several more tokens a row, which are known already: the logits after each, and the new cache.
+
+    input_ids [B, T] from position lengths [B] on, cache (a key and a value a layer) each [B, K, C, H]
+    -> [B, T, V] and one (key, value) a layer, each [B, K, C, H]. `decode` is the case of one token.
+    """
+    x, cache = further_states(p, config, input_ids, lengths, cache, tap)
+    return tap("logits", gemma.logits(p["text"], config.text, x)), cache
+
+
+def further_states(
+    p: Params, config: PaliGemmaConfig, input_ids: Array, lengths: Array, cache: list[Pair], tap: Tap = identity
+) -> tuple[Array, list[Pair]]:
+    """The decoder's output at tokens behind what is cached, and the new cache.
+
+    input_ids [B, T] from position lengths [B] on, cache (a key and a value a layer) each [B, K, C, H]
+    -> [B, T, D] and one (key, value) a layer, each [B, K, C, H].
+    """
+    (capacity, dtype), size = (cache[0][0].shape[2], cache[0][0].dtype), input_ids.shape[1]
+    x = tap("embed", gemma.embed(p["text"], config.text, input_ids, dtype))
+    masks = {window: decode_mask(lengths, capacity, window, size) for window in {*config.text.windows, None}}
+    positions = lengths[:, None] + np.arange(size)
+    return gemma.decoder(p["text"], config.text, x, positions, masks, cache, lengths, scoped(tap, "text"))

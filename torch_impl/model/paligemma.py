@@ -27,9 +27,10 @@ def prefix_mask(prefix_lengths: Tensor, lengths: Tensor, size: int, window: int 
     return ((key < prefix) & (query < prefix) | causal) & (key < length)
 
 
-def decode_mask(lengths: Tensor, capacity: int, window: int | None = None) -> Tensor:
-    """The row of the mask for the token at position `lengths` [B] -> [B, 1, C]."""
-    key, position = torch.arange(capacity, device=lengths.device)[None, None, :], lengths[:, None, None]
+def decode_mask(lengths: Tensor, capacity: int, window: int | None = None, size: int = 1) -> Tensor:
+    """The rows of the mask for `size` tokens from position `lengths` [B] on -> [B, size, C]."""
+    steps = torch.arange(max(size, capacity), device=lengths.device)
+    key, position = steps[None, None, :capacity], lengths[:, None, None] + steps[None, :size, None]
     mask = key <= position
     return mask if window is None else mask & (key > position - window)
 
@@ -96,9 +97,23 @@ class PaliGemma(nn.Module):
         self, input_ids: Tensor, lengths: Tensor, cache: list[Pair], tap: Tap = identity
     ) -> tuple[Tensor, list[Pair]]:
         """One more token a row: input_ids [B, 1] at lengths [B] -> logits [B, V] and the cache, each [B, K, C, H]."""
-        capacity, dtype = cache[0][0].shape[2], cache[0][0].dtype
+        x, cache = self.further_states(input_ids, lengths, cache, tap)
+        return tap("logits", self.text.logits(x[:, 0])), cache
+
+    def extend(
+        self, input_ids: Tensor, lengths: Tensor, cache: list[Pair], tap: Tap = identity
+    ) -> tuple[Tensor, list[Pair]]:
+        """Several more tokens a row: input_ids [B, T] from lengths [B] on -> logits [B, T, V] and the cache."""
+        x, cache = self.further_states(input_ids, lengths, cache, tap)
+        return tap("logits", self.text.logits(x)), cache
+
+    def further_states(
+        self, input_ids: Tensor, lengths: Tensor, cache: list[Pair], tap: Tap = identity
+    ) -> tuple[Tensor, list[Pair]]:
+        """The decoder's output behind what is cached: input_ids [B, T] -> [B, T, D] and cache, each [B, K, C, H]."""
+        (capacity, dtype), size = (cache[0][0].shape[2], cache[0][0].dtype), input_ids.shape[1]
         x = tap("embed", self.text.embed(input_ids, dtype))
         windows = {*self.config.text.windows, None}
-        masks = {window: decode_mask(lengths, capacity, window) for window in windows}
-        x, cache = self.text(x, lengths[:, None], masks, cache, lengths, scoped(tap, "text"))
-        return tap("logits", self.text.logits(x[:, 0])), cache
+        masks = {window: decode_mask(lengths, capacity, window, size) for window in windows}
+        positions = lengths[:, None] + torch.arange(size, device=lengths.device)
+        return self.text(x, positions, masks, cache, lengths, scoped(tap, "text"))
