@@ -19,7 +19,8 @@ from .parity import DTYPES, Recorder, assert_parity, cast, evaluate_reference, e
 CAPACITY = 27
 TWO = "prefill of two pictures a row"
 FURTHER = {"decode": [[7], [11], [13]], "extend": [[7, 5, 3], [11, 2, 23], [13, 31, 19]]}  # tokens behind a cache
-MODELS = {"decode": graphs.decode_model, "extend": graphs.extend_model}
+VISION = "encode_image"
+TEXT = "prefill from the features of two pictures a row"
 
 
 def inputs(config, dtype, pictures=1):
@@ -30,7 +31,14 @@ def inputs(config, dtype, pictures=1):
 def reference(config, stage, dtype=np.float64):
     """Taps and outputs of the reference. The others continue from prefill's cache, with stale slots behind it."""
     params, recorder = random_params(config, dtype=dtype), Recorder()
-    arguments = inputs(config, dtype, 2 if stage == TWO else 1)
+    arguments = inputs(config, dtype, 2 if stage in (TWO, TEXT) else 1)
+    if stage == VISION:
+        arguments = {"pixel_values": arguments["pixel_values"]}
+        features = paligemma.encode_image(params, config, **arguments, tap=recorder)
+        return {**recorder.values, **named(features)}, arguments
+    if stage == TEXT:
+        features = paligemma.encode_image(random_params(config), config, arguments["pixel_values"].astype(np.float64))
+        arguments["pixel_values"] = features.astype(np.float32).astype(dtype)
     if stage not in FURTHER:
         outputs = paligemma.prefill(params, config, **arguments, capacity=CAPACITY, tap=recorder)
         return {**recorder.values, **named(outputs)}, arguments
@@ -43,6 +51,8 @@ def reference(config, stage, dtype=np.float64):
 
 
 def named(outputs):
+    if not isinstance(outputs, tuple):
+        return {"out.image_features": outputs}
     logits, cache = outputs
     return {"out.logits": logits, **flat_outputs(cache, "out.present")}
 
@@ -51,7 +61,7 @@ def run_torch(config, stage, dtype):
     _, arguments = reference(config, stage, dtype)
     model = from_params(config, random_params(config), torch.float64 if dtype == np.float64 else torch.float32)
     recorder = Recorder()
-    extra = {"capacity": CAPACITY} if stage not in FURTHER else {}
+    extra = {"capacity": CAPACITY} if stage.startswith("prefill") else {}
     with torch.inference_mode():
         outputs = getattr(model, stage.split()[0])(**to_torch(arguments), **extra, tap=recorder)
     return {name: value.numpy() for name, value in {**recorder.values, **named(outputs)}.items()}
@@ -60,14 +70,17 @@ def run_torch(config, stage, dtype):
 def run_onnx(config, stage, dtype, evaluate):
     _, arguments = reference(config, stage, dtype)
     params = checkpoint.flatten(random_params(config, dtype=dtype))
-    make = MODELS.get(stage, graphs.prefill_model)
-    model = make(
+    makers = {"decode": graphs.decode_model, "extend": graphs.extend_model}
+    makers |= {VISION: graphs.vision_model, TEXT: graphs.prefill_text_model}
+    model = makers.get(stage, graphs.prefill_model)(
         config, lambda path: ir.tensor(params[path], name=path), ir.DataType.from_numpy(np.dtype(dtype)), taps=True
     )
     feeds = dict(arguments)
-    if stage not in FURTHER:
+    if stage.startswith("prefill"):
         feeds["capacity"] = np.array(CAPACITY)
-    else:
+    if stage == TEXT:
+        feeds["image_features"] = feeds.pop("pixel_values")
+    if stage in FURTHER:
         for i, layer in enumerate(feeds.pop("cache")):
             feeds[f"past_key_values.{i}.key"], feeds[f"past_key_values.{i}.value"] = layer
     values = evaluate(graphs.serialize(model), feeds)
@@ -76,8 +89,8 @@ def run_onnx(config, stage, dtype, evaluate):
     for name, value in values.items():
         if name.startswith("tap."):
             renamed[name.removeprefix("tap.")] = value
-        elif name == "logits":
-            renamed["out.logits"] = value
+        elif name in ("logits", "image_features"):
+            renamed[f"out.{name}"] = value
         else:
             _, layer, kind = name.split(".")
             renamed[f"out.present.{layer}.{kinds[kind]}"] = value
@@ -93,7 +106,7 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("stage", ["prefill", TWO, *FURTHER])
+@pytest.mark.parametrize("stage", ["prefill", TWO, VISION, TEXT, *FURTHER])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tap(name, engine, stage, dtype):

@@ -28,7 +28,7 @@ from .description import Description, File, Graph, Image, Tokens, Value
 
 DESCRIPTION = "bundle.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-WEIGHTED = ("prefill", "decode", "extend")  # graphs over the weights file
+WITH_WEIGHTS = ("prefill", "decode", "extend", "vision", "prefill_text")  # the graphs that read the weights file
 ROTATED = 16  # what divides the head sizes that GroupQueryAttention rotates
 
 
@@ -188,7 +188,7 @@ def write(
             shutil.copyfile(source, folder / name)
         description = contents.description
         if prepacked:
-            prepack.prepack(folder, {name: folder / description.graphs[name].file for name in WEIGHTED})
+            prepack.prepack(folder, {name: folder / description.graphs[name].file for name in WITH_WEIGHTS})
             description, sums = replace(description, prepacked=prepack.processor()), {}
         before = digests.state(folder / weights.FILE)
         files = {
@@ -200,7 +200,7 @@ def write(
             description = replace(description, parity=verify(Bundle(folder, description), checkpoint))
         (folder / DESCRIPTION).write_bytes(_as_json(description))
     if prepacked:
-        for graph in WEIGHTED:
+        for graph in WITH_WEIGHTS:
             prepack.remember(output / description.graphs[graph].file, description.files[weights.FILE].sha256)
     if not sums:  # then it was read again after it was written
         digests.remember(output / weights.FILE, description.files[weights.FILE].sha256, before)
@@ -350,6 +350,8 @@ def _models(checkpoint, tokenizer, placed, dtype, operators, residual) -> dict:
         "prefill": graphs.prefill_model(config, weights.initializer(placed), dtype, **chosen),
         "decode": graphs.decode_model(config, weights.initializer(placed, graph="decode"), dtype, **chosen),
         "extend": graphs.extend_model(config, weights.initializer(placed, graph="extend"), dtype, **chosen),
+        "vision": graphs.vision_model(config, weights.initializer(placed), dtype, **chosen),
+        "prefill_text": graphs.prefill_text_model(config, weights.initializer(placed), dtype, **chosen),
         "preprocess": graphs.preprocess_model(config, checkpoint.resize),
         "sample": graphs.sample_model(known),
         "sample_device": graphs.sample_model(known, on_device=True),

@@ -19,7 +19,7 @@ from numpy_ref.model.layers import Params, identity
 from numpy_ref.model.segmentation import CELLS, SIDE
 
 from . import fused, fused_half, image, paligemma, sampling, segmentation
-from .layers import HALF, PORTABLE, Op
+from .layers import HALF, PORTABLE, Op, cast_to
 
 OPSET = 24  # TensorScatter, the in-place cache write
 IR_VERSION = 11  # what onnxruntime 1.30 and later read
@@ -36,14 +36,35 @@ def prefill_model(
     """
     builder, p = _start("prefill", config, initializer, lambda path: True, operators, dtype, residual)
     size = config.vision.image_size
-    pixels = DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT
+    return _prefill(builder, p, config, builder.input("pixel_values", _pixels(dtype), ["B*N", 3, size, size]), taps)
+
+
+def vision_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE, residual: DataType | None = None,
+) -> ir.Model:  # fmt: skip
+    """vision.onnx, the first half of prefill: pixel_values -> image_features, for any number of prompts."""
+    builder, p = _start(
+        "vision", config, initializer, lambda path: not path.startswith("text."), operators, dtype, residual
+    )
+    op, pixels, size = _op(builder), _pixels(dtype), config.vision.image_size
     pixel_values = builder.input("pixel_values", pixels, ["B*N", 3, size, size])
-    input_ids = builder.input("input_ids", DataType.INT64, ["B", "T"])
-    lengths = builder.input("lengths", DataType.INT32, ["B"])
-    capacity = builder.input("capacity", DataType.INT64, [])
-    tap = _tap(builder, taps)
-    logits, cache = paligemma.prefill(_op(builder), p, config, pixel_values, input_ids, lengths, capacity, tap)
-    return _finish(builder, config, logits, cache)
+    features = paligemma.encode_image(op, p, config, cast_to(op, pixel_values, op.residual), _tap(builder, taps))
+    features = cast_to(op, features, pixels)
+    features.dtype = pixels
+    return _finish(builder, {paligemma.FEATURES: (features, _features_shape(config))})
+
+
+def prefill_text_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE, residual: DataType | None = None,
+) -> ir.Model:  # fmt: skip
+    """prefill_text.onnx, the second half: as prefill.onnx, with image_features in place of pixel_values."""
+    builder, p = _start(
+        "prefill_text", config, initializer, lambda path: path.startswith("text."), operators, dtype, residual
+    )
+    features = builder.input(paligemma.FEATURES, _pixels(dtype), _features_shape(config))
+    return _prefill(builder, p, config, features, taps)
 
 
 def decode_model(
@@ -72,7 +93,7 @@ def _further_model(name, function, size, config, initializer, dtype, taps, opera
         for i in range(config.text.depth)
     ]
     logits, cache = function(_op(builder), p, config, input_ids, lengths, cache, _tap(builder, taps))
-    return _finish(builder, config, logits, cache, ["B", *([] if size == 1 else [size])])
+    return _finish(builder, _logits_and_cache(config, logits, cache, ["B", *([] if size == 1 else [size])]))
 
 
 def masks_model(params: Params) -> ir.Model:
@@ -226,11 +247,16 @@ def _tap(builder, taps):
     return record
 
 
-def _finish(builder, config, logits, cache, rows=("B",)) -> ir.Model:
+def _logits_and_cache(config, logits, cache, rows=("B",)) -> dict:
     outputs = {"logits": (logits, [*rows, config.text.vocab])}
     for i, layer in enumerate(cache):
         for kind, value in zip(("key", "value"), layer, strict=True):
             outputs[f"present.{i}.{kind}"] = (value, _cache_shape(config))
+    return outputs
+
+
+def _finish(builder, outputs) -> ir.Model:
+    """The model with its outputs {name: (value, shape)}, and the taps behind them."""
     taps = list(builder.graph.outputs)
     builder.graph.outputs.clear()
     for name, (value, shape) in outputs.items():
@@ -259,6 +285,25 @@ def _name_nodes(graph):
         node.name = f"{name}_{seen[name]}" if seen[name] else name
         seen[name] += 1
         node.metadata_props.clear()  # the builder's notes to itself
+
+
+def _prefill(builder, p, config, pictures, taps) -> ir.Model:
+    """The model of prefill, whose first input is `pictures`: pixel values, or features."""
+    input_ids = builder.input("input_ids", DataType.INT64, ["B", "T"])
+    lengths = builder.input("lengths", DataType.INT32, ["B"])
+    capacity = builder.input("capacity", DataType.INT64, [])
+    tap = _tap(builder, taps)
+    logits, cache = paligemma.prefill(_op(builder), p, config, pictures, input_ids, lengths, capacity, tap)
+    return _finish(builder, _logits_and_cache(config, logits, cache))
+
+
+def _pixels(dtype):
+    """The dtype of pictures at a graph's border: hosts need know no half precision."""
+    return DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT
+
+
+def _features_shape(config):
+    return ["B*N", config.vision.patches, config.text.width]
 
 
 def _cache_shape(config):

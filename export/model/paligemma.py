@@ -26,11 +26,14 @@ def embed_prefix(
 ) -> Value:
     """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D].
 
-    Concatenated, not scattered by a comparison with the image token: the shapes depend on no data.
+    What `encode_image` gave for the pictures before may stand in their place. Concatenated, not scattered by a
+    comparison with the image token: the shapes depend on no data.
     """
-    image = encode_image(op, p, config, pixel_values, tap)
-    image.name = FEATURES
-    images = join_pictures(op, image, input_ids)
+    images = pixel_values
+    if len(pixel_values.shape) > 3:
+        images = encode_image(op, p, config, pixel_values, tap)
+        images.name = FEATURES
+    images = join_pictures(op, images, input_ids)
     text_ids = op.Slice(input_ids, op.Shape(images, start=1, end=2), [2**31 - 1], [1])
     text = gemma.embed(op, p["text"], config.text, text_ids, images.dtype)
     return tap("embed_prefix", op.Concat(images, tap("embed", text), axis=1))

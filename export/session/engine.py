@@ -87,11 +87,6 @@ class Session(Engine):
             self._check_placement((self._prefill, "prefill"), (self._decode, "decode"))
 
     @property
-    def extends_at_once(self) -> bool:
-        """Whether the bundle has the graph for it, as newer ones do."""
-        return "extend" in self.bundle.description.graphs
-
-    @property
     def captures(self) -> bool:
         """Whether decode is to be captured as a CUDA graph."""
         return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")

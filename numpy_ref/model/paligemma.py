@@ -23,10 +23,11 @@ def embed_prefix(
 ) -> Array:
     """The decoder's input: the features of a row's pictures, then the embeddings of the ids after its image tokens.
 
-    pixel_values [B*N, 3, S, S], input_ids [B, T] -> [B, T, D]. The image tokens only hold places: their ids
-    are never looked up, so a table needs no row for them.
+    pixel_values [B*N, 3, S, S], input_ids [B, T] -> [B, T, D]. What `encode_image` gave for the pictures may stand in
+    their place. Image tokens only hold places: their ids are never looked up, so a table needs no row for them.
     """
-    images = join_pictures(encode_image(p, config, pixel_values, tap), input_ids)
+    images = pixel_values if pixel_values.ndim == 3 else encode_image(p, config, pixel_values, tap)
+    images = join_pictures(images, input_ids)
     text = gemma.embed(p["text"], config.text, input_ids[:, images.shape[1] :], images.dtype)
     return tap("embed_prefix", np.concatenate([images, tap("embed", text)], axis=1))
 
@@ -106,9 +107,8 @@ def prefill(
     -> [B, V] and one (key, value) a layer, each [B, K, C, H]. Slots from lengths on hold no meaning.
     """
     x, cache = hidden_states(p, config, pixel_values, input_ids, lengths, lengths, tap)
-    last = last_position(x, lengths)
     cache = [(pad_cache(key, capacity), pad_cache(value, capacity)) for key, value in cache]
-    return tap("logits", gemma.logits(p["text"], config.text, last)), cache
+    return tap("logits", gemma.logits(p["text"], config.text, last_position(x, lengths))), cache
 
 
 def last_position(x: Array, lengths: Array) -> Array:

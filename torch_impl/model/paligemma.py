@@ -61,8 +61,12 @@ class PaliGemma(nn.Module):
         return tap("projector", self.projector(features))
 
     def embed_prefix(self, pixel_values: Tensor, input_ids: Tensor, tap: Tap = identity) -> Tensor:
-        """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D]."""
-        images = join_pictures(self.encode_image(pixel_values, tap), input_ids)
+        """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D].
+
+        What `encode_image` gave for the pictures before may stand in their place.
+        """
+        images = pixel_values if pixel_values.ndim == 3 else self.encode_image(pixel_values, tap)
+        images = join_pictures(images, input_ids)
         text = self.text.embed(input_ids[:, images.shape[1] :], images.dtype)
         return tap("embed_prefix", torch.cat([images, tap("embed", text)], dim=1))
 
