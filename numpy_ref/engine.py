@@ -90,10 +90,16 @@ class Engine(ABC):
         """Draw a token a row as `sampling.sample` does: logits [B, V], known [V], uniform [B] -> int64 [B].
 
         Beside it the token's log-probability, float32 [B], as `sampling.log_probability` has it; None where an engine
-        cannot say.
+        cannot say. Logits [B, T, V] are those of B * T rows, as `extend` gives them. With known [B, V] each row has ids
+        of its own that may be drawn, fewer than the tokenizer's.
         """
+        logits = logits.reshape(-1, logits.shape[-1])
         token = sample(logits, known, sampling.temperature, sampling.top_k, sampling.top_p, uniform)
         return token, log_probability(logits, token)
+
+    def log_probability(self, logits: Any, token: np.ndarray) -> np.ndarray:
+        """The log-probability of given tokens: logits as for `draw`, token [B] -> float32 [B]."""
+        return log_probability(logits.reshape(-1, logits.shape[-1]), token)
 
     def sample(
         self, logits: Any, known: np.ndarray, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

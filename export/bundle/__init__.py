@@ -355,6 +355,7 @@ def _models(checkpoint, tokenizer, placed, dtype, operators, residual) -> dict:
         "preprocess": graphs.preprocess_model(config, checkpoint.resize),
         "sample": graphs.sample_model(known),
         "sample_device": graphs.sample_model(known, on_device=True),
+        "constrain": graphs.sample_model(known, on_device=True, constrained=True),
     }
     if codec:
         models["masks"] = graphs.masks_model(segmentation.load(codec))

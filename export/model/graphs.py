@@ -119,17 +119,21 @@ def preprocess_model(config: PaliGemmaConfig, resize: str) -> ir.Model:
     return _model(builder)
 
 
-def sample_model(known: np.ndarray, on_device: bool = False) -> ir.Model:
+def sample_model(known: np.ndarray, on_device: bool = False, constrained: bool = False) -> ir.Model:
     """sample.onnx: logits, temperature, top_k, top_p, uniform -> token, logprob. `known` [V]: what may be drawn.
 
-    `on_device` makes it sample_device.onnx, which has `count` int64 [1] in place of top_k (`sampling.sample_among`).
+    `on_device` makes it sample_device.onnx, which has `count` int64 [1] in place of top_k (`sampling.sample_among`);
+    `constrained` makes that constrain.onnx, which is told what may be drawn for each row: `allowed` bool [B, V].
     """
-    builder = _builder("sample_device" if on_device else "sample")
+    builder = _builder("constrain" if constrained else "sample_device" if on_device else "sample")
     logits = builder.input("logits", DataType.FLOAT, ["B", len(known)])
     temperature, top_p = (builder.input(name, DataType.FLOAT, []) for name in ("temperature", "top_p"))
     top_k = builder.input("count", DataType.INT64, [1]) if on_device else builder.input("top_k", DataType.INT64, [])
     uniform = builder.input("uniform", DataType.FLOAT, ["B"])
-    drawable = builder.initializer(ir.tensor(known, name="known"), "known")
+    if constrained:
+        drawable = builder.input("allowed", DataType.BOOL, ["B", len(known)])
+    else:
+        drawable = builder.initializer(ir.tensor(known, name="known"), "known")
     sample = sampling.sample_among if on_device else sampling.sample
     token = sample(_op(builder), logits, drawable, temperature, top_k, top_p, uniform)
     logprob = sampling.log_probability(_op(builder), logits, token)

@@ -5,6 +5,7 @@ What is special to CUDA (a stream that the graphs share, decode as a captured gr
 all else is the same on the CPU provider, where it is tested.
 """
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from weakref import WeakKeyDictionary, ref
@@ -16,9 +17,10 @@ from numpy.typing import ArrayLike
 from onnx.external_data_helper import ExternalDataInfo
 
 from numpy_ref.engine import check_room
+from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model.sampling import Sampling
 
-from ..bundle import Bundle
+from ..bundle import WEIGHTED, Bundle
 from ..bundle.weights import FILE
 from ..runtime import run_options
 from . import cuda
@@ -54,12 +56,15 @@ class DeviceSession(Session):
     def draw(
         self, logits: onnxruntime.OrtValue, known: np.ndarray, sampling: Sampling, uniform: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """A token a row from logits on the device, and its log-probability; which ids are `known` is in the graph.
+        """A token a row from logits on the device, and its log-probability; which ids are `known` [V] is in the graph.
 
         Their copy to the host is the one wait. The log-probability is None where the graph, of an older bundle, has
-        none.
+        none. Where each row has ids of its own, known [B, V], these go to the device, and another graph draws.
         """
-        draw, vocab = self._draw_of(logits), self.config.text.vocab
+        is_constrained = np.ndim(known) > 1
+        draw, vocab = self._draw_of(logits, is_constrained), self.config.text.vocab
+        if is_constrained:
+            draw.set_allowed(known)
         if sampling.temperature == 0:  # greedy: the likeliest alone
             sampling, uniform = Sampling(temperature=1.0, top_k=1), np.zeros(draw.batch, np.float32)
         candidates = min(sampling.top_k or vocab, vocab)
@@ -69,20 +74,39 @@ class DeviceSession(Session):
         ):  # fmt: skip
             if draw.is_new(name, number):
                 self._put(np.asarray(number, np.float32), draw.inputs[name])
-        with self._errors_as_line("sample_device"):
-            self._sample.run_with_iobinding(draw.binding, self._options_for(draw, candidates))
+        with self._errors_as_line(draw.graph):
+            draw.opened.run_with_iobinding(
+                draw.binding, self._options_for(draw if draw.is_captured else None, candidates)
+            )
             return draw.numpy()
 
-    def _draw_of(self, logits):
+    def log_probability(self, logits: onnxruntime.OrtValue, token: np.ndarray) -> np.ndarray:
+        """The log-probability of given tokens, for which the logits come to the host: token [B] -> float32 [B]."""
+        return super().log_probability(logits.numpy(), token)
+
+    def extend(self, input_ids: np.ndarray, lengths: np.ndarray, cache: Cache) -> tuple[onnxruntime.OrtValue, Cache]:
+        """input_ids [B, T] from position lengths [B] on -> logits [B, T, V] on the device; in place.
+
+        Raises PaliGemmaError if the bundle, an older one, has no graph for it.
+        """
+        if not self.extends_at_once:
+            raise PaliGemmaError(
+                f"{self.bundle.path}: it has no graph that reads several tokens at once, as newer bundles have; export "
+                "it again"
+            )
+        return super().extend(input_ids, lengths, cache)
+
+    def _draw_of(self, logits, is_constrained):
         """Kept on the cache, so that it goes with it: a binding holds what is bound to it."""
         owner = self._owners.get(logits)
         cache = owner() if owner else None
         if cache is None:
-            return Draw(self, logits)
-        if cache.draw is None:
+            return Draw(self, logits, is_constrained)
+        key = (*logits.shape(), is_constrained)
+        if key not in cache.draws:
             with self._room():
-                cache.draw = Draw(self, logits)
-        return cache.draw
+                cache.draws[key] = Draw(self, logits, is_constrained)
+        return cache.draws[key]
 
     def _put(self, array, value):
         """Copy an array into a value on the device; not waiting, but in the order of the launches."""
@@ -91,9 +115,10 @@ class DeviceSession(Session):
         else:
             value.update_inplace(array)
 
-    def _logits(self, cache):
-        self._owners[cache.logits] = ref(cache)
-        return cache.logits
+    def _logits(self, cache, made=None):
+        logits = (made or cache).logits
+        self._owners[logits] = ref(cache)
+        return logits
 
     def _cache(self, batch, capacity):
         if not self.captures:
@@ -104,18 +129,18 @@ class DeviceSession(Session):
             self._caches[batch, size] = Cache(self, batch, size)
         return self._caches[batch, size]
 
-    def _run_options(self, cache):
-        return self._options_for(cache.batch, cache.capacity)
+    def _run_options(self, made):
+        return self._options_for(made.batch, made.capacity) if isinstance(made, Cache) else self._options_for()
 
     def _options_for(self, *graph):
-        """How to run a graph; a captured one by a number of its own, the same for what is equal."""
-        graph = graph if self.captures else ()
+        """How to run a graph; a captured one by a number of its own, the same for what is equal. None: not captured."""
+        graph = graph if self.captures and graph[:1] != (None,) else ()
         if graph not in self._options:
             entries = {}
             if self._stream:  # what comes next is on the same stream, and waits there
                 entries["disable_synchronize_execution_providers"] = "1"
             if self.captures:
-                entries["gpu_graph_id"] = str(len(self._options))
+                entries["gpu_graph_id"] = str(len(self._options)) if graph else "-1"
             self._options[graph] = run_options(entries)
         return self._options[graph]
 
@@ -128,7 +153,7 @@ class DeviceSession(Session):
     def _options_of(self, name, threads):
         options = super()._options_of(name, threads)
         for tensor, value in self._shared.items():
-            if name in ("prefill", "decode"):
+            if name in WEIGHTED:
                 options.add_initializer(tensor, value)
         return options
 
@@ -140,23 +165,43 @@ class DeviceSession(Session):
     def _sample(self):
         return self._open("sample_device", 1)
 
+    @cached_property
+    def _constrain(self):
+        if "constrain" not in self.bundle.description.graphs:
+            raise PaliGemmaError(
+                f"{self.bundle.path}: it has no graph that draws what a grammar allows, as newer bundles have; export "
+                "it again"
+            )
+        return self._open("constrain", 1)
+
 
 class Draw:
-    """The sampling graph's inputs and outputs beside one generation's logits; what does not change is sent once."""
+    """A sampling graph's inputs and outputs beside one generation's logits; what does not change is sent once.
 
-    def __init__(self, session: DeviceSession, logits: onnxruntime.OrtValue):
-        (batch, _), self._sent = logits.shape(), {}
+    Logits [B, T, V] of several tokens a row are as many rows. With `is_constrained` each row has ids of its own.
+    """
+
+    def __init__(self, session: DeviceSession, logits: onnxruntime.OrtValue, is_constrained: bool = False):
+        *rows, vocab = logits.shape()
+        batch, self._sent, self.session = math.prod(rows), {}, session
+        self.graph = "constrain" if is_constrained else "sample_device"
+        self.opened = session._constrain if is_constrained else session._sample
+        self.is_captured = self.graph in CAPTURED and len(rows) == 1
         self.inputs = {
             name: session.buffer(shape, np.float32)
             for name, shape in (("temperature", []), ("top_p", []), ("uniform", [batch]))
         }
-        self.binding = session._sample.io_binding()
-        for name, value in (("logits", logits), *self.inputs.items()):
+        if is_constrained:
+            self.inputs["allowed"] = session.buffer([batch, vocab], np.bool_)
+        self.binding, self.logits = self.opened.io_binding(), logits  # kept: what is bound is but a place
+        place, where = logits.data_ptr(), (session.device, session.device_id)
+        self.binding.bind_input("logits", *where, np.float32, [batch, vocab], place)
+        for name, value in self.inputs.items():
             self.binding.bind_ortvalue_input(name, value)
         # One buffer for both outputs, so that one copy brings them: tokens, and behind them their log-probabilities.
         self.batch, self.drawn = batch, session.buffer([12 * batch], np.uint8)
-        self.has_logprob = any(value.name == "logprob" for value in session._sample.get_outputs())
-        place, where = self.drawn.data_ptr(), (session.device, session.device_id)
+        self.has_logprob = any(value.name == "logprob" for value in self.opened.get_outputs())
+        place = self.drawn.data_ptr()
         self.binding.bind_output("token", *where, np.int64, [batch], place)
         if self.has_logprob:
             self.binding.bind_output("logprob", *where, np.float32, [batch], place + 8 * batch)
@@ -172,6 +217,11 @@ class Draw:
         before, self._sent[name] = self._sent.get(name), np.array(number)
         return before is None or not np.array_equal(before, number)
 
+    def set_allowed(self, allowed: np.ndarray) -> None:
+        """Which ids each row may have: bool [B, V]."""
+        if self.is_new("allowed", allowed):
+            self.session._put(np.ascontiguousarray(allowed), self.inputs["allowed"])
+
     def set_count(self, candidates: int) -> None:
         """How many of the likeliest to draw from: a number that the host is asked for."""
         if self.is_new("count", candidates):
@@ -179,9 +229,9 @@ class Draw:
 
 
 def upload(bundle: Bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.OrtValue]:
-    """The large weights of prefill and decode by name, each once on the device, from the mapped file."""
+    """The large weights of all graphs by name, each once on the device, from the mapped file."""
     data, values = np.memmap(bundle.path / FILE, np.uint8, "r"), {}
-    for name in ("prefill", "decode"):
+    for name in (name for name in WEIGHTED if name in bundle.description.graphs):
         file = bundle.graph_file(name)
         for tensor in onnx.load(file, load_external_data=False).graph.initializer:
             place = ExternalDataInfo(tensor)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 RUN = run_options()
 GRAPH = "enable_cuda_graph"
-ON_DEVICE = ("prefill", "decode", "extend", "sample_device")  # the other graphs are small, and made for the host
+#: The other graphs are small, and made for the host.
+ON_DEVICE = ("prefill", "decode", "extend", "sample_device", "constrain")
 NOT_IN_OLDER = {"logprob"}  # outputs that a graph of an older bundle may lack
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
 # float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
@@ -63,6 +64,7 @@ class Session(Engine):
         masks = self._paint if "masks" in bundle.description.graphs else None
         super().__init__(bundle.config, bundle.description.image.resize, masks, bundle.max_length)
         self.bundle, self.threads = bundle, threads
+        self.extends_at_once = "extend" in bundle.description.graphs  # older ones lack it
         self.provider_options = {name: str(value) for name, value in (provider_options or {}).items()}
         self.provider = place(bundle, provider, self.provider_options)
         self.device, self.device_id = "cuda" if self.provider == CUDA else "cpu", 0
@@ -140,7 +142,7 @@ class Session(Engine):
         self._put(np.ascontiguousarray(lengths, np.int32), cache.lengths)
         with self._errors_as_line("extend"):
             self._extend.run_with_iobinding(extension.binding, self._run_options(extension))
-        return self._logits(extension), cache
+        return self._logits(cache, extension), cache
 
     def buffer(self, shape: Sequence[int], dtype: type | int) -> onnxruntime.OrtValue:
         """Memory where this session runs, as an OrtValue."""
@@ -150,8 +152,8 @@ class Session(Engine):
         """Copy an array into a value on the device."""
         value.update_inplace(array)
 
-    def _logits(self, cache):
-        return cache.logits.numpy().copy()  # on the CPU .numpy() is a view of the buffer
+    def _logits(self, cache, made=None):
+        return (made or cache).logits.numpy().copy()  # on the CPU .numpy() is a view of the buffer
 
     def _cache(self, batch, capacity):
         return Cache(self, batch, capacity)
@@ -282,18 +284,22 @@ class HostSession(Session):
     def draw(
         self, logits: np.ndarray, known: np.ndarray, sampling: Sampling, uniform: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """A token a row and its log-probability, as every engine's; which ids are `known` is in the graph.
+        """A token a row and its log-probability, as every engine's; which ids are `known` [V] is in the graph.
 
-        The log-probability is NumPy's where the graph, of an older bundle, has none.
+        Where each row has its own, the others' logits are taken away before. The log-probability is NumPy's then, and
+        where the graph, of an older bundle, has none.
         """
+        logits = logits.reshape(-1, logits.shape[-1])
         feeds = {
-            "logits": logits, "temperature": np.array(sampling.temperature, np.float32),
+            "logits": logits if np.ndim(known) < 2 else np.where(known, logits, np.float32(-np.inf)),
+            "temperature": np.array(sampling.temperature, np.float32),
             "top_k": np.array(sampling.top_k, np.int64), "top_p": np.array(sampling.top_p, np.float32),
             "uniform": uniform,
         }  # fmt: skip
         drawn = self._run("sample", self._sample, feeds)
         token = drawn["token"]
-        return token, drawn["logprob"] if "logprob" in drawn else log_probability(logits, token)
+        has_own = "logprob" in drawn and np.ndim(known) < 2
+        return token, drawn["logprob"] if has_own else log_probability(logits, token)
 
     @cached_property
     def _preprocess(self):
@@ -376,6 +382,7 @@ def graph_io(name: str, config: PaliGemmaConfig) -> dict[str, tuple]:
         "preprocess": {"image": (None, None, 3), "pixel_values": (1, 3, size, size)},
         "sample": {**drawing, "top_k": ()},
         "sample_device": {**drawing, "count": (1,)},
+        "constrain": {**drawing, "count": (1,), "allowed": (None, text.vocab)},
         "masks": {"codes": (None, CELLS * CELLS), "masks": (None, SIDE, SIDE)},
     }[name]
 

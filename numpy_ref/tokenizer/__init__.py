@@ -80,6 +80,10 @@ class SentencePiece:
             return False
         return not (self.processor.is_control(token) or self.processor.is_unknown(token))
 
+    def spelling(self, token: int) -> bytes:
+        """What an id that stands for text adds to one."""
+        return _bytes_of(self.processor.id_to_piece(token))
+
 
 class Json:
     """`tokenizer.json`, the form of the Hugging Face `tokenizers` library."""
@@ -117,6 +121,10 @@ class Json:
     def is_text(self, token: int) -> bool:
         """Whether an id stands for text, and not for control."""
         return token in self.text
+
+    def spelling(self, token: int) -> bytes:
+        """What an id that stands for text adds to one."""
+        return _bytes_of(self.text[token])
 
 
 @contextmanager
@@ -194,6 +202,18 @@ class Tokenizer:
             elif token not in self.control and self.backend.is_text(token):
                 run.append(token)
         return "".join([*text, self.backend.decode(run)])
+
+    def spellings(self) -> list[bytes]:
+        """What each id adds to a text; nothing for control tokens."""
+        found = []
+        for token in range(self.size):
+            if token in self.pieces:
+                found.append(self.pieces[token].encode())
+            elif token not in self.control and self.backend.is_text(token):
+                found.append(self.backend.spelling(token))
+            else:
+                found.append(b"")
+        return found
 
     def prompt(self, prefix: str, pictures: int = 1) -> list[int]:
         """The ids that a row starts with: the image tokens of all its pictures, bos, the prefix, a newline."""
