@@ -7,7 +7,7 @@ pixels of the first picture.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from .detection import Box
 from .engine import Engine, MaskDecoder
 from .errors import PaliGemmaError
 from .generate import Timings, answers, choose_capacity, generate
+from .grammar import Grammar
 from .model import segmentation
 from .model.sampling import Sampling
 from .tokenizer import Stream, Tokenizer, beginnings
@@ -126,25 +127,56 @@ def answer(
     sampling: Sampling | None = None,
     boxes: str = "big_vision",
     on_text: Callable[[str], None] | None = None,
+    constrain: str | None = None,
+    start: str = "",
+    lookup: bool = False,
 ) -> Answer:
     """Answer a prompt about a Pillow image, or about a list of them; boxes and masks are in pixels of the first.
 
     `on_text` is called with each piece of the text as it comes. `sampling` is greedy if left out, `boxes` one of
-    detection.CONVENTIONS. Raises PaliGemmaError if the prompt does not fit, or if the logits are not finite.
+    detection.CONVENTIONS, `constrain` one of the grammars of grammar.HELP. The text begins with `start`; with `lookup`
+    labels and words that come again are guessed, which changes the time alone. Raises PaliGemmaError if the prompt
+    does not fit, if there is no such grammar or no such answer in it, or if the logits are not finite.
     """
+    found = Grammar(constrain, tokenizer) if constrain else None
+    answer_questions = partial(
+        answer_all, engine, tokenizer, sampling=sampling, boxes=boxes, grammar=found, start=tokenizer.encode(start),
+        lookup=lookup,
+    )  # fmt: skip
     pictures = pictures_of(image)
     question = ask(engine, pictures, *fit(engine, tokenizer, prompt, max_new_tokens, len(pictures)))
     if on_text is None:
-        return answer_all(engine, tokenizer, [question], sampling=sampling, boxes=boxes)[0]
+        return answer_questions([question])[0]
     stream = Stream(tokenizer)
 
     def show(tokens):
         if tokens[0] not in engine.config.ends:
             on_text(stream.push(int(tokens[0])))
 
-    (found,) = answer_all(engine, tokenizer, [question], sampling=sampling, boxes=boxes, on_tokens=show)
+    (answered,) = answer_questions([question], on_tokens=show)
     on_text(stream.close())
-    return found
+    return answered
+
+
+def score(
+    engine: Engine, tokenizer: Tokenizer, image: "Image.Image | list[Image.Image]", prompt: str, text: str
+) -> tuple[list[int], list[float]]:
+    """A given answer's ids, and the log-probability of each, in one pass behind the prompt.
+
+    What ends an answer is the last of them (of a model that has such a token): their sum is the log-probability that
+    the model, asked so, gives this text, cut as the tokenizer cuts it, and nothing more. Raises PaliGemmaError if it
+    does not fit, or if the logits are not finite.
+    """
+    ids = [*tokenizer.encode(text), *engine.config.ends[:1]]
+    if not ids:
+        raise PaliGemmaError("there is nothing to score: an answer without tokens, of a model that ends none")
+    pictures, found = pictures_of(image), []
+    question = ask(engine, pictures, *fit(engine, tokenizer, prompt, len(ids), len(pictures)))
+    drawn = generate(
+        engine, question.pixel_values, [question.prompt], tokenizer.known(), len(ids), logprobs=found, start=ids
+    )
+    tokens = [int(token[0]) for token in drawn]
+    return tokens, [float(each[0]) for each in found]
 
 
 def answer_all(
@@ -156,9 +188,13 @@ def answer_all(
     boxes: str = "big_vision",
     seeds: Sequence | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
+    grammar: Grammar | None = None,
+    start: Sequence[int] = (),
+    lookup: bool = False,
 ) -> list[Answer]:
     """Answer questions in one batch; `seeds` as in `generate`, `on_tokens` is called with each step's tokens [B].
 
+    `grammar` and `start` are for all of them, and so is whether tokens are guessed by `generate.look_up`.
     All have equally many pictures: those of another number go into a batch of their own.
     """
     pixel_values = np.concatenate([question.pixel_values for question in questions])
@@ -166,8 +202,9 @@ def answer_all(
     new_tokens = np.array([question.new_tokens for question in questions])
     timings, steps, drawn = Timings(), [], []
     for tokens in generate(
-        engine, pixel_values, prompts, tokenizer.known(), new_tokens, sampling, timings, seeds, logprobs=drawn
-    ):
+        engine, pixel_values, prompts, tokenizer.known(), new_tokens, sampling, timings, seeds, drawn, grammar, start,
+        tokenizer.pieces if lookup else None,
+    ):  # fmt: skip
         steps.append(tokens)
         if on_tokens:
             on_tokens(tokens)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from unicodedata import category
 
 from .. import answer as answering
-from .. import detection, interrupts
+from .. import detection, grammar, interrupts
 from ..answer import Answer
 from ..engine import Engine
 from ..errors import PaliGemmaError, explained, one_line, plural
@@ -100,6 +100,16 @@ def parser(prog: str, model: str, description: str) -> Parser:
     )  # fmt: skip
     options.set_defaults(model_kind=model)
     add_answer_options(options)
+    options.add_argument(
+        "--constrain", metavar="GRAMMAR", help=f"draw only what makes an answer of this kind: {grammar.HELP}"
+    )
+    options.add_argument("--start", default="", metavar="TEXT", help="what the answer begins with; the model goes on")
+    options.add_argument(
+        "--lookup", action="store_true", help="guess words that come again, and check several at once: the same answer"
+    )
+    options.add_argument(
+        "--score", metavar="ANSWER", help="print the log-probability of this answer, its end included, and draw none"
+    )
     options.add_argument("--json", action="store_true", help="print one JSON object")
     options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the first picture")
     return options
@@ -153,6 +163,12 @@ def parse(options: Parser, argv: Sequence[str] | None = None) -> argparse.Namesp
         options.exit(2, f"{options.prog}: error: {one_line(wrong)}\n")
     arguments.model, arguments.images = Path(model) if model else None, [Path(image) for image in images]
     arguments.prompt = read_prompt(prompt)
+    if arguments.constrain is not None:
+        grammar.expression(arguments.constrain)  # here already, before a model is loaded
+    if arguments.score is not None:
+        for name in ("constrain", "start", "lookup", "draw"):
+            if getattr(arguments, name):
+                raise PaliGemmaError(f"--score draws no answer, so --{name} has nothing to do; leave one of them out")
     for drawing in (arguments.draw, getattr(arguments, "heatmap", None)):
         if drawing:
             check_drawing(drawing, arguments.images)
@@ -176,10 +192,15 @@ def answer(
     started = time.perf_counter()
     engine, tokenizer = load(arguments.model)
     load_s = time.perf_counter() - started
+    if arguments.score is not None:
+        ids, logprobs = answering.score(engine, tokenizer, pictures, arguments.prompt, arguments.score)
+        print(json.dumps(score_as_json(arguments.score, ids, logprobs)) if arguments.json else f"{sum(logprobs):.6f}")
+        return 0
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     answered = answering.answer(
         engine, tokenizer, pictures, arguments.prompt, max_new_tokens=arguments.max_new_tokens, sampling=sampling,
-        boxes=arguments.boxes, on_text=_print_piece if streamed else None,
+        boxes=arguments.boxes, on_text=_print_piece if streamed else None, constrain=arguments.constrain,
+        start=arguments.start, lookup=arguments.lookup,
     )  # fmt: skip
     if streamed:
         print()
@@ -228,6 +249,14 @@ def as_json(answered: Answer, load_s: float) -> dict:
         "decode_tokens_per_s": round(answered.timings.decode_tokens_per_s, 2),
     }
     return {**plain, "masks": masks, "timings": times}
+
+
+def score_as_json(text: str, ids: Sequence[int], logprobs: Sequence[float]) -> dict:
+    """A scored answer as `--json` has it: its ids, the last of which ends it, and their log-probabilities."""
+    return {
+        "text": text, "tokens": [*ids], "logprobs": [round(each, 6) for each in logprobs],
+        "logprob": round(sum(logprobs), 6),
+    }  # fmt: skip
 
 
 def _run_lengths(mask) -> dict:
