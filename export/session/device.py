@@ -20,7 +20,7 @@ from numpy_ref.engine import check_room
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model.sampling import Sampling
 
-from ..bundle import WEIGHTED, Bundle
+from ..bundle import WITH_WEIGHTS, Bundle
 from ..bundle.weights import FILE
 from ..runtime import run_options
 from . import cuda
@@ -153,7 +153,7 @@ class DeviceSession(Session):
     def _options_of(self, name, threads):
         options = super()._options_of(name, threads)
         for tensor, value in self._shared.items():
-            if name in WEIGHTED:
+            if name in WITH_WEIGHTS:
                 options.add_initializer(tensor, value)
         return options
 
@@ -231,7 +231,7 @@ class Draw:
 def upload(bundle: Bundle, device: str, device_id: int = 0) -> dict[str, onnxruntime.OrtValue]:
     """The large weights of all graphs by name, each once on the device, from the mapped file."""
     data, values = np.memmap(bundle.path / FILE, np.uint8, "r"), {}
-    for name in (name for name in WEIGHTED if name in bundle.description.graphs):
+    for name in (name for name in WITH_WEIGHTS if name in bundle.description.graphs):
         file = bundle.graph_file(name)
         for tensor in onnx.load(file, load_external_data=False).graph.initializer:
             place = ExternalDataInfo(tensor)
