@@ -67,13 +67,12 @@ def need(there, what):
 @pytest.fixture(scope="module")
 def node():
     need(program := shutil.which("node"), "Node 20 or later (nodejs.org)")
-    need((HOSTS / "node" / "node_modules").is_dir(), f"npm ci --prefix {HOSTS / 'node'}")
+    need((HOSTS / "node_modules" / "onnxruntime-node").is_dir(), f"npm ci --prefix {HOSTS}")
     return program
 
 
 @pytest.fixture(scope="module")
 def browser(node):
-    need((HOSTS / "web" / "node_modules").is_dir(), f"npm ci --prefix {HOSTS / 'web'}")
     names = ("chromium", "chromium-browser", "google-chrome")
     need(os.environ.get("CHROMIUM") or any(map(shutil.which, names)), "Chromium (or its path in CHROMIUM)")
     return node

@@ -2,6 +2,7 @@
 /** node run.mjs BUNDLE IMAGE [IMAGE ...] PROMPT [options]: answer a prompt about a picture, or about several. */
 import { readFile, stat } from "node:fs/promises";
 import { availableParallelism } from "node:os";
+import { dirname } from "node:path";
 import { parseArgs } from "node:util";
 
 import { oneLine, PaliGemmaError, plural, printable } from "../common/errors.mjs";
@@ -86,7 +87,7 @@ async function host() {
     return await import("./index.mjs");
   } catch (error) {
     if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
-    throw new PaliGemmaError(`a library is missing; run: npm ci --prefix ${import.meta.dirname}`);
+    throw new PaliGemmaError(`a library is missing; run: npm ci --prefix ${dirname(import.meta.dirname)}`);
   }
 }
 
