@@ -1,6 +1,6 @@
-import type { Model, Pixels, Transparency } from "../common/types.d.mts";
+import type { Model, Pixels, Transparency } from "../common/types.mjs";
 
-export * from "../common/types.d.mts";
+export * from "../common/types.mjs";
 
 /** A file's path or file: URL, a file's bytes, or pixels. */
 export type AnyPicture = string | URL | Uint8Array | Pixels;

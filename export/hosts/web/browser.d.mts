@@ -1,6 +1,6 @@
-import type { Model, Pixels, Transparency } from "../common/types.d.mts";
+import type { Model, Pixels, Transparency } from "../common/types.mjs";
 
-export * from "../common/types.d.mts";
+export * from "../common/types.mjs";
 
 /** A file, an image's bytes in a Blob, what createImageBitmap gave, an address, or pixels. */
 export type AnyPicture = Blob | ImageBitmap | URL | string | Pixels;
