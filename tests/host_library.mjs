@@ -4,7 +4,7 @@ import { pathToFileURL } from "node:url";
 
 import { refusals } from "./host_refusals.mjs";
 
-const { library: address, bundle, picture, cases = [] } = JSON.parse(readFileSync(0, "utf8"));
+const { library: address, bundle, picture } = JSON.parse(readFileSync(0, "utf8"));
 const library = await import(address);
 const results = {};
 
@@ -33,16 +33,6 @@ results.ways = [];
 for (const way of ways) results.ways.push((await byUrl.generate(way, "caption en")).text);
 results.together = (await Promise.all(["a", "b", "c", "d"].map(() => byUrl.generate(picture, "caption en")))).map(({ text }) => text);
 results.elsewhere = await thrown(byUrl.generate(new URL("http://127.0.0.1/cat.png"), "caption en"));
-
-// One picture, several prompts.
-const asked = await library.load(bundle);
-const several = watched(asked);
-results.cases = [];
-for (const { picture, prompts } of cases) {
-  const read = await asked.picture(picture);
-  for (const prompt of prompts) results.cases.push((await read.generate(prompt)).tokens);
-}
-results.severalRuns = several;
 
 // Signals.
 const stopped = await library.load(bundle);

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ from numpy_ref.image import open_image
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer
 
-from .test_hosts import HOSTS, SHIPPED, TESTS, browser, need, node, run_node, shipped  # noqa: F401
+from .test_hosts import HOSTS, SHIPPED, TESTS, browser, command, need, node, one_line, run_node, shipped  # noqa: F401
 
 PACKAGE = json.loads((HOSTS / "package.json").read_text())
 EXAMPLE = SHIPPED / "example.png"
@@ -110,7 +109,14 @@ def expected(shipped):  # noqa: F811
 
 def test_what_is_packed(packed):
     _, names = packed
-    assert {name.partition("/")[0] for name in names} == {"LICENSE", "README.md", "common", "node", "package.json", "web"}
+    assert {name.partition("/")[0] for name in names} == {
+        "LICENSE",
+        "README.md",
+        "common",
+        "node",
+        "package.json",
+        "web",
+    }
     assert {f"common/{file.name}" for file in (HOSTS / "common").iterdir()} <= names
     assert {"node/index.mjs", "node/index.d.mts", "web/browser.mjs", "web/browser.d.mts", "web/worker.mjs"} <= names
     assert not names & {"web/index.html", "web/page.mjs", "web/chromium.mjs"}
@@ -138,8 +144,23 @@ RESOLUTIONS = {"nodenext": ["--module", "nodenext"], "bundler": ["--module", "es
 def test_types(node, installed, resolution):  # noqa: F811
     """In the strictest setting, and with the package's own declarations checked too."""
     shutil.copy(TESTS / "host_types.mts", installed)
-    options = ["--strict", "--noEmit", "--target", "es2024", "--types", "", "--lib", "es2024,dom,dom.iterable,esnext.disposable"]
-    command = [node, HOSTS / "node_modules" / "typescript" / "bin" / "tsc", *options, *RESOLUTIONS[resolution], "host_types.mts"]
+    options = [
+        "--strict",
+        "--noEmit",
+        "--target",
+        "es2024",
+        "--types",
+        "",
+        "--lib",
+        "es2024,dom,dom.iterable,esnext.disposable",
+    ]
+    command = [
+        node,
+        HOSTS / "node_modules" / "typescript" / "bin" / "tsc",
+        *options,
+        *RESOLUTIONS[resolution],
+        "host_types.mts",
+    ]
     ended = subprocess.run(command, cwd=installed, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
@@ -193,11 +214,6 @@ def test_disposal(used, expected):
     assert used["disposed"] == [DISPOSED] * 3
 
 
-def apart(folder) -> bool:
-    """Whether a bundle reads pictures and prompts in a graph each."""
-    return "vision" in json.loads((folder / bundle.DESCRIPTION).read_text())["graphs"]
-
-
 def without_halves(folder):
     """The bundle as it was before prefill had two halves."""
     description = json.loads((folder / bundle.DESCRIPTION).read_text())
@@ -221,13 +237,24 @@ def test_several_prompts_about_a_picture(node, shipped, tmp_path, old):  # noqa:
         prompts = [question.prefix, *PROMPTS]
         cases.append({"picture": file, "prompts": prompts})
         wanted += [answer(engine, tokenizer, open_image(file), prompt).tokens for prompt in prompts]
-    library = (HOSTS / "node" / "index.mjs").as_uri()
-    found = run_node(node, "host_library.mjs", library=library, bundle=folder, picture=EXAMPLE, cases=cases)
-    assert found["cases"] == wanted
-    runs = found["severalRuns"]
+    found = run_node(node, "host_prompts.mjs", bundle=folder, cases=cases)
+    assert found["answers"] == wanted
+    runs = found["runs"]
     assert runs.count("preprocess") == len(cases)
     assert runs.count("vision") == (0 if old else len(cases))
     assert runs.count("prefill" if old else "prefill_text") == len(wanted)
+
+
+@pytest.mark.parametrize("json_lines", [False, True])
+def test_the_command_takes_several_prompts(node, shipped, expected, json_lines):  # noqa: F811
+    """A line each, in their order, and none if one of them is refused."""
+    ended = command(node, shipped.path, EXAMPLE, *PROMPTS, *["--json"] * json_lines)
+    lines = ended.stdout.splitlines()
+    assert [json.loads(line)["text"] if json_lines else line for line in lines] == [
+        expected[each].text for each in PROMPTS
+    ]
+    assert (ended.returncode, ended.stderr) == (0, "")
+    one_line(command(node, shipped.path, EXAMPLE, *PROMPTS, " "), "prompt is empty")
 
 
 # --- in the browser ----------------------------------------------------------------------------------------
