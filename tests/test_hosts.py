@@ -385,6 +385,7 @@ def test_page_before_a_server_that_answers(browser, shipped):
     size = picture.stat().st_size
     assert first == {"prompt": "segment star", "temperature": "0", "top_p": "1", "top_k": "0", "bytes": size}
     assert (second["temperature"], second["max_new_tokens"]) == ("0.5", "9")
+    assert 0 <= int(second["seed"]) < 2**32
     assert "exceeds the capacity" in shown["error"]
     assert shown["held"] == "closed"
     assert not shown["complaint"]

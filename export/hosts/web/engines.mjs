@@ -45,6 +45,7 @@ export async function openService(base) {
       form.append("image", blob);
       form.append("prompt", prompt);
       for (const [name, field] of Object.entries(FIELDS)) if (options[name] !== undefined) form.append(field, options[name]);
+      if (options.temperature > 0) form.append("seed", Math.floor(Math.random() * 2 ** 32)); // else every draw were the same
       const response = await fetch(new URL("answer", base), { method: "POST", body: form, signal }).catch((error) => {
         throw signal?.aborted ? error : new PaliGemmaError(`the server does not answer (${error.message})`);
       });

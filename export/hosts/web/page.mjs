@@ -174,19 +174,19 @@ function draw(boxes, masks) {
 }
 
 function outline(pen, box, color, zoom, canvas) {
-  const unit = Math.max(1, canvas.width / LEAST_WIDTH);
+  const unit = canvas.width / (canvas.clientWidth || canvas.width); // a pixel of the page
   const [left, top] = [box.x1 * zoom, box.y1 * zoom];
   pen.strokeStyle = pen.fillStyle = color;
-  pen.lineWidth = 3 * unit;
+  pen.lineWidth = 2.5 * unit;
   pen.strokeRect(left, top, (box.x2 - box.x1) * zoom, (box.y2 - box.y1) * zoom);
-  const parts = [{ text: box.label, font: `${18 * unit}px system-ui, sans-serif` }];
-  if (box.score !== undefined) parts.push({ text: inHundredths(box.score), font: `${13 * unit}px system-ui, sans-serif` });
+  const parts = [{ text: box.label, font: `${14 * unit}px system-ui, sans-serif` }];
+  if (box.score !== undefined) parts.push({ text: inHundredths(box.score), font: `${11 * unit}px system-ui, sans-serif` });
   const widths = parts.map(({ text, font }) => {
     pen.font = font;
-    return text && pen.measureText(text).width + 5 * unit;
+    return text && pen.measureText(text).width + 4 * unit;
   });
-  const width = widths.reduce((sum, each) => sum + each, 5 * unit);
-  const height = 25 * unit;
+  const width = widths.reduce((sum, each) => sum + each, 4 * unit);
+  const height = 20 * unit;
   const x = Math.max(0, Math.min(left, box.x2 * zoom, canvas.width - width)); // a box may be inverted
   const upper = Math.min(top, box.y2 * zoom);
   const y = upper >= height ? upper - height : upper;
@@ -194,9 +194,9 @@ function outline(pen, box, color, zoom, canvas) {
   pen.fillStyle = "#fff";
   parts.reduce((at, { text, font }, i) => {
     pen.font = font;
-    pen.fillText(text, at, y + 18 * unit);
+    pen.fillText(text, at, y + 15 * unit);
     return at + widths[i];
-  }, x + 5 * unit);
+  }, x + 4 * unit);
 }
 
 /** A mask's run lengths as a picture of one color. */
