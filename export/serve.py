@@ -25,9 +25,9 @@ from . import bundle as bundles
 ADDRESS = "127.0.0.1"
 HTTP_PORT = 80  # which browsers leave out of the Host header
 HOSTS = Path(__file__).parent / "hosts"
-LIBRARIES = ("web/node_modules/onnxruntime-web/dist", "web/node_modules/@huggingface/tokenizers/dist")
+LIBRARIES = ("node_modules/onnxruntime-web/dist", "node_modules/@huggingface/tokenizers/dist")
 PAGE = "/web/"
-PAGE_FILES = ("index.html", "style.css", "page.mjs", "model.mjs", "worker.mjs")
+PAGE_FILES = ("index.html", "style.css", "page.mjs", "engines.mjs", "browser.mjs", "pictures.mjs", "worker.mjs")
 _HEADERS = {
     # What a browser asks of a page that uses threads.
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -72,7 +72,8 @@ def open_server(bundle: bundles.Bundle, port: int = 0) -> ThreadingHTTPServer:
 
 def _fetch_libraries() -> None:
     """Have npm put the page's libraries where they belong: the versions, and checksums, of package-lock.json."""
-    command = ["npm", "ci", "--omit=dev", "--no-audit", "--no-fund", "--prefix", str(HOSTS / "web")]
+    # What is optional is for Node.
+    command = ["npm", "ci", "--omit=dev", "--omit=optional", "--no-audit", "--no-fund", "--prefix", str(HOSTS)]
     if not (npm := shutil.which("npm")):
         raise PaliGemmaError(f"the page's libraries are missing, and so is npm (nodejs.org); then: {' '.join(command)}")
     note(f"fetching the page's libraries: {' '.join(command)}")

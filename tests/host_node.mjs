@@ -21,10 +21,10 @@ for (const { picture, prompt, uniforms, ...options } of cases) {
 const pixels = [];
 for (const picture of pictures) {
   const image = await decodePicture(picture);
-  const values = await loaded.model.engine.preprocess(image);
+  const values = await loaded.engine.preprocess(image);
   pixels.push({ rgb: Buffer.from(image.data).toString("base64"), values: base64(values.data) });
 }
-const { tokenizer } = loaded.model;
+const { tokenizer } = loaded;
 const encoded = texts.map((text) => tokenizer.encode(text));
 const boxes = detections.map((text) => parse(text, 640, 480));
 const masks = pasted.map(({ mask, box, width, height }) => [...paste(Float32Array.from(mask), box, width, height)]);

@@ -1,7 +1,7 @@
 /** The browser page in headless Chromium, used as people use it; driven by test_hosts.py, cases on standard input. */
 import { readFileSync } from "node:fs";
 
-import { ask, open, visit } from "../export/hosts/web/browser.mjs";
+import { ask, open, visit } from "../export/hosts/web/chromium.mjs";
 
 const { url, cases, pictures, broken, huge } = JSON.parse(readFileSync(0, "utf8"));
 const browser = await open();
@@ -126,23 +126,24 @@ async function tall() {
 }
 
 async function goldens(cases) {
-  const { Model, openPicture, pixelsOf } = await import("/web/model.mjs");
-  const model = new Model();
-  await model.load(new URL("/bundle/", location.href));
+  const { load } = await import("/web/browser.mjs");
+  const model = await load("/bundle", { modules: "/node_modules" });
   const answers = [];
-  for (const { picture, prompt, ...options } of cases) {
+  for (const { picture, prompt, uniforms, ...options } of cases) {
     const bytes = Uint8Array.from(atob(picture), (letter) => letter.charCodeAt(0));
-    const image = pixelsOf(await openPicture(new Blob([bytes])));
     let streamed = "";
-    const answer = await model.ask(image, prompt, { ...options, onToken: (text) => (streamed += text) });
+    const onToken = (text) => (streamed += text);
+    const uniform = () => uniforms.shift();
+    const answer = await model.generate(new Blob([bytes]), prompt, { ...options, uniform, onToken });
     answers.push({ ...answer, streamed });
   }
+  await model.dispose();
   return answers;
 }
 
 async function pixelsIn(pictures) {
-  const { openPicture, pixelsOf } = await import("/web/model.mjs");
-  const ort = await import("/web/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs");
+  const { decodePicture } = await import("/web/browser.mjs");
+  const ort = await import("/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs");
   const graph = await (await fetch("/bundle/preprocess.onnx")).arrayBuffer();
   const session = await ort.InferenceSession.create(new Uint8Array(graph), { logSeverityLevel: 4 });
   const encode = (array) => {
@@ -154,7 +155,7 @@ async function pixelsIn(pictures) {
   const results = [];
   for (const picture of pictures) {
     const bytes = Uint8Array.from(atob(picture), (letter) => letter.charCodeAt(0));
-    const image = pixelsOf(await openPicture(new Blob([bytes])));
+    const image = await decodePicture(new Blob([bytes]));
     const tensor = new ort.Tensor("uint8", image.data, [image.height, image.width, 3]);
     const { pixel_values: values } = await session.run({ image: tensor });
     results.push({ rgb: encode(image.data), values: encode(values.data) });

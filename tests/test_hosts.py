@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -67,13 +68,12 @@ def need(there, what):
 @pytest.fixture(scope="module")
 def node():
     need(program := shutil.which("node"), "Node 20 or later (nodejs.org)")
-    need((HOSTS / "node" / "node_modules").is_dir(), f"npm ci --prefix {HOSTS / 'node'}")
+    need((HOSTS / "node_modules" / "onnxruntime-node").is_dir(), f"npm ci --prefix {HOSTS}")
     return program
 
 
 @pytest.fixture(scope="module")
 def browser(node):
-    need((HOSTS / "web" / "node_modules").is_dir(), f"npm ci --prefix {HOSTS / 'web'}")
     names = ("chromium", "chromium-browser", "google-chrome")
     need(os.environ.get("CHROMIUM") or any(map(shutil.which, names)), "Chromium (or its path in CHROMIUM)")
     return node
@@ -335,8 +335,10 @@ def test_page_in_use(shown, golden):
     assert "not a picture" in shown["notPicture"]
     assert shown["complaintGone"]
     assert " on a " in shown["caption"]
+    assert re.search(r"; \d+ tokens, score [01]\.\d\d\.$", shown["times"])
     assert "First token after" in shown["times"]
     assert len(shown["found"]) == shown["detect"].count("star") > 0
+    assert all(re.search(r"^star at [\d, ]+ score [01]\.\d\d$", found) for found in shown["found"])
     assert "star" in shown["label"]
     assert shown["focus"] == ["file", "example", "prompt", "run"]
     assert shown["focusAfterAnswer"] == "prompt"
@@ -363,6 +365,31 @@ def test_broken_bundles_in_the_page(shown, broken_bundles):
     for word, message in zip(broken_bundles, shown["broken"], strict=True):
         assert word in message
         assert "\n" not in message
+
+
+def test_page_before_a_server_that_answers(browser, shipped):
+    """For bundles that no browser holds: the page asks the server, and fetches no model."""
+    picture = SHIPPED / "example.png"
+    with served(shipped) as url:
+        shown = run_node(browser, "host_service.mjs", url=url, bundle=shipped.path, picture=picture)
+    assert "Answers come from the server" in shown["about"]
+    assert "stub" in shown["about"]
+    assert "server" in shown["place"]
+    assert shown["answer"] == answer(
+        Session(shipped, "cpu"), Tokenizer.load(shipped.path, shipped.config), open_image(picture), "segment star"
+    ).text  # fmt: skip
+    (found,) = shown["found"]
+    assert "star at " in found
+    assert "score 0." in found
+    first, second, _ = shown["fields"]
+    size = picture.stat().st_size
+    assert first == {"prompt": "segment star", "temperature": "0", "top_p": "1", "top_k": "0", "bytes": size}
+    assert (second["temperature"], second["max_new_tokens"]) == ("0.5", "9")
+    assert 0 <= int(second["seed"]) < 2**32
+    assert "exceeds the capacity" in shown["error"]
+    assert shown["held"] == "closed"
+    assert not shown["complaint"]
+    assert not [path for path in shown["paths"] if path.startswith("/bundle/") or "node_modules" in path]
 
 
 # --- Node from the command line ----------------------------------------------------------------------------
@@ -583,10 +610,13 @@ def test_node_answers_about_several_pictures(node, shipped, tmp_path):
 def test_node_names_what_stands_in_the_wrong_place(node, shipped, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for arguments, words in [
-        ((shipped.path, "caption en", tmp_path / "a.png"), "a.png: a picture in the place of the prompt"),
+        ((shipped.path, "caption en", tmp_path / "a.png"), "a.png: a picture in the place of a prompt"),
         ((tmp_path / "a.png", shipped.path, "caption en"), "a folder in the place of a picture"),
         ((tmp_path / "a.png", tmp_path / "a.png", "caption en"), "a.png: a file in the place of the bundle's folder"),
-        ((shipped.path, tmp_path / "a.png", "caption", "en"), 'several words is quoted: "caption en"'),
+        (
+            (shipped.path, tmp_path / "a.png", "caption en", tmp_path / "a.png"),
+            "a.png: a picture in the place of a prompt",
+        ),
     ]:
         result = command(node, *arguments)
         assert (result.returncode, result.stdout) == (2, "")

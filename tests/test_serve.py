@@ -30,7 +30,7 @@ def libraries(tmp_path_factory):
     for folder in serve.LIBRARIES:
         (hosts / folder).mkdir(parents=True)
         (hosts / folder / "library.mjs").write_text("export default 1;\n")
-    (hosts / "web" / "node_modules" / "secret.mjs").write_text("not served")
+    (hosts / "node_modules" / "secret.mjs").write_text("not served")
     return hosts
 
 
@@ -163,7 +163,7 @@ def test_the_root_leads_to_the_page(port):
     "path",
     [
         "/web", "/web/../serve.py", "/web/%2e%2e/serve.py", "/bundle/../../../../etc/passwd", "//etc/passwd", "/bundle/",
-        "/bundle/%00", "/web/node_modules/secret.mjs", "/web/package.json", "/node/index.mjs", "/common/", "/\udcff",
+        "/bundle/%00", "/node_modules/secret.mjs", "/web/package.json", "/node/index.mjs", "/common/", "/\udcff",
         "/bundle/..%2f..%2fetc%2fpasswd", "http://127.0.0.1/web/../../serve.py",
     ],
 )  # fmt: skip
@@ -245,7 +245,7 @@ def test_an_npm_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_libraries_are_fetched_once(tmp_path, monkeypatch, capsys):
     opened = bundle.shipped()
-    folders = " ".join(f'"$6/../{folder}"' for folder in serve.LIBRARIES)
+    folders = " ".join(f'"$7/{folder}"' for folder in serve.LIBRARIES)
     without_libraries(tmp_path, monkeypatch, npm=f"mkdir -p {folders}")
     for _ in range(2):
         with serve.open_server(opened):

@@ -1,7 +1,7 @@
 /** Boxes and masks in an answer. Twin of `numpy_ref/detection.py` and of `paste` in `numpy_ref/model/segmentation.py`. */
 import { PaliGemmaError } from "./errors.mjs";
 
-const CONVENTIONS = { big_vision: 1023, huggingface: 1024 };
+export const CONVENTIONS = { big_vision: 1023, huggingface: 1024 };
 const CODES = 16; // of a mask
 const SIDE = 64; // of a mask as the codec paints it
 

@@ -3,11 +3,23 @@
  *
  * `ort` is onnxruntime-node or onnxruntime-web; `sessions` has one session a graph of the bundle.
  */
+import { proceed } from "./abort.mjs";
 import { PaliGemmaError, plural } from "./errors.mjs";
+import { shown } from "./options.mjs";
 
 const DEFAULT_NEW_TOKENS = 64;
 const FATAL_ONLY = 4; // of the runtime's own messages; what goes wrong is thrown
 const LARGEST_UNIFORM = 1 - 2 ** -24; // of float32 below one
+
+const AROUND = ["preprocess", "sample", "masks"]; // the model: small graphs, with weights of their own if any
+const APART = ["vision", "prefill_text"]; // prefill in two, so that several prompts share a picture; not in older bundles
+
+/** The graphs of a bundle that a host runs; of each, whether it is one of the model's own, which are large. */
+export function graphsOf({ graphs }) {
+  const reading = APART.every((name) => graphs[name]) ? APART : ["prefill"];
+  const names = [...AROUND.filter((name) => graphs[name]), ...reading, "decode"];
+  return names.map((name) => ({ name, file: graphs[name].file, large: !AROUND.includes(name) }));
+}
 
 /**
  * A bundle's graphs. Every function is asynchronous, since the sessions are. `inPlace` says that the runtime writes
@@ -44,10 +56,15 @@ export class Engine {
     return pictures !== prompts;
   }
 
-  /** Read the pictures [N, 3, S, S] and the prompt: the logits of what comes next, and the filled cache. */
-  async prefill(pixelValues, prompt, capacity) {
-    const { logits, ...cache } = await this.run("prefill", {
-      pixel_values: pixelValues,
+  /** Pixel values [N, 3, S, S] -> what prefill reads of pictures: their features, or the values where one graph does both. */
+  async encode(pixelValues) {
+    return this.sessions.vision ? this.run("vision", { pixel_values: pixelValues }) : { pixel_values: pixelValues };
+  }
+
+  /** Read pictures, as `encode` gives them, and a prompt: the logits of what comes next, and the filled cache. */
+  async prefill(seen, prompt, capacity) {
+    const { logits, ...cache } = await this.run(this.sessions.vision ? "prefill_text" : "prefill", {
+      ...seen,
       input_ids: this.integers(prompt, [1, prompt.length]),
       lengths: new this.ort.Tensor("int32", Int32Array.of(prompt.length), [1]),
       capacity: this.integers([capacity], []),
@@ -109,7 +126,6 @@ function logProbability(logits, token) {
 export function budget(engine, promptLength, maxNewTokens, pictures = 1) {
   const room = engine.maxLength - promptLength + 1;
   const wanted = maxNewTokens ?? Math.max(1, Math.min(DEFAULT_NEW_TOKENS, room));
-  if (!Number.isInteger(wanted) || wanted < 1) throw new PaliGemmaError(`the number of new tokens must be a whole number of at least 1, not ${wanted}`);
   if (wanted > room) {
     const theirs = pictures * engine.description.tokens.image_tokens;
     const [them, fewer] = pictures > 1 ? ["pictures", "give fewer pictures, "] : ["picture", ""];
@@ -122,16 +138,24 @@ export function budget(engine, promptLength, maxNewTokens, pictures = 1) {
 }
 
 /**
- * Yield one { token, logprob } at a time about pixel values [N, 3, S, S], the last of them one that ends the answer unless
- * there was no room for it.
+ * Yield one { token, logprob } at a time about so many pictures, the last of them one that ends the answer unless there
+ * was no room for it. Until the first, `signal` stops it by throwing its reason.
  */
-export async function* generate(engine, pixelValues, prompt, { maxNewTokens, uniform = Math.random, ...sampling } = {}) {
-  const { newTokens, capacity } = budget(engine, prompt.length, maxNewTokens, pixelValues.dims[0]);
-  let { logits, cache } = await engine.prefill(pixelValues, prompt, capacity);
+export async function* generate(engine, seen, pictures, prompt, { maxNewTokens, uniform = Math.random, signal, ...sampling } = {}) {
+  const { newTokens, capacity } = budget(engine, prompt.length, maxNewTokens, pictures);
+  let { logits, cache } = await engine.prefill(seen, prompt, capacity);
+  await proceed(signal);
   for (let step = 0; ; step++) {
-    const drawn = await engine.sample(logits, sampling, uniform());
+    const drawn = await engine.sample(logits, sampling, chance(uniform));
     yield drawn;
     if (engine.stops.has(drawn.token) || step === newTokens - 1) return;
     ({ logits, cache } = await engine.decode(drawn.token, prompt.length + step, cache));
   }
+}
+
+/** A number in [0, 1) from where chance comes from. */
+function chance(uniform) {
+  const number = uniform();
+  if (typeof number === "number" && number >= 0 && number < 1) return number;
+  throw new PaliGemmaError(`uniform must give numbers from 0 to below 1, not ${shown(number)}`);
 }

@@ -6,6 +6,7 @@
  * those, such as <loc1024>, are text like any other.
  */
 import { PaliGemmaError } from "./errors.mjs";
+import { checkValue, TEXT } from "./options.mjs";
 
 const EXTRA = [...numbered("loc", 1024, 4), ...numbered("seg", 128, 3)];
 const CONTROL = ["<image>", "<bos>", "<eos>", "<pad>", "<unk>"];
@@ -67,6 +68,7 @@ export class Tokenizer {
 
 /** What is odd about a prompt, in a line; "" if nothing is. transformers asks for <image> in front, so people write it. */
 export function promptWarning(prefix) {
+  checkValue("the prompt", prefix, TEXT);
   const markup = /^\s*(<image>|<bos>)/.exec(prefix);
   if (!markup) return "";
   return (

@@ -1,86 +1,14 @@
-/** What is wrong with the input, in one line. */
-export class PaliGemmaError extends Error {}
+import type { Model, Pixels, Transparency } from "../common/types.mjs";
 
-/** RGB bytes, row by row. */
-export interface Picture {
-  data: Uint8Array;
-  width: number;
-  height: number;
-}
+export * from "../common/types.mjs";
 
-/**
- * An object that was found, in pixels of the picture: every four location tokens of an answer, whatever their values. A
- * flat box has x1 === x2 or y1 === y2, an inverted one x1 > x2 or y1 > y2; a mask of such a box is empty. `codes` are the
- * sixteen numbers of its mask, if it has one. `score` is exp of the mean log-probability of its four location tokens and
- * its label's, `mask_score` that of its sixteen codes.
- */
-export interface Box {
-  label: string;
-  x1: number;
-  y1: number;
-  x2: number;
-  y2: number;
-  codes?: number[];
-  score: number;
-  mask_score?: number;
-}
+/** A file's path or file: URL, a file's bytes, or pixels. */
+export type AnyPicture = string | URL | Uint8Array | Pixels;
 
-/** A box and its mask, as COCO's uncompressed run lengths over a picture of `size` [height, width]. */
-export interface Mask extends Box {
-  size?: [number, number];
-  counts?: number[];
-}
+export type PaliGemma = Model<AnyPicture>;
 
-export interface Options {
-  /** What stands behind transparent pixels of a picture file; white, if left out. */
-  transparency?: Transparency;
-  /** The longest answer; left out, 64 or as many as there is room for. */
-  maxNewTokens?: number;
-  /** 0, the default, is greedy. */
-  temperature?: number;
-  /** Keep the K likeliest; 0, the default, keeps all. */
-  topK?: number;
-  /** Keep the head of the distribution that sums to P; 1, the default, keeps all. */
-  topP?: number;
-  /** Where chance comes from: a number in [0, 1) a token. Math.random unless given. */
-  uniform?: () => number;
-  /** What a location token counts; "big_vision" (1023 steps) unless given. */
-  boxes?: "big_vision" | "huggingface";
-  /** Called as tokens come, with the text that each completes. The end of a text may come without a token. */
-  onToken?: (text: string, token?: number) => void;
-  /** Stops between two tokens; what there is by then is returned. */
-  signal?: AbortSignal;
-}
+/** Check a bundle's folder, a path or a file: URL, and open it; `threads` 0, the default, takes every core. Throws PaliGemmaError. */
+export function load(folder: string | URL, options?: { threads?: number }): Promise<PaliGemma>;
 
-export interface Answer {
-  text: string;
-  tokens: number[];
-  /** The log-probability of each token: the log-softmax of the logits, before temperature, top-k and top-p. */
-  logprobs: number[];
-  boxes: Box[];
-  masks: Mask[];
-  timings: { first_token_s: number; decode_tokens_per_s: number };
-}
-
-/** A file's path, a file's bytes, or pixels. */
-export type AnyPicture = string | Uint8Array | Picture;
-
-export interface PaliGemma {
-  /**
-   * `picture` is a file's path, a file's bytes, or pixels; or an array of them, for a model that was trained on several
-   * a prompt. Boxes and masks are in pixels of the first. Throws PaliGemmaError.
-   */
-  generate(picture: AnyPicture | AnyPicture[], prompt: string, options?: Options): Promise<Answer>;
-}
-
-/** Check a bundle's folder and open it; `threads` 0, the default, takes every core. Throws PaliGemmaError. */
-export function load(folder: string, options?: { threads?: number }): Promise<PaliGemma>;
-
-/** What is odd about a prompt, such as `<image>` in front of it, in a line; "" if nothing is. */
-export function promptWarning(prompt: string): string;
-
-/** A picture file, or its bytes, as pixels: upright, without transparency. Throws PaliGemmaError. */
-export function decodePicture(picture: string | Uint8Array, transparency?: Transparency): Promise<Picture>;
-
-/** What stands behind transparent pixels: white, or the colors that the file has there ("drop" the alpha channel). */
-export type Transparency = "white" | "drop";
+/** A picture as pixels: upright, without transparency. Throws PaliGemmaError. */
+export function decodePicture(picture: AnyPicture, transparency?: Transparency): Promise<Pixels>;

@@ -1,17 +1,20 @@
-/** PaliGemma bundles in Node: `load(folder)`, then `generate(picture, prompt)`, or `generate([a, b], prompt)`. */
+/** PaliGemma bundles in Node: `load(folder)`, then `generate(picture, prompt)`; index.d.mts says what else there is. */
 import "./telemetry.mjs"; // first: ONNX Runtime reads it as it is loaded
 
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
 import { readFile, realpath, stat } from "node:fs/promises";
+import { availableParallelism } from "node:os";
 import { basename, dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
 
 import { Tokenizer as Library } from "@huggingface/tokenizers";
 import * as ort from "onnxruntime-node";
 import sharp from "sharp";
 
 import { PaliGemmaError } from "../common/errors.mjs";
-import { PaliGemma } from "../common/paligemma.mjs";
+import { checkOptions, checkValue, shown, TRANSPARENCY, whole } from "../common/options.mjs";
+import { checkPixels, isPixels, PaliGemma } from "../common/paligemma.mjs";
 import { promptWarning } from "../common/tokenizer.mjs";
 import { opaque } from "../common/transparency.mjs";
 
@@ -19,55 +22,45 @@ export { PaliGemmaError, promptWarning };
 
 // Below this the runtime may repack weights for speed, a private copy a session; from here on both map the one file.
 const MAPPED_FROM = 2 ** 31;
+const MOST_THREADS = 4 * availableParallelism(); // beyond, each only waits and takes memory
 const MAX_JSON_BYTES = 2 ** 24;
 const QUANTIZED = ["int8", "int4"]; // always repacked: their quick kernels read no other order
 
-/** A bundle's folder, opened. `threads` 0 takes every core. */
-export async function load(folder, { threads = 0 } = {}) {
-  if (!(await kindOf(folder))?.isDirectory()) throw new PaliGemmaError(`${folder}: no such bundle directory; export-onnx makes one`);
-  const createSession = async (file, { files, graphs, precision }) => {
-    const large = [graphs.prefill.file, graphs.decode.file].includes(file);
+/** A bundle's folder, or its file: URL, opened. `threads` 0 takes every core. */
+export async function load(folder, options) {
+  const { threads = 0 } = checkOptions("load", options, { threads: whole(0, MOST_THREADS, " (4 for each of this machine's cores)") });
+  const path = pathOf(folder, "the bundle");
+  if (!(await kindOf(path))?.isDirectory()) throw new PaliGemmaError(`${path}: no such bundle directory; export-onnx makes one`);
+  const createSession = async (file, large, { files, precision }) => {
     const mapped = large && !QUANTIZED.includes(precision) && files["weights.bin"].bytes > MAPPED_FROM;
     // The runtime believes a graph that says where, and how long, its repacked weights are: kernels would read beyond them.
-    const repacked = (await readFile(join(folder, file))).includes("prepacked_");
-    return ort.InferenceSession.create(join(folder, file), {
+    const repacked = (await readFile(join(path, file))).includes("prepacked_");
+    return ort.InferenceSession.create(join(path, file), {
       intraOpNumThreads: large ? threads : 1,
       logSeverityLevel: 4,
       ...((mapped || repacked) && { extra: { session: { disable_prepacking: "1" } } }),
     });
   };
   try {
-    return new NodePaliGemma(await PaliGemma.open(filesOf(folder), ort, createSession, Library, { inPlace: true }));
+    return await PaliGemma.open(filesOf(path), { ort, inPlace: true, Library, createSession, decodePicture });
   } catch (error) {
-    throw error instanceof PaliGemmaError ? new PaliGemmaError(`${folder}: ${error.message}`) : error;
+    throw error instanceof PaliGemmaError ? new PaliGemmaError(`${path}: ${error.message}`) : error;
   }
 }
 
-class NodePaliGemma {
-  constructor(model) {
-    this.model = model;
-  }
-
-  /**
-   * `picture` is a file's path, a file's bytes, or { data, width, height } with RGB bytes; or an array of those, the
-   * prompt's pictures. See index.d.mts.
-   */
-  async generate(picture, prompt, options) {
-    const { transparency, ...rest } = options ?? {};
-    const images = [];
-    for (const each of Array.isArray(picture) ? picture : [picture]) {
-      images.push(each?.data && each.width ? each : await decodePicture(each, transparency));
-    }
-    return this.model.generate(images, prompt, rest);
-  }
-}
-
-/** A picture file, or its bytes, as { data, width, height }: RGB, upright, transparent pixels on white or dropped. */
-export async function decodePicture(picture, transparency) {
-  const name = typeof picture === "string" ? picture : "the picture";
-  if (typeof picture === "string" && !(await kindOf(picture))?.isFile()) throw new PaliGemmaError(`${picture}: no such picture`);
+/**
+ * A picture as { data, width, height }: RGB, upright, transparent pixels on white or dropped. It is a file's path or file:
+ * URL, a file's bytes, or such an object already.
+ */
+export async function decodePicture(picture, transparency = "white") {
+  checkValue("transparency", transparency, TRANSPARENCY);
+  if (isPixels(picture)) return checkPixels(picture);
+  const bytes = picture instanceof Uint8Array;
+  const source = bytes ? picture : pathOf(picture, "the picture", ", a file's bytes, or { data, width, height }");
+  const name = bytes ? "the picture" : source;
+  if (!bytes && !(await kindOf(source))?.isFile()) throw new PaliGemmaError(`${source}: no such picture`);
   try {
-    const decoder = sharp(picture, { ignoreIcc: true });
+    const decoder = sharp(source, { ignoreIcc: true });
     const { format, space } = await decoder.metadata();
     if (format === "svg" || space === "cmyk") throw new Error(`${format} in ${space} is not read; save it as PNG in RGB`);
     const upright = decoder.autoOrient().toColourspace("srgb").ensureAlpha().raw();
@@ -77,6 +70,19 @@ export async function decodePicture(picture, transparency) {
     if (error instanceof PaliGemmaError) throw error;
     throw new PaliGemmaError(`${name}: not a picture, or a broken one (${error.message.split("\n")[0]})`);
   }
+}
+
+/** A path, given as one or as a file: URL. */
+function pathOf(value, what, others = "") {
+  if (value instanceof URL) {
+    try {
+      return fileURLToPath(value);
+    } catch (error) {
+      throw new PaliGemmaError(`${value}: ${what} is read from a file and not fetched (${error.message})`);
+    }
+  }
+  if (typeof value === "string") return value;
+  throw new PaliGemmaError(`${what} must be a path or a file: URL${others}, not ${shown(value)}`);
 }
 
 /** The files of a folder, as `openBundle` asks for them. */

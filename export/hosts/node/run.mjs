@@ -1,18 +1,22 @@
 #!/usr/bin/env node
-/** node run.mjs BUNDLE IMAGE [IMAGE ...] PROMPT [options]: answer a prompt about a picture, or about several. */
+/** node run.mjs BUNDLE IMAGE [IMAGE ...] PROMPT [PROMPT ...]: answer prompts about a picture, or about several at once. */
 import { readFile, stat } from "node:fs/promises";
 import { availableParallelism } from "node:os";
+import { dirname } from "node:path";
 import { parseArgs } from "node:util";
 
 import { oneLine, PaliGemmaError, plural, printable } from "../common/errors.mjs";
+import { TEMPERATURE, TOP_P } from "../common/options.mjs";
 import { promptWarning } from "../common/tokenizer.mjs";
 import { TRANSPARENCIES } from "../common/transparency.mjs";
 
 const MOST_THREADS = 4 * availableParallelism(); // beyond, each only waits and takes memory
-const USAGE = `usage: node run.mjs BUNDLE IMAGE [IMAGE ...] PROMPT [options]
+const ORDER = "BUNDLE IMAGE [IMAGE ...] PROMPT [PROMPT ...]";
+const USAGE = `usage: node run.mjs ${ORDER} [options]
   IMAGE                   several are for a model that was trained on as many; boxes and masks are in the first
-  PROMPT                  @FILE reads it from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count
-  --json                  print one JSON object
+  PROMPT                  @FILE reads it from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count.
+                          Several are answered one after the other, a line each
+  --json                  print a JSON object for each prompt
   --max-new-tokens N      longest answer (64)
   --temperature T         0 is greedy (0)
   --top-p P               keep the head that sums to P (1)
@@ -43,40 +47,52 @@ const kindOf = (path) => stat(path).catch(() => null);
 async function main(argv) {
   const { values, positionals } = parse(argv);
   if (values.help) return console.log(USAGE);
-  if (positionals.length < 3) throw new Misuse(`expected BUNDLE IMAGE PROMPT, got ${plural(positionals.length, "argument")}`);
-  const [bundle, ...images] = positionals;
-  const last = images.pop();
-  await checkOrder(bundle, images, last);
+  if (positionals.length < 3) throw new Misuse(`expected at least BUNDLE IMAGE PROMPT, got ${plural(positionals.length, "argument")}`);
+  const { bundle, images, asked } = await sorted(positionals);
   const options = {
     maxNewTokens: values["max-new-tokens"] === undefined ? undefined : whole(values, "max-new-tokens", 1),
-    temperature: real(values, "temperature", Infinity),
-    topP: real(values, "top-p", 1),
+    temperature: real(values, "temperature", TEMPERATURE),
+    topP: real(values, "top-p", TOP_P),
     topK: whole(values, "top-k", 0),
     uniform: numbers(whole(values, "seed", 0)),
     boxes: oneOf(values, "boxes", ["big_vision", "huggingface"]),
     transparency: oneOf(values, "transparency", TRANSPARENCIES),
   };
   const threads = whole(values, "threads", 0, MOST_THREADS, " (4 for each of this machine's cores)");
-  const prompt = await readPrompt(last);
+  const prompts = [];
+  for (const each of asked) prompts.push(await readPrompt(each));
   const { load } = await host();
   const started = performance.now();
   const model = await load(bundle, { threads });
   const loaded = (performance.now() - started) / 1000;
   if (!values.json) options.onToken = (text) => process.stdout.write(printable(text));
-  const { timings, ...answer } = await model.generate(images, prompt, options);
-  console.log(values.json ? JSON.stringify({ ...answer, timings: { load_s: loaded, ...timings } }) : "");
+  for (const prompt of prompts) model.plan(prompt, images.length, options); // all are refused before one is answered
+  const { transparency, ...ofPrompt } = options;
+  const picture = prompts.length > 1 ? await model.picture(images, { transparency }) : null;
+  for (const prompt of prompts) {
+    const answer = await (picture ? picture.generate(prompt, ofPrompt) : model.generate(images, prompt, options));
+    const { timings, ...rest } = answer;
+    console.log(values.json ? JSON.stringify({ ...rest, timings: { load_s: loaded, ...timings } }) : "");
+  }
+}
+
+/** The bundle, the pictures and the prompts among the arguments; pictures are files, or named like one. */
+async function sorted([bundle, ...rest]) {
+  let pictures = 1; // the first argument is one, the last is none
+  while (pictures < rest.length - 1 && (PICTURE.test(rest[pictures]) || (await kindOf(rest[pictures])))) pictures++;
+  const [images, asked] = [rest.slice(0, pictures), rest.slice(pictures)];
+  await checkOrder(bundle, images, asked);
+  return { bundle, images, asked };
 }
 
 /** Throw Misuse that says what is in the wrong place, if something is. Twin of `numpy_ref/cli/inputs.py`. */
-async function checkOrder(bundle, images, prompt) {
-  const order = "the order is BUNDLE IMAGE [IMAGE ...] PROMPT";
-  if (PICTURE.test(prompt) && (await kindOf(prompt))?.isFile()) throw new Misuse(`${prompt}: a picture in the place of the prompt; ${order}`);
-  for (const [i, image] of images.entries()) {
-    const found = await kindOf(image);
-    if (found?.isDirectory()) throw new Misuse(`${image}: a folder in the place of a picture; ${order}`);
-    if (found || PICTURE.test(image)) continue;
-    const whole = [...images.slice(i), prompt].join(" ");
-    if (images.length > 1) throw new Misuse(`${image}: no such picture; ${order}, and a prompt of several words is quoted: "${whole}"`);
+async function checkOrder(bundle, images, prompts) {
+  const order = `the order is ${ORDER}`;
+  for (const prompt of prompts) {
+    if (PICTURE.test(prompt) && (await kindOf(prompt))?.isFile()) throw new Misuse(`${prompt}: a picture in the place of a prompt; ${order}`);
+  }
+  for (const image of images) {
+    if ((await kindOf(image))?.isDirectory()) throw new Misuse(`${image}: a folder in the place of a picture; ${order}`);
   }
   if ((await kindOf(bundle))?.isFile()) throw new Misuse(`${bundle}: a file in the place of the bundle's folder; ${order}`);
 }
@@ -86,7 +102,7 @@ async function host() {
     return await import("./index.mjs");
   } catch (error) {
     if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
-    throw new PaliGemmaError(`a library is missing; run: npm ci --prefix ${import.meta.dirname}`);
+    throw new PaliGemmaError(`a library is missing; run: npm ci --prefix ${dirname(import.meta.dirname)}`);
   }
 }
 
@@ -128,11 +144,9 @@ function whole(values, name, least, most = Infinity, why = "") {
   return value;
 }
 
-function real(values, name, most) {
-  const value = Number(values[name]);
-  if (values[name].trim() === "" || !Number.isFinite(value) || value < 0 || value > most) {
-    throw new Misuse(`--${name} ${values[name]}: must be a number ${most < Infinity ? `from 0 to ${most}` : "of at least 0"}`);
-  }
+function real(values, name, { wanted, fits }) {
+  const value = values[name].trim() === "" ? NaN : Number(values[name]);
+  if (!fits(value)) throw new Misuse(`--${name} ${values[name]}: must be ${wanted}`);
   return value;
 }
 

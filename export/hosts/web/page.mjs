@@ -1,7 +1,8 @@
 /** The page: a picture, a prompt, an answer as it comes, boxes and masks over the picture. */
 import { plural } from "../common/errors.mjs";
 import { promptWarning } from "../common/tokenizer.mjs";
-import { Model, openPicture, pixelsOf } from "./model.mjs";
+import { openEngine } from "./engines.mjs";
+import { openPicture } from "./pictures.mjs";
 
 const PRESETS = ["caption en", "detect star", "detect circle ; square", "segment star", "answer en how many shapes are there?"];
 const COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080"];
@@ -10,11 +11,11 @@ const LEAST_WIDTH = 640; // of the drawing, so that labels can be read on a smal
 const at = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
 const bundle = new URL("../bundle/", location.href);
-const model = new Model();
+const modules = new URL("../node_modules/", location.href);
+let engine = null;
 let picture = null;
 let running = null;
 let shown = 0; // pictures that were asked for
-let ready = false;
 
 async function start() {
   for (const prompt of PRESETS) {
@@ -39,10 +40,9 @@ async function start() {
   acceptDrops();
   try {
     const onProgress = (fraction) => (at("loading").value = fraction);
-    const { seconds, backend, threads, precision, size } = await model.load(bundle, { backend: query.get("backend") ?? "auto", onProgress });
-    ready = true;
-    const where = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads === 1 ? "" : "s"}`;
-    at("about").textContent = `Loaded in ${seconds.toFixed(1)} s: ${precision}, pictures of ${size} px, ${where}.`;
+    engine = await openEngine(bundle, { modules, backend: query.get("backend") ?? "auto", onProgress });
+    at("about").textContent = engine.about;
+    at("place").textContent = engine.place;
   } catch (error) {
     at("about").textContent = `The model did not load: ${error.message}`;
     complain(error);
@@ -77,7 +77,7 @@ async function show(blob) {
   try {
     const bitmap = await openPicture(blob);
     if (turn !== shown) return; // another was chosen since
-    picture = { bitmap, pixels: pixelsOf(bitmap) };
+    picture = { blob, bitmap };
     draw([], []);
     at("stage").classList.add("filled");
     forgetAnswer();
@@ -98,17 +98,17 @@ async function showExample() {
 }
 
 async function ask() {
-  if (!ready || !picture || running) return;
+  if (!engine || !picture || running) return;
   complain(null);
   forgetAnswer();
   draw([], []);
   note(promptWarning(at("prompt").value));
   running = new AbortController();
   refresh();
-  const { pixels } = picture;
-  const isCurrent = () => picture.pixels === pixels;
+  const asked = picture;
+  const isCurrent = () => picture === asked;
   try {
-    const answer = await model.ask(pixels, at("prompt").value, {
+    const answer = await engine.ask(asked, at("prompt").value, {
       temperature: number("temperature", 0),
       topP: number("top-p", 1),
       topK: number("top-k", 0),
@@ -118,24 +118,37 @@ async function ask() {
     });
     if (isCurrent()) present(answer);
   } catch (error) {
-    if (isCurrent()) complain(error);
+    if (isCurrent() && !running.signal.aborted) complain(error);
   }
   running = null;
   refresh();
 }
 
-function present({ text, tokens, boxes, masks, timings }) {
+function present({ text, tokens, logprobs, boxes, masks, timings }) {
   at("answer").textContent = text || "(an empty answer: nothing of that kind was found)";
   draw(boxes, masks);
   for (const [i, box] of boxes.entries()) {
     const corners = [box.x1, box.y1, box.x2, box.y2].map(Math.round).join(", ");
     const item = Object.assign(document.createElement("li"), { textContent: `${box.label || "(no label)"} at ${corners}` });
+    if (box.score !== undefined) item.append(scoreOf(box));
     item.style.setProperty("--color", COLORS[i % COLORS.length]);
     at("found").append(item);
   }
   const speed = timings.decode_tokens_per_s ? `, then ${timings.decode_tokens_per_s.toFixed(0)} tokens/s` : "";
-  at("times").textContent = `First token after ${(timings.first_token_s * 1000).toFixed(0)} ms${speed}; ${plural(tokens.length, "token")}.`;
+  const sure = logprobs?.length ? `, score ${inHundredths(meanProbability(logprobs))}` : "";
+  at("times").textContent = `First token after ${(timings.prefill_s * 1000).toFixed(0)} ms${speed}; ${plural(tokens.length, "token")}${sure}.`;
 }
+
+/** A box's scores, small. */
+function scoreOf({ score, mask_score: ofMask }) {
+  const textContent = ` score ${inHundredths(score)}${ofMask === undefined ? "" : `, of its mask ${inHundredths(ofMask)}`}`;
+  return Object.assign(document.createElement("small"), { textContent });
+}
+
+/** exp of the mean log-probability, as boxes have it for their tokens. */
+const meanProbability = (logprobs) => Math.exp(logprobs.reduce((sum, each) => sum + each, 0) / logprobs.length);
+
+const inHundredths = (score) => score.toFixed(2);
 
 /** The picture with masks, boxes and labels over it. */
 function draw(boxes, masks) {
@@ -161,20 +174,29 @@ function draw(boxes, masks) {
 }
 
 function outline(pen, box, color, zoom, canvas) {
-  const unit = Math.max(1, canvas.width / LEAST_WIDTH);
+  const unit = canvas.width / (canvas.clientWidth || canvas.width); // a pixel of the page
   const [left, top] = [box.x1 * zoom, box.y1 * zoom];
   pen.strokeStyle = pen.fillStyle = color;
-  pen.lineWidth = 3 * unit;
+  pen.lineWidth = 2.5 * unit;
   pen.strokeRect(left, top, (box.x2 - box.x1) * zoom, (box.y2 - box.y1) * zoom);
-  pen.font = `${18 * unit}px system-ui, sans-serif`;
-  const width = pen.measureText(box.label).width + 10 * unit;
-  const height = 25 * unit;
+  const parts = [{ text: box.label, font: `${14 * unit}px system-ui, sans-serif` }];
+  if (box.score !== undefined) parts.push({ text: inHundredths(box.score), font: `${11 * unit}px system-ui, sans-serif` });
+  const widths = parts.map(({ text, font }) => {
+    pen.font = font;
+    return text && pen.measureText(text).width + 4 * unit;
+  });
+  const width = widths.reduce((sum, each) => sum + each, 4 * unit);
+  const height = 20 * unit;
   const x = Math.max(0, Math.min(left, box.x2 * zoom, canvas.width - width)); // a box may be inverted
   const upper = Math.min(top, box.y2 * zoom);
   const y = upper >= height ? upper - height : upper;
   pen.fillRect(x, y, width, height);
   pen.fillStyle = "#fff";
-  pen.fillText(box.label, x + 5 * unit, y + 18 * unit);
+  parts.reduce((at, { text, font }, i) => {
+    pen.font = font;
+    pen.fillText(text, at, y + 15 * unit);
+    return at + widths[i];
+  }, x + 4 * unit);
 }
 
 /** A mask's run lengths as a picture of one color. */
@@ -217,12 +239,12 @@ function note(text) {
 }
 
 function refresh() {
-  const idle = ready && picture && !running;
+  const idle = engine && picture && !running;
   at("run").setAttribute("aria-disabled", !idle); // not disabled, so that the focus stays on it
   for (const button of at("presets").children) button.disabled = !idle;
   at("stop").hidden = !running;
   at("answer").classList.toggle("running", Boolean(running));
-  document.body.dataset.state = running ? "running" : ready ? "ready" : "not ready";
+  document.body.dataset.state = running ? "running" : engine ? "ready" : "not ready";
 }
 
 start();

@@ -1,5 +1,5 @@
 /** node screenshot.mjs URL OUT.png: the page that `run-onnx --serve` shows at URL, after two questions. */
-import { ask, open, visit } from "./browser.mjs";
+import { ask, open, visit } from "./chromium.mjs";
 
 const [url, file] = process.argv.slice(2);
 if (!file) {

@@ -1,53 +1,32 @@
-/** The page's side of the worker: load a bundle, ask it. */
+/** Pictures of a browser as RGB bytes, in a page or in a worker. */
 import { PaliGemmaError } from "../common/errors.mjs";
+import { checkValue, shown, TRANSPARENCY } from "../common/options.mjs";
+import { checkPixels, isPixels } from "../common/paligemma.mjs";
 import { opaque } from "../common/transparency.mjs";
 
 const LONGEST_SIDE = 16384; // of a canvas
 const MOST_PIXELS = 2 ** 26;
 
-export class Model {
-  constructor() {
-    this.worker = new Worker(new URL("worker.mjs", import.meta.url), { type: "module" });
-    this.waiting = new Map();
-    this.asked = 0;
-    this.worker.onmessage = ({ data }) => this.receive(data);
-    this.worker.onerror = (event) => {
-      const reason = event.message ?? "its files do not load; run npm ci in the folder of this page";
-      for (const { reject } of this.waiting.values()) reject(new PaliGemmaError(`the model's worker stopped: ${reason}`));
-    };
-  }
+/** A picture as { data, width, height }: RGB, upright, transparent pixels on white or dropped. */
+export async function decodePicture(picture, transparency = "white") {
+  checkValue("transparency", transparency, TRANSPARENCY);
+  if (picture instanceof ImageData) return { data: opaque(picture.data, transparency), width: picture.width, height: picture.height };
+  if (isPixels(picture)) return checkPixels(picture);
+  if (picture instanceof ImageBitmap) return pixelsOf(picture, transparency);
+  if (picture instanceof Blob) return pixelsOf(await openPicture(picture), transparency);
+  if (typeof picture === "string" || picture instanceof URL) return pixelsOf(await openPicture(await fetchPicture(picture)), transparency);
+  throw new PaliGemmaError(
+    `the picture must be a Blob, an ImageBitmap, ImageData, an address, or { data, width, height }, not ${shown(picture)}`,
+  );
+}
 
-  /** Open the bundle at a URL; `onProgress` hears the fraction that has arrived. What it is, and how it runs. */
-  load(url, { backend = "auto", onProgress } = {}) {
-    this.worker.postMessage({ load: String(url), backend });
-    return this.wait(undefined, { onProgress });
-  }
-
-  /**
-   * Answer a prompt about { data, width, height }, or about an array of them. `onToken(text, token)`, `signal` and options as in Node, but for
-   * chance: `uniforms` is a list of numbers to draw with.
-   */
-  ask(image, prompt, { onToken, signal, ...options } = {}) {
-    const id = ++this.asked;
-    const stop = () => this.worker.postMessage({ stop: id });
-    signal?.addEventListener("abort", stop);
-    this.worker.postMessage({ ask: id, image, prompt, options });
-    if (signal?.aborted) stop();
-    return this.wait(id, { onToken });
-  }
-
-  wait(id, listeners) {
-    return new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject, ...listeners }));
-  }
-
-  receive({ id, progress, loaded, text, token, answer, error }) {
-    const waiting = this.waiting.get(id);
-    if (progress !== undefined) return waiting?.onProgress?.(progress);
-    if (text !== undefined) return waiting?.onToken?.(text, token);
-    this.waiting.delete(id);
-    if (error) waiting.reject(new PaliGemmaError(error));
-    else waiting.resolve(loaded ?? answer);
-  }
+/** The file at an address. */
+async function fetchPicture(address) {
+  const response = await fetch(address).catch((error) => {
+    throw new PaliGemmaError(`${address}: the picture cannot be fetched (${error.message})`);
+  });
+  if (!response.ok) throw new PaliGemmaError(`${address}: the picture cannot be fetched (the server answers ${response.status})`);
+  return new File([await response.blob()], String(address));
 }
 
 /** A picture file as a bitmap, upright, its numbers as they are in the file. */
@@ -64,7 +43,7 @@ export async function openPicture(blob) {
 }
 
 /** The RGB bytes of a bitmap: { data, width, height }; transparent pixels on white, or their alpha dropped. */
-export function pixelsOf(bitmap, transparency = "white") {
+function pixelsOf(bitmap, transparency) {
   const { width, height } = bitmap;
   let rgba = canvasBytes(bitmap);
   if (rgba.some((value, i) => i % 4 === 3 && value < 255)) rgba = textureBytes(bitmap);
