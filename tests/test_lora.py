@@ -22,7 +22,7 @@ from numpy_ref.checkpoint.layouts import canonical, module_name, parameters, unw
 from numpy_ref.engine import NumpyEngine
 from torch_impl.load import ModuleEngine, TorchEngine, from_params
 from torch_impl.model.layers import Linear
-from torch_impl.train import data, lora, loop, memory
+from torch_impl.train import data, loop, lora, memory
 from torch_impl.train.finetune import prefix_lm_loss
 
 from . import faults
