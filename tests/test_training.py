@@ -31,8 +31,9 @@ from numpy_ref.model import paligemma, segmentation
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
 from torch_impl.load import from_params, load, to_params
 from torch_impl.model.paligemma import PaliGemma
-from torch_impl.train import data, loop, prefix_lm_loss, pretrain, recipe
+from torch_impl.train import data, loop, pretrain, recipe
 from torch_impl.train import tokenizer as tokenizer_training
+from torch_impl.train.finetune import fingerprint, prefix_lm_loss, take_vision
 
 from . import faults
 from .models import CONFIGS, random_batch, random_params
@@ -179,7 +180,7 @@ def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, change
     monkeypatch.setattr(loop, "LOG_EVERY", 5)
     settings = replace(SETTINGS, **changes)
     whole = run(tmp_path / "whole", tokenizer, settings)
-    step, steps = loop._step, []
+    step, steps = loop.take_step, []
 
     def interrupted(*arguments):
         steps.append(1)
@@ -187,10 +188,10 @@ def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, change
             raise StopError
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", interrupted)
+    monkeypatch.setattr(loop, "take_step", interrupted)
     with pytest.raises(StopError):
         run(tmp_path / "parts", tokenizer, settings, save_every=0)
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "take_step", step)
     assert same(run(tmp_path / "parts", tokenizer, settings), whole)
     logs = []
     for name in ("whole", "parts"):
@@ -203,7 +204,7 @@ def test_interrupted_or_not_the_weights_are_the_same(tmp_path, tokenizer, change
 
 def test_a_kill_costs_no_more_than_the_last_interval(tmp_path, tokenizer, monkeypatch):
     """By a clock on which a step takes a second and all else nothing."""
-    clock, step = itertools.count(), loop._step
+    clock, step = itertools.count(), loop.take_step
     now = [next(clock)]
 
     def timed(*arguments):
@@ -213,7 +214,7 @@ def test_a_kill_costs_no_more_than_the_last_interval(tmp_path, tokenizer, monkey
         return step(*arguments)
 
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(loop, "_step", timed)
+    monkeypatch.setattr(loop, "take_step", timed)
     with pytest.raises(StopError):
         run(tmp_path, tokenizer, SETTINGS, save_every=2.5)
     assert faults.steps_of(tmp_path / loop.STATE) == 9  # kept after steps 3, 6 and 9
@@ -229,13 +230,13 @@ def test_left_overs_of_a_killed_run_are_removed(tmp_path, tokenizer):
 
 def test_a_state_that_cannot_be_kept(tmp_path, tokenizer, monkeypatch):
     """The folder vanishes in the middle: one line that names it."""
-    step = loop._step
+    step = loop.take_step
 
     def vanish(*arguments):
         shutil.rmtree(tmp_path / "state", ignore_errors=True)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", vanish)
+    monkeypatch.setattr(loop, "take_step", vanish)
     with pytest.raises(PaliGemmaError, match=r"state/(log\.csv: cannot be written|state\.safetensors: cannot keep)"):
         run(tmp_path / "state", tokenizer, replace(SETTINGS, steps=2), save_every=0)
 
@@ -493,8 +494,6 @@ def modified(file) -> int:
 
 def test_changed_data_are_not_gone_on_with(own_data, tmp_path, tokenizer):
     """A run that was begun with other lines is refused; the state stays for whoever puts the lines back."""
-    from torch_impl.train import fingerprint
-
     first, once = fingerprint(own_data), replace(SETTINGS, steps=1)
     run(tmp_path / "state", tokenizer, once, about={"from": first})
     own_data.write_text(own_data.read_text() + "\n")
@@ -517,8 +516,6 @@ def test_a_broken_picture_is_named_by_its_line(own_data, tmp_path):
 
 
 def test_a_pretrained_tower_is_taken_over(tmp_path, tokenizer):
-    from torch_impl.train import take_vision
-
     output = tmp_path / "towers"
     assert pretrain.main(["--output", str(output), "--steps", "2", "--batch-size", "4", "--loss", "clip"]) == 0
     record = json.loads((output / "pretraining.json").read_text())

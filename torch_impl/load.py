@@ -84,15 +84,15 @@ class ModuleEngine(Engine):
     ) -> tuple[np.ndarray, list[Pair]]:
         check_room(input_ids.shape[1], capacity)
         pictures_per_prompt(self.config, pixel_values, input_ids)
-        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
-        logits, cache = self.model.prefill(pixels, torch.from_numpy(input_ids), torch.from_numpy(lengths), capacity)
-        return upcast(logits).numpy(), cache
+        ids, counts = self._there(input_ids), self._there(lengths)
+        logits, cache = self.model.prefill(self._pixels(pixel_values), ids, counts, capacity)
+        return upcast(logits).cpu().numpy(), cache
 
     @torch.inference_mode()
     def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
         check_room(lengths.max() + 1, cache[0][0].shape[2])
-        logits, cache = self.model.decode(torch.from_numpy(input_ids), torch.from_numpy(lengths), cache)
-        return upcast(logits).numpy(), cache
+        logits, cache = self.model.decode(self._there(input_ids), self._there(lengths), cache)
+        return upcast(logits).cpu().numpy(), cache
 
     @torch.inference_mode()
     def extend(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
@@ -105,9 +105,16 @@ class ModuleEngine(Engine):
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray
     ) -> str | None:
         tap = FirstNotFinite(lambda value: bool(torch.isfinite(value).all()))
-        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
-        self.model(pixels, *map(torch.from_numpy, (input_ids, lengths, prefix_lengths)), tap)
+        self.model(self._pixels(pixel_values), *map(self._there, (input_ids, lengths, prefix_lengths)), tap)
         return tap.name
+
+    def _pixels(self, pixel_values) -> Tensor:
+        """Pictures where the module is, in its dtype."""
+        return self._there(np.ascontiguousarray(pixel_values)).to(self.model.projector.kernel.dtype)
+
+    def _there(self, array) -> Tensor:
+        """An array as a tensor on the module's device."""
+        return torch.from_numpy(array).to(self.model.projector.kernel.device)
 
 
 class TorchEngine(ModuleEngine):

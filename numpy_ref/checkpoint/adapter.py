@@ -1,4 +1,4 @@
-"""LoRA adapters as `peft` saves them (Hu et al. 2021), merged into a checkpoint's weights as these are read.
+"""LoRA adapters as `peft` saves them (Hu et al. 2021): merged into a checkpoint's weights as these are read, and saved.
 
 An adapter is a directory with adapter_config.json and adapter_model.safetensors. For a weight W it has two thin
 matrices, and the weight that the model was trained with is
@@ -15,19 +15,22 @@ The tensors themselves say which weights are adapted: `target_modules`, `layers_
 are not needed. `fan_in_fan_out` has no meaning for PaliGemma's layers, and peft ignores it there too.
 """
 
+import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import PaliGemmaConfig
 from ..errors import PaliGemmaError, listed, note, quote
-from ..files import read_json, within
+from ..files import new_directory, read_json, within
 from .blocks import BLOCK, check_finite
-from .layouts import Parameter, canonical, parameters, unwrapped
-from .safetensors import map_safetensors_file
+from .layouts import Parameter, canonical, module_name, parameters, unwrapped
+from .safetensors import map_safetensors_file, write_safetensors_file
 from .tree import flatten, unflatten
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -412,3 +415,48 @@ def _sum(base, change) -> np.ndarray:
     """base + change, rounded once to the dtype of the base."""
     with np.errstate(over="ignore", invalid="ignore"):  # whoever reads weights looks at whether they are finite
         return (base.astype(change.dtype) + change).astype(base.dtype)
+
+
+# --- saving ------------------------------------------------------------------------------------------------
+
+
+def save(
+    path: str | Path,
+    config: PaliGemmaConfig,
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    alpha: float,
+    base: str,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write an adapter of plain LoRA that `adapt` and `peft` load, and `files` (name -> contents) beside it.
+
+    `pairs` has for the path of each adapted kernel [in, out] its a [in, r] and b [r, out], all of one rank r; the
+    adapted kernel is kernel + alpha / r * a @ b. `base` is the directory, or the Hub id with its revision, of what
+    was trained. Raises PaliGemmaError if the folder exists.
+    """
+    table = {parameter.path: parameter for parameter in parameters(config)}
+    tensors: dict[str, np.ndarray] = {}
+    for kernel, (a, b) in pairs.items():
+        module = f"{_WRAPPER}{module_name(table[kernel].hf.name)}"
+        tensors |= {f"{module}.lora_A.weight": a.T, f"{module}.lora_B.weight": b.T}
+    rank = next(iter(pairs.values()))[0].shape[1]
+    modules = [module_name(table[kernel].hf.name) for kernel in pairs]
+    with new_directory(path) as folder:
+        write_safetensors_file(folder / WEIGHTS, tensors)
+        (folder / CONFIG).write_text(json.dumps(_config_json(modules, rank, alpha, base), indent=2) + "\n")
+        for name, contents in (files or {}).items():
+            (folder / name).write_bytes(contents)
+
+
+_WRAPPER = "base_model.model."  # of the classes that peft puts around a model
+
+
+def _config_json(modules: list[str], rank: int, alpha: float, base: str) -> dict:
+    """The fields of `peft.LoraConfig` that say how the tensors are applied, and to what."""
+    name, at, revision = (base, "", "") if Path(base).exists() else base.rpartition("@")
+    return {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": name if at else base,
+        "revision": revision if at else None, "inference_mode": True, "r": rank, "lora_alpha": alpha,
+        "target_modules": modules, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip

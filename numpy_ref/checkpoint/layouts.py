@@ -231,6 +231,12 @@ def saved_name(name: str) -> str:
     return name.replace("language_model.", "language_model.model.", 1)
 
 
+def module_name(hf_name: str) -> str:
+    """The dotted name of a kernel's module in transformers' model (5.0 or later), which adapters go by."""
+    module = hf_name.removesuffix(".weight")
+    return module if module.startswith("lm_head") else f"model.{module}"
+
+
 # --- big_vision's shapes ---------------------------------------------------------------------------------
 
 

@@ -134,7 +134,7 @@ def write_safetensors(folder: Path, tensors: dict, progress: Callable[[int], obj
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     for name, shard in zip(names, shards, strict=True):
-        _write_safetensors_file(folder / name, shard, progress)
+        write_safetensors_file(folder / name, shard, progress)
 
 
 def _shards(tensors):
@@ -149,7 +149,8 @@ def _shards(tensors):
     return shards
 
 
-def _write_safetensors_file(file, tensors, progress):
+def write_safetensors_file(file: Path, tensors: dict, progress: Callable[[int], object] = lambda size: None) -> None:
+    """Write tensors, as `write_safetensors` takes them, into one file."""
     names = {dtype: name for name, dtype in dtypes().items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0

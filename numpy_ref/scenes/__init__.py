@@ -51,6 +51,8 @@ SHAPES = {
     "cross": np.array(_CROSS).reshape(-1, 2),
     "ring": None,
 }
+#: Outlines that no scene of training has: new things, to fine-tune on.
+NOVEL = {"arrow": np.array([[0, 0.3], [0.55, 0.3], [0.55, 0], [1, 0.5], [0.55, 1], [0.55, 0.7], [0, 0.7]])}
 HOLE = 0.5  # of a ring, as a share of its side
 
 #: The compositional split: pairs that training never shows, although it shows each color and each shape.
@@ -196,7 +198,7 @@ def visible(scene: Scene, index: int, size: int) -> np.ndarray:
 
 def _fill(pen, thing, unit, color):
     left, top, width = thing.x * unit, thing.y * unit, thing.side * unit
-    outline = SHAPES[thing.shape]
+    outline = NOVEL[thing.shape] if thing.shape in NOVEL else SHAPES[thing.shape]
     if outline is None:
         pen.ellipse([left, top, left + width - 1, top + width - 1], fill=color)
     else:

@@ -324,7 +324,7 @@ def train(file: Path) -> bytes:
     (model.kernel.sum() + model.bias.sum()).backward()
     for optimizer in optimizers:
         optimizer.step()
-    progress = {"step": 1, "curve": [[1, 0.1, 2.0, 0.1]], "recent": [2.0], "settings": {"steps": 9}}
+    progress = {"step": 1, "curve": [[1, 0.1, 2.0, 0.1]], "recent": [2.0], "validation": [], "settings": {"steps": 9}}
     loop._save(file, model, optimizers, progress)
     return file.read_bytes()
 

@@ -4,106 +4,31 @@ The loss is big_vision's (`trainers/proj/paligemma/train.py`): cross-entropy of 
 averaged over the tokens of an example, then over the batch. The prefix and the picture are attended to in both
 directions and are not predicted.
 
-`--data FILE.jsonl` fine-tunes on your own; without it, the drawn scenes are the data. How the model that ships was
-made from nothing is in recipe.py.
+`--data FILE.jsonl` fine-tunes on your own; without it, the drawn scenes are the data. `--lora-rank` trains an adapter
+in place of all weights. How the model that ships was made from nothing is in recipe.py.
 """
 
-import json
-import shutil
-from argparse import Namespace
-from functools import partial
+from argparse import ArgumentTypeError, Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
-from numpy_ref.checkpoint.safetensors import map_safetensors
 from numpy_ref.errors import PaliGemmaError, note, one_line, plural
 from numpy_ref.files import absent, claimed
-from numpy_ref.model import segmentation
-from numpy_ref.tokenizer import Tokenizer
 
-from ..load import load, to_params, to_tensor
-from ..model.paligemma import PaliGemma
-from . import data
-from .loop import COLUMNS, LOG, STATE, Settings, fit, state_folder
+from . import distributed, lora, memory, plan
+from .finetune import prepare, train
+from .loop import STATE, state_folder
 
 PROG = "python -m torch_impl.train"
-PARTS = ("vision", "projector", "text")
-
-
-def prefix_lm_loss(model: PaliGemma, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over the batch of each row's mean cross-entropy over its suffix tokens; logits of no other are made."""
-    x, _ = model.hidden_states(batch["pixel_values"], batch["input_ids"], batch["lengths"], batch["prefix_lengths"])
-    weights = batch["weights"][:, 1:]
-    predicted = weights > 0  # the token at t + 1 is predicted at t
-    logits = model.text.logits(x[:, :-1][predicted])
-    losses = torch.nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:][predicted], reduction="none")
-    return (losses * weights[predicted]).sum() / len(weights)
-
-
-def fine_tune(arguments: Namespace) -> list:
-    """Train a checkpoint on from the command line's arguments, and save it; the curve."""
-    model, loaded = load(arguments.init)
-    tokenizer = Tokenizer.load(loaded.folder, loaded.config)
-    if arguments.vision:
-        take_vision(model, arguments.vision)
-    examples: data.JsonLines | data.Scenes
-    if arguments.data:
-        examples = data.JsonLines(arguments.data, tokenizer, loaded.resize, arguments.seed)
-    else:
-        if (file := segmentation.find(loaded.folder)) is None:
-            raise PaliGemmaError(f"{loaded.folder}: no vae.npz to spell masks with; give --data FILE.jsonl instead")
-        examples = data.Scenes(tokenizer, segmentation.load(file), loaded.config.vision.image_size, arguments.seed)
-    settings = Settings(
-        arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.seed, arguments.accumulate,
-        arguments.warmup, weight_decay=arguments.weight_decay, optimizer=arguments.optimizer,
-        bfloat16=not arguments.float32, freeze=tuple(arguments.freeze),
-    )  # fmt: skip
-    folder = state_folder(arguments.output)
-    sources = [arguments.init, arguments.vision, arguments.data]
-    curve = fit(
-        model.to(arguments.device), prefix_lm_loss, examples, partial(data.collate, pad=loaded.config.pad), settings,
-        folder, save_every=60 * arguments.save_every, about={"from": [fingerprint(path) for path in sources]},
-    )  # fmt: skip
-    dtype = torch.float32 if arguments.save_dtype == "float32" else torch.bfloat16
-    files = checkpoint.companions(loaded) | {
-        "training.json": (json.dumps(record(arguments, curve), indent=1) + "\n").encode(),
-        LOG: (folder / LOG).read_bytes(),
-    }
-    checkpoint.save(arguments.output, loaded.config, to_params(model.cpu(), dtype), files)
-    shutil.rmtree(folder, ignore_errors=True)  # the result is there: what stays behind does no harm
-    return curve
-
-
-def take_vision(model: PaliGemma, folder: Path) -> None:
-    """Put the vision tower that `torch_impl.train.pretrain` wrote into a model."""
-    stored = map_safetensors(folder)
-    tower = {name.removeprefix("vision."): array for name, array in stored.items() if name.startswith("vision.")}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.vision.state_dict().items()}
-    if wanted != {name: array.shape for name, array in tower.items()}:
-        raise PaliGemmaError(f"{folder}: its vision tower is not of this model's sizes")
-    model.vision.load_state_dict({name: to_tensor(array) for name, array in tower.items()})
-
-
-def fingerprint(path: Path | None) -> str:
-    """What tells whether a file, or the files of a folder, are still those that a run was begun with."""
-    if path is None:
-        return ""
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    return " ".join([str(path), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)])
-
-
-def record(arguments: Namespace, curve: list) -> dict:
-    """What was done, for training.json."""
-    fields = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    return {"command": PROG, "arguments": fields, "curve": {"columns": COLUMNS, "rows": curve}}
 
 
 def main(argv=None):
     options = cli.Parser(prog=PROG, description="Fine-tune a checkpoint.")
-    options.add_argument("--output", required=True, type=Path, metavar="DIR", help="the new directory to write")
+    options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
     options.add_argument(
         "--init", type=Path, default=checkpoint.SHIPPED, metavar="CHECKPOINT", help="what to train (the shipped model)"
     )
@@ -113,14 +38,41 @@ def main(argv=None):
     options.add_argument(
         "--data", type=Path, metavar="FILE.jsonl", help="lines of image (a path, or a list), prefix and suffix"
     )
-    options.add_argument("--steps", type=cli.whole(1), default=1000, help="of the optimizer (1000)")
+    options.add_argument(
+        "--validation", type=share_or_file, metavar="SHARE|FILE.jsonl",
+        help="keep a share of the pictures of --data, or take another file, to measure on ten times on the way; the "
+        "best weights are saved in place of the last",
+    )  # fmt: skip
+    options.add_argument("--test", type=Path, metavar="FILE.jsonl", help="measure the result on these lines, once")
+    options.add_argument(
+        "--plan", action="store_true", help="say what memory and time it takes, by two measured steps; write nothing"
+    )
+    options.add_argument(
+        "--steps", type=cli.whole(1),
+        help="of the optimizer (three times through the data, at least 300 steps; 1000 without --data)",
+    )  # fmt: skip
     options.add_argument("--batch-size", type=cli.whole(1), default=16, help="examples at once (16)")
     options.add_argument("--accumulate", type=cli.whole(1), default=1, metavar="N", help="batches before each step (1)")
-    options.add_argument("--learning-rate", type=cli.real(0, 1), default=2e-5, help="at its peak (2e-5)")
+    options.add_argument("--learning-rate", type=cli.real(0, 1), help="at its peak (2e-5; 2e-4 with --lora-rank)")
     options.add_argument("--warmup", type=cli.whole(0), default=100, help="steps (100)")
     options.add_argument("--weight-decay", type=cli.real(0, 10), default=0.0, help="of kernels (0)")
     options.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    options.add_argument("--freeze", nargs="+", default=[], choices=PARTS, help="parts that stay as they are")
+    options.add_argument("--freeze", nargs="+", default=[], choices=lora.PARTS, help="parts that stay as they are")
+    options.add_argument(
+        "--lora-rank", type=cli.whole(1), metavar="R", help="train a LoRA adapter of this rank, and no other weights"
+    )
+    options.add_argument("--lora-alpha", type=cli.real(0, 1e6), metavar="A", help="its scale is A / R (twice the rank)")
+    options.add_argument(
+        "--lora-targets", nargs="+", choices=lora.TARGETS, metavar="TARGET", default=["text"],
+        help=f"which kernels it adapts, of a part or of a name ({', '.join(lora.TARGETS)}; text)",
+    )  # fmt: skip
+    options.add_argument(
+        "--base-dtype", choices=memory.BASE_DTYPES, default="float32",
+        help="what the frozen weights under an adapter are kept in (float32)",
+    )  # fmt: skip
+    options.add_argument(
+        "--checkpointing", action="store_true", help="compute each block again for its gradients: less memory, slower"
+    )
     options.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     options.add_argument("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
     options.add_argument(
@@ -129,13 +81,45 @@ def main(argv=None):
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (cpu)")
     options.add_argument("--seed", type=cli.whole(0), default=0, help="of the order, or of the scenes (0)")
     arguments = options.parse_args(argv)
+    if not (arguments.output or arguments.plan):
+        options.error("--output DIR is needed, or --plan")
+    check(arguments)
+    if arguments.plan:
+        print(plan.of(prepare(arguments)))
+        return 0
     absent(arguments.output, "folder")
-    arguments.init = hub.directory(arguments.init)
+    with distributed.joined(arguments.device):
+        folder = state_folder(arguments.output)
+        if (folder / STATE).exists() and distributed.is_first():
+            note(f"going on from {folder}")
+        with claimed(folder) if distributed.is_first() else nullcontext():
+            curve = train(arguments, prepare(arguments))
+        if distributed.is_first():
+            print(one_line(f"wrote {arguments.output}, loss {curve[-1][2]} after {plural(curve[-1][0], 'step')}"))
+    return 0
+
+
+def share_or_file(text: str) -> float | Path:
+    """The type of `--validation`: a share of the data, between 0 and 1, or a file."""
+    try:
+        share = float(text)
+    except ValueError:
+        return Path(text)
+    if not 0 < share < 1:
+        raise ArgumentTypeError(f"must be a number from 0 to 1, or a file, not {text!r}")
+    return share
+
+
+def check(arguments: Namespace) -> None:
+    """Refuse what does not go together, and find the base by its name: its directory becomes `init`."""
+    if arguments.lora_rank is None and arguments.base_dtype != "float32":
+        raise PaliGemmaError("--base-dtype is for the frozen weights under an adapter; give --lora-rank too")
+    if arguments.lora_rank and (arguments.vision or arguments.freeze):
+        raise PaliGemmaError(
+            "--lora-rank leaves the base as it is: without --freeze, and without --vision, whose tower an adapter "
+            "would not bring along"
+        )
+    base, arguments.init = arguments.init, hub.directory(arguments.init)
+    arguments.base = str(base.resolve() if base.exists() else base)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise PaliGemmaError("--device cuda: this build of torch finds no CUDA device")
-    if (state_folder(arguments.output) / STATE).exists():
-        note(f"going on from {state_folder(arguments.output)}")
-    with claimed(state_folder(arguments.output)):
-        curve = fine_tune(arguments)
-    print(one_line(f"wrote {arguments.output}, loss {curve[-1][2]} after {plural(curve[-1][0], 'step')}"))
-    return 0

@@ -3,9 +3,11 @@
 Each is a map from a number to an example, the same for the same seed; there is one for every number.
 """
 
+import copy
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,25 @@ class Captions:
         return preprocess(scenes.draw(scene, self.size), self.size)[0], row
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a JSONL file: where it stands, its pictures, prefix and suffix, and the ids of both."""
+
+    where: str
+    paths: tuple[Path, ...]
+    prefix: str
+    suffix: str
+    prompt: list[int]
+    answer: list[int]  # with eos
+
+    def pixels(self, size: int, resize: str) -> np.ndarray:
+        """Its pictures, [N, 3, S, S]. Raises PaliGemmaError that names the line of one that cannot be read."""
+        try:
+            return np.concatenate([preprocess(open_image(path), size, resize=resize) for path in self.paths])
+        except PaliGemmaError as error:
+            raise PaliGemmaError(f"{self.where}: {error}") from None
+
+
 class JsonLines:
     """Lines {"image", "prefix", "suffix"} as Scenes gives them, shuffled anew each time round.
 
@@ -86,13 +107,26 @@ class JsonLines:
         turn, place = divmod(index, len(self.rows))
         if turn != self.turn:
             self.turn, self.order = turn, np.random.default_rng([self.seed, turn]).permutation(len(self.rows))
-        where, paths, prompt, suffix = self.rows[self.order[place]]
-        size = self.tokenizer.config.vision.image_size
-        try:
-            pixels = np.concatenate([preprocess(open_image(path), size, resize=self.resize) for path in paths])
-        except PaliGemmaError as error:
-            raise PaliGemmaError(f"{where}: {error}") from None
-        return pixels if len(paths) > 1 else pixels[0], prompt, suffix
+        line = self.rows[self.order[place]]
+        pixels = line.pixels(self.tokenizer.config.vision.image_size, self.resize)
+        return pixels if len(line.paths) > 1 else pixels[0], line.prompt, line.answer
+
+    def split(self, share: float) -> "tuple[JsonLines, JsonLines]":
+        """Two files' worth of lines: to train on, and a share of the pictures to validate on.
+
+        Lines about the same pictures stay together, and which they are depends on the seed alone. Raises
+        PaliGemmaError if there are too few pictures for both.
+        """
+        pictures = list(dict.fromkeys(line.paths for line in self.rows))
+        count = max(1, round(share * len(pictures)))
+        if count >= len(pictures):
+            raise PaliGemmaError(f"{self.file}: {plural(len(pictures), 'picture')}, too few to keep {share:g} of them")
+        chosen = np.random.default_rng([self.seed, 1_000_003]).permutation(len(pictures))[:count]
+        kept = {pictures[i] for i in chosen}
+        train, validation = copy.copy(self), copy.copy(self)
+        train.rows = [line for line in self.rows if line.paths not in kept]
+        validation.rows = [line for line in self.rows if line.paths in kept]
+        return train, validation
 
     def _parse(self, number, line):
         where = f"{self.file}, line {number}"
@@ -121,16 +155,17 @@ class JsonLines:
             raise PaliGemmaError(
                 f"{where}: {plural(len(prompt) + len(answer), 'token')}, the model has room for {longest}"
             )
-        return where, paths, prompt, answer
+        return Line(where, tuple(paths), prefix, suffix, prompt, answer)
 
     def _check_counts(self):
         """Raise PaliGemmaError that names the first line with more or fewer pictures than the first has."""
-        first, paths, *_ = self.rows[0]
-        for where, others, *_ in self.rows:
-            if len(others) != len(paths):
-                expected = f"{first.rpartition(', ')[2]} has {len(paths)}"
+        first = self.rows[0]
+        for line in self.rows:
+            if len(line.paths) != len(first.paths):
+                expected = f"{first.where.rpartition(', ')[2]} has {len(first.paths)}"
                 raise PaliGemmaError(
-                    f"{where}: {plural(len(others), 'picture')}, but {expected}; train on lines of equally many"
+                    f"{line.where}: {plural(len(line.paths), 'picture')}, but {expected}; "
+                    "train on lines of equally many"
                 )
 
 

@@ -1,15 +1,20 @@
 """The training loop, for any loss: resumable, and the same whether it was interrupted or not.
 
 Example i is a pure function of the seed and i, so the data need no state. The rest (weights, optimizer, step, curve)
-goes into one safetensors file every so often, replaced whole; after a kill the run goes on from there.
+goes into one safetensors file every so often, replaced whole; after a kill the run goes on from there. Weights that are
+frozen are not kept: they are where the run began. The best weights, where there is a validation, lie in a second file.
+
+Under torchrun each process has an equal share of each batch (distributed.py), and the first one does all writing.
 """
 
 import csv
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -22,12 +27,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from numpy_ref.errors import PaliGemmaError, quote
+from numpy_ref.errors import PaliGemmaError, note, plural, quote
 from numpy_ref.files import claimed
 
-STATE, LOG = "state.safetensors", "log.csv"
+from . import distributed
+
+STATE, LOG, BEST = "state.safetensors", "log.csv", "best.safetensors"
 COLUMNS = ["step", "seconds", "loss", "rate"]
 LOG_EVERY = 50  # steps
+TELL_EVERY = 10.0  # seconds, or a tenth of those that have passed, where no terminal shows a bar
 #: What the optimizers keep of each weight.
 _MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 
@@ -47,6 +55,24 @@ class Settings:
     optimizer: str = "adamw"
     bfloat16: bool = True
     freeze: tuple[str, ...] = ()
+
+
+@dataclass
+class Validation:
+    """What is measured on the way, each `every` steps and at the end; the weights of the best are what `fit` leaves.
+
+    `measure(model)` gives named numbers, `score` the one of them, or of several, that is to be large. `rows` has what
+    was measured so far, with the step.
+    """
+
+    measure: Callable[[nn.Module], dict[str, float]]
+    score: Callable[[dict[str, float]], tuple[float, ...]]
+    every: int
+    rows: list[dict] = field(default_factory=list)
+
+    def best(self) -> dict:
+        """The first of the rows with the largest score."""
+        return max(self.rows, key=self.score)
 
 
 class Examples(Protocol):
@@ -76,6 +102,8 @@ def optimizers_for(model: nn.Module, settings: Settings) -> list[torch.optim.Opt
     """
     hidden, decayed, kept = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the base of an adapter
+            continue
         if any(name == prefix or name.startswith(f"{prefix}.") for prefix in settings.freeze):
             parameter.requires_grad_(False)
         elif not name.endswith("kernel"):
@@ -108,67 +136,141 @@ def fit(
     label: str = "training",
     save_every: float = 60.0,
     about: dict | None = None,
+    validation: Validation | None = None,
 ) -> list:
     """Train `model` in place by `loss(model, batch)`; the curve as (step, seconds, loss, rate) rows.
 
     `examples[i]` is the i-th example of an endless stream, `collate` makes a batch of several. Progress is kept in
     `folder` (state.safetensors, log.csv) every `save_every` seconds, and taken up again from there; `about` says what
-    else makes a run this one (its data, where it began), and must be the same then. Raises PaliGemmaError if another
-    process is at work in `folder`.
+    else makes a run this one (its data, where it began), and must be the same then. With a validation the model has
+    the best weights in the end, in the first process. Raises PaliGemmaError if another process is at work in `folder`,
+    or if the batch cannot be shared equally among those that torchrun started.
     """
-    with claimed(folder):
-        return _fit(model, loss, examples, collate, settings, folder, label, save_every, about)
+    if settings.batch_size % distributed.count():
+        raise PaliGemmaError(
+            f"a batch of {plural(settings.batch_size, 'example')} cannot be shared by "
+            f"{distributed.count()} processes; give a --batch-size that can"
+        )
+    with claimed(folder) if distributed.is_first() else nullcontext():
+        if distributed.is_first():
+            _remove_leftovers(folder)
+        distributed.wait()
+        return _fit(model, loss, examples, collate, settings, folder, label, save_every, about, validation)
 
 
-def _fit(model, loss, examples, collate, settings, folder, label, save_every, about) -> list:
+def _fit(model, loss, examples, collate, settings, folder, label, save_every, about, validation) -> list:
     torch.use_deterministic_algorithms(True)
     model.train()
     optimizers = optimizers_for(model, settings)
     if os.path.lexists(folder / LOG) and not (folder / LOG).is_file():
         raise PaliGemmaError(f"{folder / LOG}: not a file; remove it")
     run = asdict(settings) | (about or {})
-    begin, curve, recent = _resume(folder / STATE, model, optimizers, run)
+    begin, curve, recent, rows = _resume(folder / STATE, model, optimizers, run)
+    if validation:
+        validation.rows[:] = rows
+    distributed.wait()  # before the first process writes a new state
     _write_log(folder / LOG, curve)
     before = curve[-1][1] if curve else 0.0
-    seen = settings.accumulate * settings.batch_size  # examples a step
-    loader = DataLoader(
-        _ErrorsAsValues(examples), settings.batch_size, num_workers=1, prefetch_factor=8,
-        collate_fn=partial(_collate, collate), sampler=range(begin * seen, settings.steps * seen),
-    )  # fmt: skip
-    batches, started = iter(loader), time.perf_counter()
+    batches = iter(loader(examples, collate, settings, begin))
+    objective, started = distributed.shared(Objective(model, loss)), time.perf_counter()
     saved, cost = started, 0.0
-    with tqdm(total=settings.steps, initial=begin, desc=label, disable=None) as bar:
+    shown = None if distributed.is_first() else True  # None: in a terminal
+    with tqdm(total=settings.steps, initial=begin, desc=label, disable=shown) as bar:
+        lines = _Lines(label, begin, settings.steps, bar.disable and distributed.is_first())
         for step in range(begin, settings.steps):
             rate = learning_rate(step, settings)
-            recent.append(_step(model, loss, batches, optimizers, settings, rate))
+            recent.append(take_step(objective, batches, optimizers, settings, rate))
             last = step + 1 == settings.steps
             bar.update()
             bar.set_postfix(loss=f"{recent[-1]:.3f}", rate=f"{rate:.1e}")
+            lines.tell(step + 1, recent[-1])
             if (step + 1) % LOG_EVERY == 0 or last:
                 seconds = before + time.perf_counter() - started
                 curve.append((step + 1, round(seconds, 1), round(float(np.mean(recent)), 4), float(f"{rate:.3g}")))
                 recent = []
                 _write_log(folder / LOG, curve[-1:], append=True)
-            if time.perf_counter() - saved > max(save_every, 20 * cost) or last:
+            measured = validation and ((step + 1) % validation.every == 0 or last)
+            if measured and distributed.is_first():
+                _validate(model, validation, step + 1, folder / BEST)
+            if measured or time.perf_counter() - saved > max(save_every, 20 * cost) or last:
                 save_started = time.perf_counter()
-                progress = {"step": step + 1, "curve": curve, "recent": recent, "settings": run}
+                rows = validation.rows if validation else []
+                progress = {"step": step + 1, "curve": curve, "recent": recent, "validation": rows, "settings": run}
                 _save(folder / STATE, model, optimizers, progress)
                 saved = time.perf_counter()
                 cost = saved - save_started  # a state that takes long to write is written less often
+    if validation and distributed.is_first():
+        _take_best(model, validation, folder / BEST)
     return curve
 
 
-def _step(model, loss, batches, optimizers, settings, rate) -> float:
-    """One step of the optimizers; the mean loss of its batches."""
-    total, device = 0.0, next(model.parameters()).device
-    for _ in range(settings.accumulate):
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            value = loss(model, _next(batches, device)) / settings.accumulate
-        if not torch.isfinite(value):
-            raise PaliGemmaError("the loss is not a number any more; lower --learning-rate")
-        value.backward()
-        total += value.item()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+class Objective(nn.Module):
+    """The loss as a module around the model, since it is a module's forward that shares gradients."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+class _Lines:
+    """Progress as plain lines on stderr, further and further apart, for where a bar is not shown."""
+
+    def __init__(self, label, begin, steps, shown):
+        self.label, self.begin, self.steps, self.shown = label, begin, steps, shown
+        self.started = self.last = time.perf_counter()
+
+    def tell(self, step, loss):
+        now = time.perf_counter()
+        elapsed = now - self.started
+        if not self.shown or now - self.last < max(TELL_EVERY, elapsed / 10):
+            return
+        self.last = now
+        each = elapsed / (step - self.begin)
+        left = duration(each * (self.steps - step))
+        note(f"{self.label}: step {step} of {self.steps}, loss {loss:.3f}, {each:.2f} s a step, {left} left")
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def loader(
+    examples: Examples, collate: Callable[..., dict[str, Tensor]], settings: Settings, begin: int = 0
+) -> DataLoader:
+    """This process' share of each batch from step `begin` on, read in a process of its own."""
+    share = settings.batch_size // distributed.count()
+    first = distributed.rank() * share
+    seen = settings.accumulate * settings.batch_size  # examples a step
+    starts = range(begin * seen, settings.steps * seen, settings.batch_size)
+    return DataLoader(
+        _ErrorsAsValues(examples), num_workers=1, prefetch_factor=8, collate_fn=partial(_collate, collate),
+        batch_sampler=[list(range(start + first, start + first + share)) for start in starts],
+    )  # fmt: skip
+
+
+def take_step(
+    objective: nn.Module, batches: Iterator, optimizers: list[torch.optim.Optimizer], settings: Settings, rate: float
+) -> float:
+    """One step of the optimizers at a learning rate; the mean loss of its batches, over all processes."""
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    total, device = 0.0, parameters[0].device
+    for turn in range(settings.accumulate):
+        last = turn + 1 == settings.accumulate
+        with nullcontext() if last else distributed.apart(objective):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+                value = objective(_next(batches, device)) / settings.accumulate
+            mean = distributed.mean(value.detach())
+            if not torch.isfinite(mean):
+                raise PaliGemmaError("the loss is not a number any more; lower --learning-rate")
+            value.backward()
+        total += mean.item()
+    torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -202,31 +304,88 @@ def _next(batches, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+# --- validation --------------------------------------------------------------------------------------------
+
+
+def _validate(model, validation, step, file) -> None:
+    """Measure, say so, and keep the weights if they are the best yet."""
+    model.eval()
+    with torch.no_grad():
+        row = {"step": step, **validation.measure(model)}
+    model.train()
+    validation.rows.append(row)
+    is_best = validation.best() is row
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+    tqdm.write(f"validation after step {step}: {numbers}{' (the best so far)' if is_best else ''}", sys.stderr)
+    if is_best:
+        _write_tensors(file, _trained(model), {"step": str(step)}, "the best weights")
+
+
+def _take_best(model, validation, file) -> None:
+    """Put the weights of the best validation into the model."""
+    best = validation.best()["step"]
+    try:
+        with safe_open(file, framework="pt") as stored:
+            if stored.metadata() != {"step": str(best)}:
+                raise ValueError("of another step")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        _load(model, tensors)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise PaliGemmaError(f"{file}: not the best weights ({error}); remove its folder to begin again") from None
+
+
 # --- state -------------------------------------------------------------------------------------------------
 
 
-def _save(file, model, optimizers, progress) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for i, optimizer in enumerate(optimizers):
-        for j, entry in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{j}.{key}": tensor for key, tensor in entry.items()}
+def _trained(model) -> dict[str, Tensor]:
+    """The weights of a model but those that are frozen, which are where the run began."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _load(model, tensors) -> None:
+    """Put what `_trained` gave into a model. Raises ValueError or RuntimeError if it is of another one."""
+    wanted = _trained(model)
+    if odd := sorted(wanted.keys() ^ tensors.keys()):
+        raise ValueError(f"{odd[0]} is missing, or too much")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(wanted[name].shape)}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _write_tensors(file, tensors, metadata, what) -> None:
+    """Write tensors into a file, in place of the one that is there. Raises PaliGemmaError that says what they are."""
     temporary = file.with_suffix(f".{os.getpid()}.part")
     try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {"progress": json.dumps({**progress, "tensors": sorted(tensors)})})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
-        raise PaliGemmaError(f"{file}: cannot keep the state of training ({error})") from None
+        raise PaliGemmaError(f"{file}: cannot keep {what} ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
-    """Take up what a state file says: step, curve, and losses since its last row. Without one: the beginning."""
-    for left_over in (*file.parent.glob("*.part"), *file.parent.glob(".tmp*")):  # ours, and the library's own
+def _save(file, model, optimizers, progress) -> None:
+    if not distributed.is_first():
+        return
+    tensors = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{key}": tensor for key, tensor in entry.items()}
+    metadata = {"progress": json.dumps({**progress, "tensors": sorted(tensors)})}
+    _write_tensors(file, tensors, metadata, "the state of training")
+
+
+def _remove_leftovers(folder) -> None:
+    """Remove what was half written when a run was killed: our own files, and those of the library."""
+    for left_over in (*folder.glob("*.part"), *folder.glob(".tmp*")):
         left_over.unlink(missing_ok=True)
+
+
+def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list, list]:
+    """Take up what a state file says: step, curve, losses since its last row, validations. Without: the beginning."""
     if not os.path.lexists(file):
-        return 0, [], []
+        return 0, [], [], []
     try:
         if not file.is_file():
             raise ValueError("not a file")
@@ -248,20 +407,21 @@ def _resume(file, model, optimizers, settings: dict) -> tuple[int, list, list]:
     except (RuntimeError, IndexError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise PaliGemmaError(f"{file}: a state of another model ({reason}); remove it to begin again") from None
-    return progress["step"], [tuple(row) for row in progress["curve"]], progress["recent"]
+    return progress["step"], [tuple(row) for row in progress["curve"]], progress["recent"], progress["validation"]
 
 
 def _progress(found) -> dict:
     """What a state file says of itself, if that is what `_save` writes. Raises ValueError if it is not."""
     if not isinstance(found, dict):
         raise ValueError("its progress is not an object")
-    step, curve, recent = found.get("step"), found.get("curve"), found.get("recent")
+    step, curve, recent, rows = (found.get(key) for key in ("step", "curve", "recent", "validation"))
     table = [
         (isinstance(step, int) and not isinstance(step, bool) and step > 0, f"step {quote(step)}"),
         (isinstance(found.get("settings"), dict), "settings"),
         (isinstance(found.get("tensors"), list), "the list of its tensors"),
         (isinstance(recent, list) and all(map(_is_number, recent)), "recent losses"),
         (isinstance(curve, list) and all(_is_row(row) for row in curve), "the curve"),
+        (isinstance(rows, list) and all(_is_measured(row) for row in rows), "validations"),
     ]
     if wrong := [name for holds, name in table if not holds]:
         raise ValueError(f"{wrong[0]} cannot be right")
@@ -272,13 +432,17 @@ def _is_row(row) -> bool:
     return isinstance(row, list) and len(row) == len(COLUMNS) and all(map(_is_number, row))
 
 
+def _is_measured(row) -> bool:
+    return isinstance(row, dict) and "step" in row and all(map(_is_number, row.values()))
+
+
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _restore(tensors, model, optimizers) -> None:
     """Put stored tensors into the model and its optimizers. Raises one of several errors if they do not fit."""
-    model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    _load(model, {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict] = {}
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -297,6 +461,8 @@ def _restore(tensors, model, optimizers) -> None:
 
 
 def _write_log(file, rows, append=False) -> None:
+    if not distributed.is_first():
+        return
     try:
         with file.open("a" if append else "w", newline="") as stream:
             writer = csv.writer(stream)

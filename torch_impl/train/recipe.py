@@ -35,8 +35,9 @@ from ..load import ModuleEngine, to_params
 from ..model.paligemma import PaliGemma
 from ..model.segmentation import save as save_codec
 from ..model.segmentation import train_codec
-from . import data, prefix_lm_loss, pretrain
+from . import data, pretrain
 from . import tokenizer as tokenizer_training
+from .finetune import prefix_lm_loss
 from .loop import COLUMNS, Settings, fit, state_folder
 
 PROG = "python -m torch_impl.train.recipe"
