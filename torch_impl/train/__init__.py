@@ -16,7 +16,7 @@ import torch
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
-from numpy_ref.errors import PaliGemmaError, note, one_line, plural
+from numpy_ref.errors import PaliGemmaError, note, one_line, plural, quote
 from numpy_ref.files import absent, claimed
 
 from . import distributed, lora, memory, plan
@@ -106,7 +106,7 @@ def share_or_file(text: str) -> float | Path:
     except ValueError:
         return Path(text)
     if not 0 < share < 1:
-        raise ArgumentTypeError(f"must be a number from 0 to 1, or a file, not {text!r}")
+        raise ArgumentTypeError(f"must be a number from 0 to 1, or a file, not {quote(text)}")
     return share
 
 
