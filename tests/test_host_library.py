@@ -57,7 +57,8 @@ def installed(packed, tmp_path_factory):
     (folder / "package.json").write_text(json.dumps({"name": "user", "private": True, "dependencies": wanted}))
     (folder / "package-lock.json").write_text(json.dumps(lock))
     npm("ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund", folder=folder)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # half a gigabyte
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ class ModelWorker {
     this.worker = new Worker(new URL("worker.mjs", import.meta.url), { type: "module" });
     Object.assign(this, { waiting: new Map(), running: new Set(), calls: 0, fault: null });
     this.worker.onmessage = ({ data }) => this.receive(data);
-    this.worker.onerror = (event) => this.fail(event.message ?? "its files do not load; are the page's libraries there?");
+    this.worker.onerror = (event) => this.fail(event.message ?? "its files do not load");
   }
 
   call(name, message, { signal, ...heard } = {}) {
