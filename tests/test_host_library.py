@@ -14,6 +14,7 @@ import numpy_ref
 from export import bundle
 from export.session import Session
 from numpy_ref.answer import answer
+from numpy_ref.cli import as_json
 from numpy_ref.image import open_image
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer
@@ -251,11 +252,32 @@ def test_the_command_takes_several_prompts(node, shipped, expected, json_lines):
     """A line each, in their order, and none if one of them is refused."""
     ended = command(node, shipped.path, EXAMPLE, *PROMPTS, *["--json"] * json_lines)
     lines = ended.stdout.splitlines()
-    assert [json.loads(line)["text"] if json_lines else line for line in lines] == [
-        expected[each].text for each in PROMPTS
-    ]
+    found = (
+        [(each["prompt"], each["text"]) for each in map(json.loads, lines)]
+        if json_lines
+        else zip(PROMPTS, lines, strict=True)
+    )
+    assert list(found) == [(prompt, expected[prompt].text) for prompt in PROMPTS]
     assert (ended.returncode, ended.stderr) == (0, "")
     one_line(command(node, shipped.path, EXAMPLE, *PROMPTS, " "), "prompt is empty")
+
+
+def shape(value):
+    """The names in a JSON value, in their order, and the kinds of what they stand for."""
+    if isinstance(value, dict):
+        return [(name, shape(each)) for name, each in value.items()]
+    if isinstance(value, list):
+        return [shape(each) for each in value[:1]]
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def test_the_same_json_everywhere(node, shipped, used, page, expected):  # noqa: F811
+    """Of Python's command, of Node's, and of the library in Node and in a browser, which say nothing of loading."""
+    python = shape(json.loads(json.dumps(as_json(expected["segment star"], 0.5))))
+    command_ = json.loads(command(node, shipped.path, EXAMPLE, "segment star", "--json").stdout)
+    assert shape(command_) == python
+    del command_["timings"]["load_s"]
+    assert shape(used["answer"]) == shape(page["answer"]) == shape(command_)
 
 
 # --- in the browser ----------------------------------------------------------------------------------------

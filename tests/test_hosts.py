@@ -610,13 +610,16 @@ def test_node_answers_about_several_pictures(node, shipped, tmp_path):
 def test_node_names_what_stands_in_the_wrong_place(node, shipped, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for arguments, words in [
-        ((shipped.path, "caption en", tmp_path / "a.png"), "a.png: a picture in the place of a prompt"),
-        ((tmp_path / "a.png", shipped.path, "caption en"), "a folder in the place of a picture"),
-        ((tmp_path / "a.png", tmp_path / "a.png", "caption en"), "a.png: a file in the place of the bundle's folder"),
+        ((shipped.path, "caption en", tmp_path / "a.png"), "a.png: a picture in the place of the prompt"),
         (
             (shipped.path, tmp_path / "a.png", "caption en", tmp_path / "a.png"),
-            "a.png: a picture in the place of a prompt",
+            "a.png: a picture in the place of the prompt",
         ),
+        ((tmp_path / "a.png", shipped.path, "caption en"), "a folder in the place of a picture"),
+        ((tmp_path / "a.png", tmp_path / "a.png", "caption en"), "a.png: a file in the place of the bundle's folder"),
+        ((shipped.path, tmp_path / "a.png", "caption", "en"), 'several words is quoted: "caption en"'),
+        ((shipped.path, tmp_path / "a.png", "detect star", "caption", "en"), 'quoted: "caption en"'),
+        ((shipped.path, "absent", "caption en", "detect star"), "absent: no such picture"),
     ]:
         result = command(node, *arguments)
         assert (result.returncode, result.stdout) == (2, "")

@@ -16,7 +16,7 @@ const USAGE = `usage: node run.mjs ${ORDER} [options]
   IMAGE                   several are for a model that was trained on as many; boxes and masks are in the first
   PROMPT                  @FILE reads it from a file, @@TEXT is the prompt @TEXT; line breaks at its end do not count.
                           Several are answered one after the other, a line each
-  --json                  print a JSON object for each prompt
+  --json                  print a JSON object a prompt, one a line
   --max-new-tokens N      longest answer (64)
   --temperature T         0 is greedy (0)
   --top-p P               keep the head that sums to P (1)
@@ -65,37 +65,48 @@ async function main(argv) {
   const started = performance.now();
   const model = await load(bundle, { threads });
   const loaded = (performance.now() - started) / 1000;
-  if (!values.json) options.onToken = (text) => process.stdout.write(printable(text));
+  const withLoad = ({ timings, ...answer }) => ({ ...answer, timings: { load_s: loaded, ...timings } });
+  if (prompts.length === 1) {
+    if (!values.json) options.onToken = (text) => process.stdout.write(printable(text));
+    const answer = await model.generate(images, prompts[0], options);
+    return console.log(values.json ? JSON.stringify(withLoad(answer)) : "");
+  }
   for (const prompt of prompts) model.plan(prompt, images.length, options); // all are refused before one is answered
   const { transparency, ...ofPrompt } = options;
-  const picture = prompts.length > 1 ? await model.picture(images, { transparency }) : null;
+  const picture = await model.picture(images, { transparency });
   for (const prompt of prompts) {
-    const answer = await (picture ? picture.generate(prompt, ofPrompt) : model.generate(images, prompt, options));
-    const { timings, ...rest } = answer;
-    console.log(values.json ? JSON.stringify({ ...rest, timings: { load_s: loaded, ...timings } }) : "");
+    const answer = await picture.generate(prompt, ofPrompt);
+    console.log(values.json ? JSON.stringify({ prompt, ...withLoad(answer) }) : printable(answer.text.replaceAll("\n", "\\n")));
   }
 }
 
-/** The bundle, the pictures and the prompts among the arguments; pictures are files, or named like one. */
+/** The bundle, the pictures and the prompts among the arguments. Twin of `split` in `numpy_ref/cli/inputs.py`. */
 async function sorted([bundle, ...rest]) {
-  let pictures = 1; // the first argument is one, the last is none
-  while (pictures < rest.length - 1 && (PICTURE.test(rest[pictures]) || (await kindOf(rest[pictures])))) pictures++;
+  const named = await Promise.all(rest.slice(0, -1).map(async (word) => PICTURE.test(word) || Boolean(await kindOf(word))));
+  const pictures = named.lastIndexOf(true) + 1 || rest.length - 1; // all up to the last, where none is there
   const [images, asked] = [rest.slice(0, pictures), rest.slice(pictures)];
   await checkOrder(bundle, images, asked);
   return { bundle, images, asked };
 }
 
-/** Throw Misuse that says what is in the wrong place, if something is. Twin of `numpy_ref/cli/inputs.py`. */
+/** Throw Misuse that says what is in the wrong place, if something is. Twin of `mistake`. */
 async function checkOrder(bundle, images, prompts) {
   const order = `the order is ${ORDER}`;
-  for (const prompt of prompts) {
-    if (PICTURE.test(prompt) && (await kindOf(prompt))?.isFile()) throw new Misuse(`${prompt}: a picture in the place of a prompt; ${order}`);
-  }
-  for (const image of images) {
-    if ((await kindOf(image))?.isDirectory()) throw new Misuse(`${image}: a folder in the place of a picture; ${order}`);
+  const last = prompts.at(-1);
+  if (PICTURE.test(last) && (await kindOf(last))?.isFile()) throw new Misuse(`${last}: a picture in the place of the prompt; ${order}`);
+  const words = [...images, ...prompts];
+  for (const [i, word] of words.entries()) {
+    const found = await kindOf(word);
+    if (i < images.length && found?.isDirectory()) throw new Misuse(`${word}: a folder in the place of a picture; ${order}`);
+    const absent = i < images.length ? !found && !PICTURE.test(word) && words.length > 2 : isWord(word) && isWord(words[i + 1]);
+    if (!absent) continue;
+    throw new Misuse(`${word}: no such picture; ${order}, and a prompt of several words is quoted: "${words.slice(i).join(" ")}"`);
   }
   if ((await kindOf(bundle))?.isFile()) throw new Misuse(`${bundle}: a file in the place of the bundle's folder; ${order}`);
 }
+
+/** Whether a prompt is a single word: two in a row are one that somebody forgot to quote. */
+const isWord = (prompt) => prompt !== undefined && !/\S\s+\S/.test(prompt) && !prompt.startsWith("@");
 
 async function host() {
   try {
