@@ -19,7 +19,7 @@ export const TEMPERATURE = {
   fits: (value) => value === 0 || (Number.isFinite(value) && value >= COLDEST && value <= 1 / COLDEST),
 };
 export const TOP_P = { wanted: "a number from 0 to 1", fits: (value) => Number.isFinite(value) && value >= 0 && value <= 1 };
-export const BOXES = oneOf(Object.keys(CONVENTIONS));
+const BOXES = oneOf(Object.keys(CONVENTIONS));
 export const TRANSPARENCY = oneOf(TRANSPARENCIES);
 export const TEXT = { wanted: "a string", fits: (value) => typeof value === "string" };
 const SIGNAL = {
