@@ -93,7 +93,10 @@ def _print_plan(plan):
 
 
 def run_onnx(argv: Sequence[str] | None = None) -> int | None:
-    """run-onnx [BUNDLE] IMAGE [IMAGE ...] PROMPT: answer with a bundle. run-onnx --serve [BUNDLE]: a page that does."""
+    """run-onnx [BUNDLE] IMAGE [IMAGE ...] PROMPT [PROMPT ...]: answer with a bundle.
+
+    run-onnx --serve [BUNDLE]: a page that does.
+    """
     if "--serve" in (sys.argv[1:] if argv is None else argv):
         return _serve(argv)
     options = cli.parser("run-onnx", "BUNDLE", "Answer a prompt about a picture with an ONNX bundle.")
@@ -107,10 +110,12 @@ def run_onnx(argv: Sequence[str] | None = None) -> int | None:
     arguments = cli.parse(options, argv)
 
     def load(path):
-        from . import session
+        from .api import PaliGemma
 
-        chosen = dict(arguments.provider_option)
-        return session.load(path, arguments.provider, arguments.threads, arguments.host_graphs, chosen)
+        return PaliGemma.load(
+            path, arguments.provider, arguments.threads, host_graphs=arguments.host_graphs,
+            provider_options=dict(arguments.provider_option), in_halves=len(arguments.prompts) > 1,
+        )  # fmt: skip
 
     return stoppable(lambda: cli.answer(arguments, load), arguments.timeout)
 
@@ -183,6 +188,7 @@ def run_onnx_batch(argv: Sequence[str] | None = None) -> int | None:
         help=f"exit with {SOME_FAILED} where rows could not be answered; the output is written all the same",
     )  # fmt: skip
     cli.add_answer_options(options)
+    options.add_argument("--masks", action="store_true", help="add masks, as run-onnx --json has them")
     _add_provider_options(options)
     _add_timeout(options)
     arguments = options.parse_args(argv)
@@ -215,7 +221,7 @@ def _answer_rows(prog, arguments) -> int:
     bundle = bundles.load(arguments.bundle) if arguments.bundle else shipped(arguments.provider, chosen)
     job = batch.Job(
         rows, bundle, prompt, arguments.max_new_tokens, sampling, arguments.boxes, arguments.provider, chosen,
-        arguments.transparency,
+        arguments.transparency, arguments.masks,
     )  # fmt: skip
     start_workers = partial(workers, count=arguments.workers, threads=arguments.threads)
     count, errors = batch.run(job, arguments.output, arguments.batch_size, start_workers)

@@ -91,7 +91,7 @@ def on_scenes(reference: Engine, engine: Engine, tokenizer: Tokenizer, scenes: i
         asked = evaluate.held_out(seed, scenes, task)
         for start in tqdm(range(0, scenes, BATCH), desc=task, leave=False, disable=None):
             batch = [evaluate.prepare(engine, tokenizer, question) for question in asked[start : start + BATCH]]
-            pixel_values = np.concatenate([question.pixel_values for question in batch])
+            pixel_values = np.concatenate([each.pixel_values for question in batch for each in question.pictures])
             follow(reference, engine, pixel_values, [question.prompt for question in batch], known, drift)
         accuracy[name] = {}
         for label, each in (("float32", reference), ("bundle", engine)):

@@ -2,8 +2,9 @@
 
 Two views of it. Part by part: the bundle's own graphs are cut at their taps, and each part, a layer for instance, is
 given the reference's values where it was cut off and compared at all of its taps; one part is in memory at a time, and
-an error stays where it arises. End to end: the shipped, optimised graphs run as a host runs them, prefill and several
-decode steps that feed on each other, then the same tokens at once (extend), and logits and cache are compared.
+an error stays where it arises. End to end: the shipped, optimised graphs run as a host runs them, prefill, whole and in
+its two halves, and several decode steps that feed on each other, then the same tokens at once (extend), and logits and
+cache are compared.
 """
 
 import math
@@ -36,6 +37,7 @@ from . import drift
 from .bundle import Bundle, weights
 from .model import graphs
 from .model.layers import PORTABLE
+from .model.paligemma import FEATURES
 from .runtime import session_options
 from .session import CPU, CUDA, Session, choose_provider, cuda
 
@@ -133,20 +135,25 @@ def rows(bundle: Bundle, checkpoint: Checkpoint) -> list[Row]:
     provider = choose_provider("auto") if half else CPU
     check(checkpoint, precision)
     stored = as_stored(checkpoint, precision)
-    compared, answered = compare_parts(stored, bundle, provider)
+    compared, reference = compare_parts(stored, bundle, provider)
     if precision != "bfloat16" or provider == CUDA:
-        compared += compare_stages(stored, bundle, provider, answered)
+        compared += compare_stages(stored, bundle, provider, reference)
     return compared
 
 
 # --- part by part ------------------------------------------------------------------------------------------
 
 
-def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -> tuple[list[Row], list]:
-    """One row a part of prefill, of a decode step and of extend.
+@dataclass(frozen=True)
+class Reference:
+    """What the reference makes of an example: the features of its pictures, and logits and cache of each step."""
 
-    And what the reference answered to the first two, as `answers` has it.
-    """
+    features: np.ndarray  # [B, P, D]
+    steps: list[tuple[np.ndarray, list[Pair]]]  # prefill, and decode steps
+
+
+def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -> tuple[list[Row], Reference]:
+    """One row a part of prefill, of a decode step and of extend; and what the reference answered to the first two."""
     config, inputs = checkpoint.config, example(checkpoint.config)
     feeds = dict(zip(("pixel_values", "input_ids", "lengths", "capacity"), inputs.prefill(np.float32), strict=True))
     prefill = Comparison("prefill", config, bundle, provider, feeds)
@@ -156,7 +163,8 @@ def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -
     total = len(prefill.parts) + len(decode.parts) + len(extend.parts)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
         prefill.progress = decode.progress = extend.progress = bar.update
-        first = paligemma.prefill(checkpoint.params, config, *inputs.prefill(np.float64), prefill)
+        features = paligemma.encode_image(checkpoint.params, config, inputs.pixel_values.astype(np.float64), prefill)
+        first = paligemma.prefill(checkpoint.params, config, features, *inputs.prompts, prefill)
         for i, layer in enumerate(first[1]):
             past = {f"past_key_values.{i}.{kind}": a for kind, a in zip(("key", "value"), layer, strict=True)}
             decode.values |= past
@@ -165,7 +173,7 @@ def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -
         _, cache = paligemma.extend(checkpoint.params, config, ids, inputs.lengths, first[1], extend)
     compared = [*prefill.finish(first[1], inputs.lengths), *decode.finish(second[1], inputs.lengths + 1)]
     compared += extend.finish(cache, inputs.lengths + STEPS)
-    return compared, [first, second]
+    return compared, Reference(features, [first, second])
 
 
 class Comparison:
@@ -316,26 +324,37 @@ def _evaluate(model, feeds, directory, provider) -> dict:
 # --- end to end --------------------------------------------------------------------------------------------
 
 
-def compare_stages(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU, answered: Sequence = ()) -> list[Row]:
-    """Logits and cache of the shipped graphs, run as a host runs them. `answered`: see `answers`."""
+def compare_stages(
+    checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU, reference: Reference | None = None
+) -> list[Row]:
+    """Logits and cache of the shipped graphs, run as a host runs them. `reference` is what `compare_parts` gave."""
     inputs = example(checkpoint.config)
     session = Session(bundle, "cuda" if provider == CUDA else "cpu")
-    (expected, cache), *steps = answers(checkpoint, inputs, answered)
+    reference = complete(checkpoint, inputs, reference)
+    (expected, cache), *steps = reference.steps
 
     def row(part, *values, operators=bundle.operators):
         return _row("end to end", part, operators, *values)
 
-    logits, buffers = session.prefill(*inputs.prefill(np.float32))
-    rows = [row("prefill logits", {"logits": expected}, {"logits": logits})]
-    rows.append(row("prefill cache", *_caches(cache, buffers.numpy(), inputs.lengths)))
-    for step, (expected, _) in enumerate(steps):
+    def prefilled(graph, pictures):
+        logits, buffers = session.prefill(pictures, *inputs.prompts)
+        compared = [row(f"{graph} logits", {"logits": expected}, {"logits": logits})]
+        return [*compared, row(f"{graph} cache", *_caches(cache, buffers.numpy(), inputs.lengths))], buffers
+
+    rows, buffers = prefilled("prefill", inputs.pixel_values)
+    for step, (after, _) in enumerate(steps):
         logits, buffers = session.decode(inputs.steps[step], inputs.lengths + step, buffers)
-        rows.append(row(f"decode {step + 1} logits", {"logits": expected}, {"logits": logits}))
+        rows.append(row(f"decode {step + 1} logits", {"logits": after}, {"logits": logits}))
     rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
+    if session.has_halves:
+        features = session.encode(inputs.pixel_values)
+        found = np.stack([each.value for each in features])
+        rows.append(row("vision image_features", {FEATURES: reference.features}, {FEATURES: found}))
+        rows += prefilled("prefill_text", features)[0]
     _, buffers = session.prefill(*inputs.prefill(np.float32))
     logits, buffers = session.extend(np.concatenate(inputs.steps, axis=1), inputs.lengths, buffers)
-    expected = np.stack([stepped for stepped, _ in steps], axis=1)
-    rows.append(row("extend logits", {"logits": expected}, {"logits": logits}))
+    stepped = np.stack([after for after, _ in steps], axis=1)
+    rows.append(row("extend logits", {"logits": stepped}, {"logits": logits}))
     rows.append(row("extend cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     if session.masks:
         decode_masks = segmentation.decoder_of(checkpoint)
@@ -346,13 +365,16 @@ def compare_stages(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU, 
     return rows
 
 
-def answers(checkpoint: Checkpoint, inputs: "Example", answered: Sequence = ()) -> list:
-    """The reference's logits and cache after prefill and after each decode step, of which some may be there already."""
+def complete(checkpoint: Checkpoint, inputs: "Example", reference: Reference | None = None) -> Reference:
+    """What the reference makes of an example through all decode steps, of which some may be there already."""
     params, config = checkpoint.params, checkpoint.config
-    found = [*answered] or [paligemma.prefill(params, config, *inputs.prefill(np.float64))]
+    if reference is None:
+        features = paligemma.encode_image(params, config, inputs.pixel_values.astype(np.float64))
+        reference = Reference(features, [paligemma.prefill(params, config, features, *inputs.prompts)])
+    found = [*reference.steps]
     for step in range(len(found) - 1, STEPS):
         found.append(paligemma.decode(params, config, inputs.steps[step], inputs.lengths + step, found[-1][1]))
-    return found
+    return Reference(reference.features, found)
 
 
 def drift_of(bundle: Bundle, checkpoint: Checkpoint) -> dict:
@@ -379,7 +401,12 @@ class Example:
 
     def prefill(self, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """The arguments of prefill, pictures in `dtype`."""
-        return self.pixel_values.astype(dtype), self.input_ids, self.lengths, self.capacity
+        return self.pixel_values.astype(dtype), *self.prompts
+
+    @property
+    def prompts(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The same but the pictures."""
+        return self.input_ids, self.lengths, self.capacity
 
 
 def example(config: PaliGemmaConfig, seed: int = 0) -> Example:

@@ -1,10 +1,10 @@
 """python -m numpy_ref [CHECKPOINT] IMAGE [IMAGE ...] PROMPT: the reference answers."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 from . import checkpoint, cli
+from .api import PaliGemma
 from .cli import heatmap
 from .cli.trace import TracedEngine
 from .engine import NumpyEngine
@@ -36,19 +36,22 @@ def main(argv=None):
     if arguments.heatmap and len(arguments.images) > 1:
         raise PaliGemmaError("--heatmap draws over one picture; give one, or leave --heatmap out")
 
-    def look(engine, tokenizer, pictures, answer):
+    def look(model, pictures, answer):
+        engine, tokenizer = model.engine, model.tokenizer
         if arguments.trace:
             engine.print_answer(answer)
         if arguments.heatmap and answer.tokens:  # an empty one looked at nothing
             (image,) = pictures
             pixel_values = preprocess(image, engine.config.vision.image_size, resize=engine.resize)
-            prompt = tokenizer.prompt(arguments.prompt)
+            prompt = tokenizer.prompt(arguments.prompts[0])
             maps = heatmap.attention_over_picture(engine.params, engine.config, pixel_values, prompt, answer.tokens)
             words = [tokenizer.decode([token]).strip() or "·" for token in answer.tokens]
             cli.write_drawing(arguments.heatmap, heatmap.draw(image, maps, words))
 
-    open_engine = partial(load, traced=arguments.trace, adapter=arguments.adapter)
-    return cli.answer(arguments, open_engine, look, quiet=arguments.trace)
+    def open_model(path):
+        return PaliGemma(*load(path, arguments.trace, arguments.adapter))
+
+    return cli.answer(arguments, open_model, look, quiet=arguments.trace)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
 Every command answers through `answer`, or through its three steps, where many questions share a batch: `fit` makes ids
 of a prompt, `ask` joins them to a picture or several, and `answer_all` answers what was asked. Boxes and masks are in
-pixels of the first picture.
+pixels of the first picture. A picture that is asked about several times goes through the vision tower once.
 """
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from . import detection
 from .detection import Box
-from .engine import Engine, MaskDecoder
+from .engine import Engine, Features, MaskDecoder, Pictures
 from .errors import PaliGemmaError
 from .generate import Timings, answers, choose_capacity, generate
 from .grammar import Grammar
@@ -26,6 +27,47 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_NEW_TOKENS = 64
+#: What a prompt is about: a Pillow image, or a Picture, which an engine looked at; or a list of them.
+Shown: TypeAlias = "Image.Image | Picture | Sequence[Image.Image | Picture]"
+
+
+@dataclass(eq=False)
+class Picture:
+    """A picture as an engine takes it.
+
+    `features` are there from the first batch on in which it is `shared` by several questions, or marked so.
+    """
+
+    pixel_values: np.ndarray  # [1, 3, S, S]
+    width: int  # in pixels, as it was before it was resized
+    height: int
+    shared: bool = False
+    features: Features | None = None
+
+
+class Album:
+    """The pictures that were asked about last, for questions that come about one of them again.
+
+    From the first that does on, all are marked as shared. `limit` is about how many bytes they may take.
+    """
+
+    def __init__(self, engine: Engine, limit: int = 2**28):
+        vision, width = engine.config.vision, engine.config.text.width
+        self.most = max(2, limit // (4 * (3 * vision.image_size**2 + vision.patches * width)))
+        self.pictures: OrderedDict[Hashable, Picture] = OrderedDict()
+        self.shared = False
+
+    def get(self, key: Hashable, make: Callable[[], Picture]) -> Picture:
+        """The picture of a key, made if it is not among the last."""
+        if key in self.pictures:
+            self.shared = True
+        else:
+            self.pictures[key] = make()
+        self.pictures.move_to_end(key)
+        if len(self.pictures) > self.most:
+            self.pictures.popitem(last=False)
+        self.pictures[key].shared |= self.shared
+        return self.pictures[key]
 
 
 @dataclass(frozen=True)
@@ -34,9 +76,7 @@ class Question:
 
     prompt: list[int]  # ids
     new_tokens: int  # at most, of the answer
-    pixel_values: np.ndarray  # [N, 3, S, S]
-    width: int  # of the first picture, in pixels
-    height: int
+    pictures: list[Picture]
 
 
 @dataclass(frozen=True)
@@ -70,10 +110,20 @@ class Answer:
         """
         return [paint(self.decode_masks, box, self.width, self.height) for box in self.boxes]
 
-    def as_json(self) -> dict:
-        """Text, tokens, their log-probabilities if there are any, and boxes as plain values."""
+    def as_json(self, masks: bool = False) -> dict:
+        """Text, tokens, their log-probabilities if there are any, boxes, and masks if wanted, as plain values."""
         logprobs = {} if self.logprobs is None else {"logprobs": [round(each, 6) for each in self.logprobs]}
-        return {"text": self.text, "tokens": self.tokens, **logprobs, "boxes": [box.as_json() for box in self.boxes]}
+        boxes = [box.as_json() for box in self.boxes]
+        plain = {"text": self.text, "tokens": self.tokens, **logprobs, "boxes": boxes}
+        if masks:
+            pairs = zip(boxes, self.masks, strict=True)
+            plain["masks"] = [{**box, **_run_lengths(mask)} for box, mask in pairs if "codes" in box]
+        return plain
+
+
+def _run_lengths(mask) -> dict:
+    """A mask as COCO's uncompressed run lengths; nothing where it could not be painted."""
+    return {} if mask is None else {"size": list(mask.shape), "counts": segmentation.run_lengths(mask)}
 
 
 def paint(decode_masks: MaskDecoder | None, box: Box, width: int, height: int) -> np.ndarray | None:
@@ -83,9 +133,9 @@ def paint(decode_masks: MaskDecoder | None, box: Box, width: int, height: int) -
     return segmentation.paste(decode_masks(np.array([box.codes]))[0], box.corners, width, height)
 
 
-def pictures_of(image: "Image.Image | list[Image.Image]") -> "list[Image.Image]":
+def pictures_of(image: "Shown") -> "list[Image.Image | Picture]":
     """A picture, or the list or tuple of them that stands for it, as a list. Raises PaliGemmaError if it is empty."""
-    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    pictures: list[Image.Image | Picture] = list(image) if isinstance(image, Sequence) else [image]
     if not pictures:
         raise PaliGemmaError("a list of no pictures; a prompt needs at least one")
     return pictures
@@ -110,17 +160,33 @@ def fit(
     return ids, max_new_tokens
 
 
-def ask(engine: Engine, image: "Image.Image | list[Image.Image]", prompt: list[int], new_tokens: int) -> Question:
+def look(engine: Engine, image: "Image.Image") -> Picture:
+    """A Pillow image as the engine takes it."""
+    return Picture(engine.preprocess(image), image.width, image.height)
+
+
+def ask(engine: Engine, image: "Shown", prompt: list[int], new_tokens: int) -> Question:
     """A Pillow image, or a list of them, and what `fit` gave for so many -> a question."""
-    first, *more = pictures_of(image)
-    pixel_values = np.concatenate([engine.preprocess(picture) for picture in (first, *more)])
-    return Question(prompt, new_tokens, pixel_values, first.width, first.height)
+    pictures = [each if isinstance(each, Picture) else look(engine, each) for each in pictures_of(image)]
+    return Question(prompt, new_tokens, pictures)
+
+
+def together(engine: Engine, pictures: Sequence[Picture]) -> Pictures:
+    """Pictures as `Engine.prefill` takes them: features, if any are shared or there twice; those that lack are made."""
+    distinct = list(dict.fromkeys(pictures))
+    if len(distinct) == len(pictures) and not any(each.shared for each in pictures):
+        return np.concatenate([each.pixel_values for each in pictures])
+    if new := [each for each in distinct if each.features is None]:
+        made = engine.encode(np.concatenate([each.pixel_values for each in new]))
+        for picture, features in zip(new, made, strict=True):
+            picture.features = features
+    return [each.features for each in pictures if each.features]
 
 
 def answer(
     engine: Engine,
     tokenizer: Tokenizer,
-    image: "Image.Image | list[Image.Image]",
+    image: Shown,
     prompt: str,
     *,
     max_new_tokens: int | None = None,
@@ -158,9 +224,7 @@ def answer(
     return answered
 
 
-def score(
-    engine: Engine, tokenizer: Tokenizer, image: "Image.Image | list[Image.Image]", prompt: str, text: str
-) -> tuple[list[int], list[float]]:
+def score(engine: Engine, tokenizer: Tokenizer, image: Shown, prompt: str, text: str) -> tuple[list[int], list[float]]:
     """A given answer's ids, and the log-probability of each, in one pass behind the prompt.
 
     What ends an answer is the last of them (of a model that has such a token): their sum is the log-probability that
@@ -173,8 +237,9 @@ def score(
     pictures, found = pictures_of(image), []
     question = ask(engine, pictures, *fit(engine, tokenizer, prompt, len(ids), len(pictures)))
     drawn = generate(
-        engine, question.pixel_values, [question.prompt], tokenizer.known(), len(ids), logprobs=found, start=ids
-    )
+        engine, together(engine, question.pictures), [question.prompt], tokenizer.known(), len(ids), logprobs=found,
+        start=ids,
+    )  # fmt: skip
     tokens = [int(token[0]) for token in drawn]
     return tokens, [float(each[0]) for each in found]
 
@@ -197,12 +262,12 @@ def answer_all(
     `grammar` and `start` are for all of them, and so is whether tokens are guessed by `generate.look_up`.
     All have equally many pictures: those of another number go into a batch of their own.
     """
-    pixel_values = np.concatenate([question.pixel_values for question in questions])
+    pictures = together(engine, [picture for question in questions for picture in question.pictures])
     prompts = [question.prompt for question in questions]
     new_tokens = np.array([question.new_tokens for question in questions])
     timings, steps, drawn = Timings(), [], []
     for tokens in generate(
-        engine, pixel_values, prompts, tokenizer.known(), new_tokens, sampling, timings, seeds, drawn, grammar, start,
+        engine, pictures, prompts, tokenizer.known(), new_tokens, sampling, timings, seeds, drawn, grammar, start,
         tokenizer.pieces if lookup else None,
     ):  # fmt: skip
         steps.append(tokens)
@@ -214,8 +279,8 @@ def answer_all(
         Answer(
             tokenizer.decode(ids),
             ids,
-            question.width,
-            question.height,
+            question.pictures[0].width,
+            question.pictures[0].height,
             boxes,
             engine.masks,
             timings,

@@ -4,7 +4,8 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -29,8 +30,29 @@ _quietly = np.errstate(over="ignore", invalid="ignore")
 MaskDecoder = Callable[[np.ndarray], np.ndarray]
 
 
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What `Engine.encode` made of one picture: `Engine.prefill` takes it in place of the pixels, as often as wanted.
+
+    `pixel_values` [3, S, S] is the picture. `value` [P, D] is the engine's own, and lies where it likes; None where an
+    engine cannot take a picture without its prompt.
+    """
+
+    pixel_values: np.ndarray
+    value: Any = None
+
+
+#: Of a batch, the N pictures of each row behind each other: pixel values [B*N, 3, S, S], or B*N features.
+Pictures = np.ndarray | Sequence[Features]
+
+
+def pixels_of(pictures: Pictures) -> np.ndarray:
+    """Pixel values [B*N, 3, S, S] of pictures that may be there as features."""
+    return pictures if isinstance(pictures, np.ndarray) else np.stack([each.pixel_values for each in pictures])
+
+
 class Engine(ABC):
-    """A model with its weights: `prefill`, `decode` and `extend`, and what else a caller must know.
+    """A model with its weights: `encode`, `prefill`, `decode` and `extend`, and what else a caller must know.
 
     `resize` is how its pictures are resized, one of `image.RESIZES`; `masks` decodes mask codes and is None where no
     mask codec came with the weights; `max_length` is how many positions it has for a prompt and its answer. The cache
@@ -50,13 +72,17 @@ class Engine(ABC):
         self.config, self.resize, self.masks = config, resize, masks
         self.max_length = max_length or config.max_length
 
-    @abstractmethod
-    def prefill(
-        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
-    ) -> tuple[Any, Any]:
-        """Read the prompts; pixel_values [B*N, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache.
+    def encode(self, pixel_values: np.ndarray) -> list[Features]:
+        """Run pictures through the vision tower alone: pixel_values [M, 3, S, S] -> features of each."""
+        return [Features(each) for each in pixel_values]
 
-        A row has N pictures, which follow each other. `capacity` is for how many positions a row the cache has slots.
+    @abstractmethod
+    def prefill(self, pictures: Pictures, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[Any, Any]:
+        """Read the prompts; input_ids [B, T], lengths [B] -> logits [B, V] and a cache.
+
+        `pictures` are pixel values [B*N, 3, S, S], or what `encode` gave for as many pictures, in any order and any of
+        them several times. A row has N pictures, which follow each other. `capacity` is for how many positions a row
+        the cache has slots.
         The logits are those of each row's last token. Raises PaliGemmaError if the prompts take more slots than that,
         or do not go with the pictures.
         """
@@ -133,13 +159,13 @@ def check_room(needed: int, capacity: int) -> None:
         raise PaliGemmaError(f"a cache of {plural(capacity, 'slot')} is too small for {plural(needed, 'position')}")
 
 
-def pictures_per_prompt(config: PaliGemmaConfig, pixel_values: np.ndarray, input_ids: np.ndarray) -> int:
-    """How many pictures each prompt has: pixel_values [B*N, 3, S, S], input_ids [B, T] -> N.
+def pictures_per_prompt(config: PaliGemmaConfig, images: Pictures, input_ids: np.ndarray) -> int:
+    """How many pictures each prompt has: B*N pictures, input_ids [B, T] -> N.
 
     Raises PaliGemmaError if they cannot have equally many, or if the ids have places for another number of pictures.
     Places that are held by other ids than the image token are taken as they are.
     """
-    pictures, prompts = len(pixel_values), len(input_ids)
+    pictures, prompts = len(images), len(input_ids)
     if not pictures or pictures % prompts:
         given = f"{plural(pictures, 'picture')} for {plural(prompts, 'prompt')}"
         raise PaliGemmaError(f"{given}: every prompt of a batch needs equally many, at least one")
@@ -165,12 +191,18 @@ class NumpyEngine(Engine):
         super().__init__(checkpoint.config, checkpoint.resize, segmentation.decoder_of(checkpoint))
 
     @_quietly
+    def encode(self, pixel_values: np.ndarray) -> list[Features]:
+        values = paligemma.encode_image(self.params, self.config, pixel_values)
+        return list(map(Features, pixel_values, values))
+
+    @_quietly
     def prefill(
-        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+        self, pictures: Pictures, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[np.ndarray, list[Pair]]:
         check_room(input_ids.shape[1], capacity)
-        pictures_per_prompt(self.config, pixel_values, input_ids)
-        return paligemma.prefill(self.params, self.config, pixel_values, input_ids, lengths, capacity)
+        pictures_per_prompt(self.config, pictures, input_ids)
+        images = pictures if isinstance(pictures, np.ndarray) else np.stack([each.value for each in pictures])
+        return paligemma.prefill(self.params, self.config, images, input_ids, lengths, capacity)
 
     @_quietly
     def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:

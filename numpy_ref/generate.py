@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .engine import Engine
+from .engine import Engine, Pictures, pixels_of
 from .errors import PaliGemmaError, plural
 from .grammar import Grammar, State
 from .model.sampling import Sampling
@@ -111,7 +111,7 @@ class _Row:
                 state = grammar.advance(state, token)
 
 
-def check_finite(engine: Engine, finite: np.ndarray, rows: Sequence[_Row], pixel_values: np.ndarray) -> None:
+def check_finite(engine: Engine, finite: np.ndarray, rows: Sequence[_Row], pictures: Pictures) -> None:
     """Raise PaliGemmaError if logits that are looked at are not finite, and say where they arose.
 
     `finite` [B, T] says it of those behind each row's last token and its guesses. An engine that has taps runs that row
@@ -124,8 +124,8 @@ def check_finite(engine: Engine, finite: np.ndarray, rows: Sequence[_Row], pixel
         answered = [*row.ids, *row.guess[: int(looked_at.argmin())]]
         input_ids, lengths = pad_prompts([[*row.prompt, *answered]], engine.config.pad)
         prefix = np.array([len(row.prompt)], np.int32)
-        pictures = pixel_values.reshape(len(rows), -1, *pixel_values.shape[1:])[number]
-        tap = engine.first_not_finite(pictures, input_ids, lengths, prefix)
+        pixel_values = np.split(pixels_of(pictures), len(rows))[number]
+        tap = engine.first_not_finite(pixel_values, input_ids, lengths, prefix)
         reason = (
             f"the first value that is not is {tap}" if tap else "export-onnx --verify says in which layer they arise"
         )
@@ -134,7 +134,7 @@ def check_finite(engine: Engine, finite: np.ndarray, rows: Sequence[_Row], pixel
 
 def generate(
     engine: Engine,
-    pixel_values: np.ndarray,
+    pictures: Pictures,
     prompts: Sequence[Sequence[int]],
     known: np.ndarray,
     max_new_tokens: int | np.ndarray = 64,
@@ -148,7 +148,8 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens, one number or one a row.
 
-    pixel_values [B*N, 3, S, S] are the N pictures of each of B prompts; the ids of a prompt begin with their places.
+    `pictures` are the N of each of B prompts, as `Engine.prefill` takes them; the ids of a prompt begin with their
+    places.
     A row that has ended (its eos or its last token was yielded) yields pad from then on. With `seeds`, one a row in
     place of the sampling's own, a row draws the same in any company. `logprobs` gets what `Engine.draw` says of each
     step's tokens, [B] or None, before they are yielded; NaN where nothing was drawn.
@@ -159,8 +160,8 @@ def generate(
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
-    pictures = max(1, list(prompts[0]).count(config.image_token) // config.vision.patches)
-    capacity = choose_capacity(engine, lengths, max_new_tokens, pictures)
+    count = max(1, list(prompts[0]).count(config.image_token) // config.vision.patches)
+    capacity = choose_capacity(engine, lengths, max_new_tokens, count)
     rows = []
     for prompt, most in zip(prompts, np.broadcast_to(max_new_tokens, len(prompts)), strict=True):
         if grammar:
@@ -169,19 +170,19 @@ def generate(
     numbers, yielded = [_Numbers(len(rows), sampling.seed, seeds, again) for again in (False, True)], 0
 
     started = time.perf_counter()
-    logits, cache = engine.prefill(pixel_values, input_ids, lengths, capacity)
+    logits, cache = engine.prefill(pictures, input_ids, lengths, capacity)
     timings.prefill_s = time.perf_counter() - started
     for step in itertools.count():
         on_host = isinstance(logits, np.ndarray)
         if on_host:
             finite = np.isfinite(logits).all(-1).reshape(len(rows), -1)
-            check_finite(engine, finite, rows, pixel_values)
+            check_finite(engine, finite, rows, pictures)
         started = time.perf_counter()
         tokens, found = _draw_behind(engine, logits, known, sampling, rows, grammar, numbers)
         if not on_host:  # a device was still at work on them, and this the wait for it
             timings.add_wait(step, time.perf_counter() - started)
             if found is not None:  # all that comes to the host of them; to look at the others were one more wait
-                check_finite(engine, np.isfinite(found), rows, pixel_values)
+                check_finite(engine, np.isfinite(found), rows, pictures)
         for number, row in enumerate(rows):
             taken = _take(row, tokens[number], None if found is None else found[number], config.ends, grammar)
             if step:
@@ -203,7 +204,7 @@ def generate(
             capacity - int(max(lengths[i] for i, row in enumerate(rows) if not row.ended)),
             grammar,
             alike,
-            pictures * config.vision.patches,
+            count * config.vision.patches,
         )
         # A row that has ended stays where it is, or on the last slots, and overwrites what nobody reads.
         lengths = np.minimum(lengths, capacity - size).astype(np.int32)

@@ -242,7 +242,7 @@ def test_bad_rows_are_reported_and_stop_nothing(rows, greedy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep"), ValueError("odd"), KeyError("x")])
-@pytest.mark.parametrize("step", ["ask", "as_json", "prefill"])
+@pytest.mark.parametrize("step", ["look", "as_json", "prefill"])
 def test_no_row_ends_the_run(rows, greedy, tmp_path, monkeypatch, error, step):
     """Whatever is raised while the third row is prepared, asked or spelled is that row's error alone."""
     with Image.open(rows.parent / "02.png") as picture:
@@ -259,8 +259,8 @@ def test_no_row_ends_the_run(rows, greedy, tmp_path, monkeypatch, error, step):
 
         monkeypatch.setattr(owner, name, broken)
 
-    if step == "ask":
-        breaks(batch.answering, "ask", lambda engine, image, *rest: image.width == width)
+    if step == "look":
+        breaks(batch.answering, "look", lambda engine, image: image.width == width)
     elif step == "as_json":
         breaks(batch.answering.Answer, "as_json", lambda answer: answer.width == width)
     else:

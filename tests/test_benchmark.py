@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from export import benchmark, bundle, verify
-from export.benchmark import decoder_only
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.engine import Features
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import paligemma
 
@@ -49,10 +49,10 @@ def test_the_decoder_alone_answers_as_the_whole(tmp_path, precision):
     loaded = checkpoint.load()
     bundle.write(loaded, tmp_path / "out", precision)
     opened, example = bundle.load(tmp_path / "out"), verify.example(loaded.config)
-    decoder_only.cut(opened.path)
     pixels, ids, lengths, capacity = example.prefill(np.float32)
     features = paligemma.encode_image(loaded.params, loaded.config, pixels)
-    engines = Session(opened, "cpu"), decoder_only.DecoderSession(opened, "cpu")
+    features = list(map(Features, pixels, features))
+    engines = Session(opened, "cpu"), Session(opened, "cpu", in_halves=True)
     found = []
     for engine, given in zip(engines, (pixels, features), strict=True):
         logits, cache = engine.prefill(given, ids, lengths, capacity)

@@ -275,15 +275,36 @@ def test_what_stands_in_the_wrong_place(name, arguments, words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([EXAMPLE, "b"], (None, [EXAMPLE], "b")),
-        ([EXAMPLE, EXAMPLE, "b"], (None, [EXAMPLE, EXAMPLE], "b")),
-        ([SHIPPED, EXAMPLE, "b"], (SHIPPED, [EXAMPLE], "b")),
-        (["a.npz", EXAMPLE, EXAMPLE, "b"], ("a.npz", [EXAMPLE, EXAMPLE], "b")),
-        (["org/model-3b@main", EXAMPLE, "b"], ("org/model-3b@main", [EXAMPLE], "b")),
-        (["absent", EXAMPLE, "b"], ("absent", [EXAMPLE], "b")),
-        (["absent.JPG", EXAMPLE, "b"], (None, ["absent.JPG", EXAMPLE], "b")),
-        ([__file__, EXAMPLE, "b"], (None, [__file__, EXAMPLE], "b")),
+        ([EXAMPLE, "b"], (None, [EXAMPLE], ["b"])),
+        ([EXAMPLE, EXAMPLE, "b"], (None, [EXAMPLE, EXAMPLE], ["b"])),
+        ([SHIPPED, EXAMPLE, "b"], (SHIPPED, [EXAMPLE], ["b"])),
+        (["a.npz", EXAMPLE, EXAMPLE, "b"], ("a.npz", [EXAMPLE, EXAMPLE], ["b"])),
+        (["org/model-3b@main", EXAMPLE, "b"], ("org/model-3b@main", [EXAMPLE], ["b"])),
+        (["absent", EXAMPLE, "b"], ("absent", [EXAMPLE], ["b"])),
+        (["absent.JPG", EXAMPLE, "b"], (None, ["absent.JPG", EXAMPLE], ["b"])),
+        ([__file__, EXAMPLE, "b"], (None, [__file__, EXAMPLE], ["b"])),
+        ([EXAMPLE, "b c", "d e"], (None, [EXAMPLE], ["b c", "d e"])),
+        ([EXAMPLE, EXAMPLE, "b", "c d", "e"], (None, [EXAMPLE, EXAMPLE], ["b", "c d", "e"])),
+        ([SHIPPED, EXAMPLE, "b c", "d"], (SHIPPED, [EXAMPLE], ["b c", "d"])),
+        ([EXAMPLE, "absent.png", "b c", "d e"], (None, [EXAMPLE, "absent.png"], ["b c", "d e"])),
+        ([EXAMPLE, "b c", EXAMPLE, "d e"], (None, [EXAMPLE, "b c", EXAMPLE], ["d e"])),
+        ([EXAMPLE, "b c", "like this.png"], (None, [EXAMPLE], ["b c", "like this.png"])),
     ],
 )
 def test_which_argument_is_which(arguments, expected):
     assert inputs.split(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([EXAMPLE], (None, [EXAMPLE], [])),
+        ([SHIPPED, EXAMPLE], (SHIPPED, [EXAMPLE], [])),
+        ([EXAMPLE, EXAMPLE], (None, [EXAMPLE, EXAMPLE], [])),
+        ([EXAMPLE, "b c"], (None, [EXAMPLE], ["b c"])),
+        (["absent", EXAMPLE, "b"], ("absent", [EXAMPLE], ["b"])),
+    ],
+)
+def test_which_argument_is_which_beside_a_file_of_prompts(arguments, expected):
+    assert inputs.split(arguments, and_more=True) == expected
+    assert inputs.mistake(*expected, "BUNDLE") == ""

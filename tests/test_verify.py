@@ -131,6 +131,27 @@ def test_rows_are_of_the_operators_that_ship(tmp_path, precision):
     assert [line.split()[:2] for line in notes[1:]][-1] == ["decode", "text.blocks.*"]
 
 
+@pytest.mark.parametrize("half", ["vision", "prefill_text"])
+def test_a_half_that_is_wrong_shows_in_its_rows(tmp_path, monkeypatch, half):
+    """Where the other half, and prefill whole, are right."""
+    build = {"vision": "vision_model", "prefill_text": "prefill_text_model"}[half]
+    made = getattr(graphs, build)
+
+    def wrong(config, *arguments, **keywords):
+        changes = (
+            {"vision": replace(config.vision, eps=1.0)} if half == "vision" else {"text": replace(config.text, eps=1.0)}
+        )
+        return made(replace(config, **changes), *arguments, **keywords)
+
+    monkeypatch.setattr(graphs, build, wrong)
+    opened, model = written(tmp_path, "paligemma1", "float32")
+    failed = {
+        f"{row.stage} {row.part}" for row in verify.rows(opened, model) if not row.error <= verify.BUDGETS["float32"]
+    }
+    values = {"vision": {"vision image_features"}, "prefill_text": set()}[half]
+    assert failed == {f"end to end {row}" for row in values | {"prefill_text logits", "prefill_text cache"}}
+
+
 def test_what_was_not_run_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "choose_provider", lambda wanted: verify.CPU)
     opened, model = written(tmp_path, "paligemma1", "bfloat16")

@@ -1,10 +1,10 @@
 """python -m torch_impl [CHECKPOINT] IMAGE [IMAGE ...] PROMPT: the PyTorch twin answers."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 from numpy_ref import checkpoint, cli
+from numpy_ref.api import PaliGemma
 from numpy_ref.tokenizer import Tokenizer
 
 from .load import TorchEngine
@@ -23,7 +23,7 @@ def main(argv=None):
     cli.add_adapter_option(options)
     arguments = cli.parse(options, argv)
     cli.on_the_cpu(arguments, PROG)
-    return cli.answer(arguments, partial(load, adapter=arguments.adapter))
+    return cli.answer(arguments, lambda path: PaliGemma(*load(path, arguments.adapter)))
 
 
 if __name__ == "__main__":

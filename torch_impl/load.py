@@ -10,7 +10,15 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.blocks import bfloat16, check_finite
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.engine import Engine, FirstNotFinite, MaskDecoder, check_room, pictures_per_prompt
+from numpy_ref.engine import (
+    Engine,
+    Features,
+    FirstNotFinite,
+    MaskDecoder,
+    Pictures,
+    check_room,
+    pictures_per_prompt,
+)
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model.layers import Params
 from numpy_ref.model.segmentation import decoder_of
@@ -79,13 +87,19 @@ class ModuleEngine(Engine):
         self.model = model
 
     @torch.inference_mode()
+    def encode(self, pixel_values: np.ndarray) -> list[Features]:
+        return list(map(Features, pixel_values, self.model.encode_image(self._pixels(pixel_values))))
+
+    @torch.inference_mode()
     def prefill(
-        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+        self, pictures: Pictures, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[np.ndarray, list[Pair]]:
         check_room(input_ids.shape[1], capacity)
-        pictures_per_prompt(self.config, pixel_values, input_ids)
+        pictures_per_prompt(self.config, pictures, input_ids)
+        given = isinstance(pictures, np.ndarray)
+        images = self._pixels(pictures) if given else torch.stack([each.value for each in pictures])
         ids, counts = self._there(input_ids), self._there(lengths)
-        logits, cache = self.model.prefill(self._pixels(pixel_values), ids, counts, capacity)
+        logits, cache = self.model.prefill(images, ids, counts, capacity)
         return upcast(logits).cpu().numpy(), cache
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from numpy_ref import answer as answering
 from numpy_ref import files
-from numpy_ref.answer import Question
+from numpy_ref.answer import Album, Picture, Question
 from numpy_ref.errors import PaliGemmaError, explained, plural
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer, prompt_warning
@@ -59,13 +59,14 @@ class Job:
     provider: str = "auto"
     provider_options: dict[str, str] = field(default_factory=dict)
     transparency: str = "white"  # one of image.TRANSPARENCIES
+    masks: bool = False  # whether answers have them
 
     def settings(self) -> dict:
         """All that an answer depends on, as plain values: it must be the same to go on."""
         described = bundles.sha256(self.bundle.path / bundles.DESCRIPTION)  # it holds the checksums of the rest
         options = {"prompt": self.prompt, "max_new_tokens": self.max_new_tokens, **asdict(self.sampling)}
         options |= {"boxes": self.boxes, "provider": self.provider, "provider_option": self.provider_options}
-        options |= {"transparency": self.transparency}
+        options |= {"transparency": self.transparency, "masks": self.masks}
         return {"input": self.rows.digest, "bundle": described, **options}
 
 
@@ -119,7 +120,7 @@ class Worker:
 
     def __init__(self, job: Job, threads: int):
         self.job, self.engine = job, make(job.bundle, job.provider, threads, provider_options=job.provider_options)
-        self.tokenizer = Tokenizer.load(job.bundle.path, job.bundle.config)
+        self.tokenizer, self.album = Tokenizer.load(job.bundle.path, job.bundle.config), Album(self.engine)
 
     def answers(self, begins: range, size: int) -> Iterator[list[dict]]:
         """Yield the answers of each batch, a list of dict. The next one's pictures are read meanwhile."""
@@ -135,10 +136,10 @@ class Worker:
         by_pictures: dict[int, list[Asked]] = {}  # those with equally many go through the model together
         for each in prepared:
             if isinstance(each, Asked):
-                by_pictures.setdefault(len(each.question.pixel_values), []).append(each)
+                by_pictures.setdefault(len(each.question.pictures), []).append(each)
         answers = {count: iter(self._answer(asked)) for count, asked in by_pictures.items()}
         return [
-            _head(each.row, each.prompt) | next(answers[len(each.question.pixel_values)])
+            _head(each.row, each.prompt) | next(answers[len(each.question.pictures)])
             if isinstance(each, Asked)
             else each
             for each in prepared
@@ -148,12 +149,15 @@ class Worker:
         try:
             prompt = row.question(self.job.prompt)
             most = self.job.max_new_tokens
-            fitted = answering.fit(self.engine, self.tokenizer, prompt, most, pictures=row.count)
-            picture = row.picture(self.job.transparency)
-            return Asked(row, prompt, answering.ask(self.engine, picture, *fitted))
+            ids, new_tokens = answering.fit(self.engine, self.tokenizer, prompt, most, pictures=row.count)
+            pictures = [self.album.get(row.key(image), partial(self._look, row, image)) for image in row.images]
+            return Asked(row, prompt, Question(ids, new_tokens, pictures))
         except Exception as error:  # of any kind: one row must not stop the others
             text = self.job.prompt if row.prompt is None else row.prompt
             return _head(row, text if isinstance(text, str) else None) | {"error": str(explained(error))}
+
+    def _look(self, row: Row, image: Any) -> Picture:
+        return answering.look(self.engine, row.open(image, self.job.transparency))
 
     def _answer(self, asked: list[Asked]) -> list[dict]:
         """What was answered to each, or {"error"}: rows that fail together are asked one by one.
@@ -166,7 +170,7 @@ class Worker:
             answers = answering.answer_all(
                 self.engine, self.tokenizer, questions, sampling=sampling, boxes=self.job.boxes, seeds=seeds
             )
-            return [answer.as_json() for answer in answers]
+            return [answer.as_json(masks=self.job.masks) for answer in answers]
         except Exception as error:  # the runtime's exceptions have no common class
             if not self._works():
                 reason = f"rows {rows[0]} to {rows[-1]}: the model failed ({error})"
@@ -178,7 +182,8 @@ class Worker:
     def _works(self) -> bool:
         """Whether the model answers the plainest question: no prompt about a grey picture."""
         size = self.engine.config.vision.image_size
-        question = Question(self.tokenizer.prompt(""), 1, np.zeros((1, 3, size, size), np.float32), size, size)
+        grey = Picture(np.zeros((1, 3, size, size), np.float32), size, size)
+        question = Question(self.tokenizer.prompt(""), 1, [grey])
         try:
             answering.answer_all(self.engine, self.tokenizer, [question])
         except Exception:

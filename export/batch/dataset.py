@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -55,15 +55,25 @@ class Row:
         """How the data set names the picture, None if it does not; a list of that where the row has a list."""
         return [_name(image) for image in self.image] if isinstance(self.image, list) else _name(self.image)
 
+    @property
+    def images(self) -> list:
+        """The fields of its pictures, one as a rule; PaliGemmaError if it has an empty list."""
+        if isinstance(self.image, list) and not self.image:
+            raise PaliGemmaError(f"row {self.number} has no picture: an empty list")
+        return self.image if isinstance(self.image, list) else [self.image]
+
     def picture(self, transparency: str = "white") -> "Image.Image | list[Image.Image]":
         """The picture, as `image.open_image` gives it, or the list of them; PaliGemmaError if one cannot be read."""
-        if not isinstance(self.image, list):
-            return self._open(self.image, transparency)
-        if not self.image:
-            raise PaliGemmaError(f"row {self.number} has no picture: an empty list")
-        return [self._open(image, transparency) for image in self.image]
+        opened = [self.open(image, transparency) for image in self.images]
+        return opened if isinstance(self.image, list) else opened[0]
 
-    def _open(self, image, transparency):
+    def key(self, image: Any) -> Hashable:
+        """What the fields of one picture have in common in all rows: its path, or the digest of its bytes."""
+        contents = image.get("bytes") if isinstance(image, dict) else image
+        return hashlib.sha256(contents).digest() if isinstance(contents, bytes) else (self.folder, _name(image))
+
+    def open(self, image: Any, transparency: str = "white") -> "Image.Image":
+        """The picture of a field, as `image.open_image` gives it; PaliGemmaError if it cannot be read."""
         contents, name = image.get("bytes") if isinstance(image, dict) else image, _name(image)
         try:
             if isinstance(contents, bytes):

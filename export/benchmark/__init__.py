@@ -33,7 +33,7 @@ from numpy_ref import cli
 from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.cli.options import on_cores
 from numpy_ref.config import VARIANTS
-from numpy_ref.engine import Engine
+from numpy_ref.engine import Engine, Features
 from numpy_ref.errors import PaliGemmaError, plural
 
 from ..bundle.weights import PRECISIONS
@@ -266,9 +266,7 @@ def _ours(folder, threads):
     from numpy_ref.image import open_image
     from numpy_ref.tokenizer import Tokenizer
 
-    from ..session import Session
-
-    engine, generate = _engine(folder, threads, Session)
+    engine, generate = _engine(folder, threads)
     tokenizer = Tokenizer.load(SHIPPED, load_config(SHIPPED))  # the synthetic checkpoint has none
 
     def answer(count, first, timings=None):
@@ -319,16 +317,13 @@ def late_steps(engine: Engine) -> dict:
 
 def _ours_alone(folder, threads):
     """`answer` by the bundle's decoder, which is given the features of a picture."""
-    from .decoder_only import DecoderSession, cut
-
-    cut(folder)
-    engine, generate = _engine(folder, threads, DecoderSession)
+    engine, generate = _engine(folder, threads, in_halves=True)
     config = engine.config
-    features = np.random.default_rng(0).standard_normal((1, config.vision.patches, config.text.width), np.float32)
-    return partial(generate, features), {}
+    features = np.random.default_rng(0).standard_normal((config.vision.patches, config.text.width), np.float32)
+    return partial(generate, [Features(features, features)]), {}
 
 
-def _engine(folder, threads, kind):
+def _engine(folder, threads, in_halves=False):
     """A bundle's session, and a function that lets it give so many tokens about a picture, and calls at the first."""
     from numpy_ref.generate import generate
     from numpy_ref.tokenizer import known_ids
@@ -336,7 +331,7 @@ def _engine(folder, threads, kind):
     from .. import bundle
     from ..session import open_session
 
-    engine = open_session(bundle.load_but_weights(folder), "cpu", threads, kind)
+    engine = open_session(bundle.load_but_weights(folder), "cpu", threads, in_halves=in_halves)
     known = known_ids(engine.config)
     known[[engine.config.eos, *engine.config.ends]] = False  # every answer has its full length
 

@@ -26,8 +26,8 @@ def embed_prefix(
 ) -> Value:
     """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D].
 
-    What `encode_image` gave for the pictures before may stand in their place. Concatenated, not scattered by a
-    comparison with the image token: the shapes depend on no data.
+    What `encode_image` gave for the pictures may stand in their place. Concatenated, not scattered by a comparison with
+    the image token: the shapes depend on no data.
     """
     images = pixel_values
     if len(pixel_values.shape) > 3:

@@ -24,14 +24,16 @@ def load(
     threads: int = 0,
     host_graphs: bool = False,
     provider_options: Mapping[str, object] | None = None,
+    in_halves: bool = False,
 ) -> tuple[Session, Tokenizer]:
     """A bundle, or the shipped model's, as engine and tokenizer.
 
-    On CUDA it is a DeviceSession; `host_graphs` makes it a HostSession.
+    On CUDA it is a DeviceSession; `host_graphs` makes it a HostSession. `in_halves` is for several prompts about a
+    picture: see `Session`.
     """
     bundle = bundles.load_but_weights(path) if path else shipped(provider, provider_options)
-    tokenizer = Tokenizer.load(bundle.path, bundle.config)
-    return open_session(bundle, provider, threads, HostSession if host_graphs else None, provider_options), tokenizer
+    tokenizer, kind = Tokenizer.load(bundle.path, bundle.config), HostSession if host_graphs else None
+    return open_session(bundle, provider, threads, kind, provider_options, in_halves), tokenizer
 
 
 def shipped(provider: str = "auto", provider_options: Mapping[str, object] | None = None) -> Bundle:
@@ -45,12 +47,13 @@ def open_session(
     threads: int = 0,
     kind: type[Session] | None = None,
     provider_options: Mapping[str, object] | None = None,
+    in_halves: bool = False,
 ) -> Session:
     """A session, with the weights checked while the runtime opens the graphs: either takes seconds."""
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(bundles.check_weights_once, bundle)
         try:
-            return make(bundle, provider, threads, kind, provider_options)
+            return make(bundle, provider, threads, kind, provider_options, in_halves)
         finally:
             checked.result()  # raises what is wrong with the file, which says more than the runtime did
 
@@ -61,8 +64,9 @@ def make(
     threads: int = 0,
     kind: type[Session] | None = None,
     provider_options: Mapping[str, object] | None = None,
+    in_halves: bool = False,
 ) -> Session:
     """A session of the kind that suits the provider, if none is asked for, of a bundle whose weights were checked."""
     if place(bundle, provider, provider_options) == CPU:
-        return (kind or Session)(bundle, "cpu", threads, provider_options)
-    return (kind or DeviceSession)(bundle, "cuda", threads, provider_options)
+        return (kind or Session)(bundle, "cpu", threads, provider_options, in_halves)
+    return (kind or DeviceSession)(bundle, "cuda", threads, provider_options, in_halves)

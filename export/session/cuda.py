@@ -104,6 +104,12 @@ def copy_to(address: int, array: np.ndarray, queue: int) -> None:
     call("cudaMemcpyAsync", ctypes.c_void_p(address), source, size, TO_DEVICE, ctypes.c_void_p(queue))
 
 
+def copy_within(target: int, source: int, size: int, queue: int) -> None:
+    """Copy so many bytes from one address of the device to another, in the order of a stream's launches."""
+    places = ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size)
+    call("cudaMemcpyAsync", *places, ON_DEVICE, ctypes.c_void_p(queue))
+
+
 def on_host(value: "OrtValue") -> np.ndarray:
     """A copy of an OrtValue as an array, of bfloat16 too (as ml_dtypes has it), once the device is done with it."""
     if value.data_type() != "tensor(bfloat16)":

@@ -5,6 +5,7 @@ What is special to CUDA (a stream that the graphs share, decode as a captured gr
 all else is the same on the CPU provider, where it is tested.
 """
 
+import ctypes
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,9 +23,10 @@ from numpy_ref.model.sampling import Sampling
 
 from ..bundle import WITH_WEIGHTS, Bundle
 from ..bundle.weights import FILE
+from ..model.paligemma import FEATURES
 from ..runtime import run_options
 from . import cuda
-from .engine import GRAPH, Cache, Session
+from .engine import GRAPH, RUN, Cache, Session
 from .provider import CUDA
 
 SHARED_FROM = 2**20  # bytes; smaller weights are not worth a place of their own
@@ -47,11 +49,12 @@ class DeviceSession(Session):
         provider: str = "auto",
         threads: int = 0,
         provider_options: Mapping[str, object] | None = None,
+        in_halves: bool = False,
     ):
         self._shared: dict[str, onnxruntime.OrtValue] = {}
         self._stream, self._caches, self._options = 0, {}, {}
         self._owners = WeakKeyDictionary()  # logits -> a weak reference to the cache that they came with
-        super().__init__(bundle, provider, threads, provider_options)
+        super().__init__(bundle, provider, threads, provider_options, in_halves)
 
     def draw(
         self, logits: onnxruntime.OrtValue, known: np.ndarray, sampling: Sampling, uniform: np.ndarray | None = None
@@ -114,6 +117,30 @@ class DeviceSession(Session):
             cuda.copy_to(value.data_ptr(), array, self._stream)
         else:
             value.update_inplace(array)
+
+    def _encoded(self, vision, pixel_values):
+        """The features stay on the device, those of several pictures in one value: (the value, which of them)."""
+        with self._room():
+            values = self._features_buffer(len(pixel_values))
+        binding = vision.io_binding()
+        binding.bind_cpu_input("pixel_values", pixel_values)
+        binding.bind_ortvalue_output(FEATURES, values)
+        with self._errors_as_line("vision"):
+            vision.run_with_iobinding(binding, RUN)
+        return [(values, i) for i in range(len(pixel_values))]
+
+    def _bind_features(self, binding, features):
+        together, size = self._features_buffer(len(features)), 4 * self.config.vision.patches * self.config.text.width
+        for row, (value, i) in enumerate(each.value for each in features):
+            target, source = together.data_ptr() + row * size, value.data_ptr() + i * size
+            if self._stream:
+                cuda.copy_within(target, source, size, self._stream)
+            else:
+                ctypes.memmove(target, source, size)
+        binding.bind_ortvalue_input(FEATURES, together)
+
+    def _features_buffer(self, pictures):
+        return self.buffer([pictures, self.config.vision.patches, self.config.text.width], np.float32)
 
     def _logits(self, cache, made=None):
         logits = (made or cache).logits

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import onnxruntime
 
 from numpy_ref import memory
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.engine import Engine, check_room, pictures_per_prompt
+from numpy_ref.engine import Engine, Features, Pictures, check_room, pictures_per_prompt, pixels_of
 from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.image import to_rgb
 from numpy_ref.model.sampling import Sampling, log_probability
@@ -25,6 +26,7 @@ from numpy_ref.model.segmentation import CELLS, SIDE
 from .. import bundle as bundles
 from ..bundle import Bundle, prepack
 from ..bundle.weights import FLOATS, stream_dtype
+from ..model.paligemma import FEATURES
 from ..runtime import run_options, session_options
 from . import cuda
 from .allocator import freed_memory_kept
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
 
 RUN = run_options()
 GRAPH = "enable_cuda_graph"
+HALVES = ("vision", "prefill_text")  # of prefill
 #: The other graphs are small, and made for the host.
-ON_DEVICE = ("prefill", "decode", "extend", "sample_device", "constrain")
+ON_DEVICE = ("prefill", *HALVES, "decode", "extend", "sample_device", "constrain")
 NOT_IN_OLDER = {"logprob"}  # outputs that a graph of an older bundle may lack
 # Below this the runtime may repack the weights for speed, which takes a private copy a session (twice the speed in
 # float32 prefill, little in decode). From here on both sessions map the one file, unless it has the repacked weights
@@ -47,11 +50,12 @@ MAPPED_FROM = 2 * 2**30
 class Session(Engine):
     """A bundle's graphs as an engine.
 
-    Threads may share one: each generation has a cache, and buffers, of its own.
+    Threads may share one: each generation has a cache, and buffers, of its own. A picture with its prompt goes through
+    the graph of prefill, until `encode` is called: then the two halves of prefill are opened in its place, so that its
+    weights are not there twice. `in_halves` opens them from the start.
     """
 
     name = "onnx"
-    picture = "pixel_values"  # what prefill's graph calls it
     can_capture = False  # which takes logits and tokens that stay where they are
 
     def __init__(
@@ -60,6 +64,7 @@ class Session(Engine):
         provider: str = "auto",
         threads: int = 0,
         provider_options: Mapping[str, object] | None = None,
+        in_halves: bool = False,
     ):
         masks = self._paint if "masks" in bundle.description.graphs else None
         super().__init__(bundle.config, bundle.description.image.resize, masks, bundle.max_length)
@@ -81,41 +86,65 @@ class Session(Engine):
         precision = bundle.description.precision
         if precision.endswith("bfloat16") and self.provider == CPU:
             raise PaliGemmaError(f"{bundle.path}: {precision} needs CUDA; export float32, int8 or int4 for the CPU")
-        kept = freed_memory_kept() if bundle.is_prepacked else nullcontext()
-        with stdout_kept(), kept, ThreadPoolExecutor(2) as pool:  # repacking weights takes one core each
+        self._opening = Lock()
+        with stdout_kept():
             self._prepare()
-            self._prefill, self._decode = pool.map(partial(self._open, threads=threads), ("prefill", "decode"))
-        if self.provider == CUDA:
-            self._check_placement((self._prefill, "prefill"), (self._decode, "decode"))
+        opened = self._open_all(*(HALVES if in_halves and self.has_halves else ("prefill",)), "decode")
+        self._decode = opened.pop("decode")
+        self._prefill: onnxruntime.InferenceSession | None = opened.pop("prefill", None)
+        self._halves = opened
 
     @property
     def captures(self) -> bool:
         """Whether decode is to be captured as a CUDA graph."""
         return self.provider_options.get(GRAPH, "0") not in ("0", "false", "False")
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether the bundle has the two halves of prefill apart, as older ones do not."""
+        return all(name in self.bundle.description.graphs for name in HALVES)
+
+    def encode(self, pixel_values: np.ndarray) -> list[Features]:
+        """Run pictures through the vision tower alone: pixel_values [M, 3, S, S] -> features of each.
+
+        An older bundle cannot: the features are without a value, and prefill sees the pictures again.
+        """
+        if not self.has_halves:
+            return super().encode(pixel_values)
+        pixel_values = np.ascontiguousarray(pixel_values, np.float32)
+        return list(map(Features, pixel_values, self._encoded(self._opened_halves()["vision"], pixel_values)))
+
     def prefill(
-        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+        self, pictures: Pictures, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[Any, "Cache"]:
-        """pixel_values [B*N, 3, S, S], input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
+        """Pictures as any engine takes them, input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
         check_room(input_ids.shape[1], capacity)
-        if pictures_per_prompt(self.config, pixel_values, input_ids) > 1:
+        if pictures_per_prompt(self.config, pictures, input_ids) > 1:
             self._check_several_pictures()
+        whole = self._prefill  # as it is now: another thread may give it up
+        if whole and (isinstance(pictures, np.ndarray) or not self.has_halves):
+            name, graph, binding = "prefill", whole, whole.io_binding()
+            binding.bind_cpu_input("pixel_values", np.ascontiguousarray(pixels_of(pictures), np.float32))
+        else:
+            features = self.encode(pictures) if isinstance(pictures, np.ndarray) else pictures
+            name, graph = "prefill_text", self._opened_halves()["prefill_text"]
+            binding = graph.io_binding()
+            with self._room():
+                self._bind_features(binding, features)
         with self._room():
             cache = self._cache(len(lengths), capacity)
-        binding = self._prefill.io_binding()
         feeds = {
-            self.picture: np.ascontiguousarray(pixel_values, np.float32),
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "lengths": np.ascontiguousarray(lengths, np.int32),
             "capacity": np.array(cache.capacity, np.int64),
         }
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
+        for key, array in feeds.items():
+            binding.bind_cpu_input(key, array)
         binding.bind_ortvalue_output("logits", cache.logits)
-        for name, buffer in cache.buffers.items():
-            binding.bind_ortvalue_output(f"present.{name}", buffer)
-        with self._errors_as_line("prefill"):
-            self._prefill.run_with_iobinding(binding, RUN)
+        for key, buffer in cache.buffers.items():
+            binding.bind_ortvalue_output(f"present.{key}", buffer)
+        with self._errors_as_line(name):
+            graph.run_with_iobinding(binding, RUN)
         return self._logits(cache), cache
 
     def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: "Cache") -> tuple[Any, "Cache"]:
@@ -148,6 +177,13 @@ class Session(Engine):
         """Memory where this session runs, as an OrtValue."""
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.device_id)
 
+    def _encoded(self, vision, pixel_values):
+        """The values of features, [P, D] of each picture."""
+        return self._run("vision", vision, {"pixel_values": pixel_values})[FEATURES]
+
+    def _bind_features(self, binding, features):
+        binding.bind_cpu_input(FEATURES, np.stack([each.value for each in features]))
+
     def _put(self, array, value):
         """Copy an array into a value on the device."""
         value.update_inplace(array)
@@ -163,12 +199,7 @@ class Session(Engine):
 
     @cached_property  # here as below, two threads that come first together both open it, and either's does
     def _extend(self):
-        kept = freed_memory_kept() if self.bundle.is_prepacked else nullcontext()
-        with stdout_kept(), kept:
-            opened = self._open("extend", self.threads)
-        if self.provider == CUDA:
-            self._check_placement((opened, "extend"))
-        return opened
+        return self._open_all("extend")["extend"]
 
     @cached_property
     def _masks(self):
@@ -180,6 +211,24 @@ class Session(Engine):
 
     def _prepare(self):
         """What comes before the graphs are opened."""
+
+    def _open_all(self, *names):
+        """Graphs that read the weights file, by name. Repacking weights takes one core each."""
+        kept = freed_memory_kept() if self.bundle.is_prepacked else nullcontext()
+        with stdout_kept(), kept, ThreadPoolExecutor(len(names)) as pool:
+            opened = dict(zip(names, pool.map(partial(self._open, threads=self.threads), names), strict=True))
+        if self.provider == CUDA:
+            for name, graph in opened.items():
+                self._check_placement(name, graph)
+        return opened
+
+    def _opened_halves(self):
+        """The two halves of prefill, opened when first needed."""
+        with self._opening:
+            if not self._halves:
+                self._prefill = None  # first, or its repacked weights would be there beside theirs
+                self._halves = self._open_all(*HALVES)
+            return self._halves
 
     def _open(self, name, threads):
         options = self._options_of(name, threads)
@@ -200,30 +249,30 @@ class Session(Engine):
                 )
         return opened
 
-    def _check_placement(self, *graphs):
-        """Raise PaliGemmaError unless what decode and extend read and write at every step is on the device.
+    def _check_placement(self, name, opened):
+        """Raise PaliGemmaError unless a graph's outputs, and what is read at every step, are on the device.
 
         The runtime leaves a node without a kernel there to the CPU, and copies what is bound to it once, when it is
         bound: from then on such a session computes with what was there then.
         """
-        for opened, graph in graphs:
-            if CUDA not in opened.get_providers():
-                given = ", ".join(f"{name}={value}" for name, value in self.provider_options.items())
-                raise PaliGemmaError(f"--provider cuda: the runtime does not start it with the options {given}")
-            infos = [
-                *opened.get_output_memory_infos(),
-                *(opened.get_input_memory_infos() if graph != "prefill" else ()),
-            ]
-            if any(info.name != "Cuda" for info in infos):
-                raise PaliGemmaError(
-                    f"{self._file(graph)}: CUDA has no kernels for all of it; run it with --provider cpu, or export "
-                    "the bundle again"
-                )
+        if CUDA not in opened.get_providers():
+            given = ", ".join(f"{key}={value}" for key, value in self.provider_options.items())
+            raise PaliGemmaError(f"--provider cuda: the runtime does not start it with the options {given}")
+        infos = [*opened.get_output_memory_infos()]
+        if name in ("decode", "extend"):
+            infos += opened.get_input_memory_infos()
+        if any(info.name != "Cuda" for info in infos):
+            raise PaliGemmaError(
+                f"{self._file(name)}: CUDA has no kernels for all of it; run it with --provider cpu, or export the "
+                "bundle again"
+            )
 
     def _check_several_pictures(self):
         """Raise PaliGemmaError if the graph has one picture a prompt, as older bundles have it."""
+        if self._prefill is None:
+            return
         batch = {value.name: value.shape[0] for value in self._prefill.get_inputs() if value.shape}
-        if batch[self.picture] == batch["input_ids"]:
+        if batch["pixel_values"] == batch["input_ids"]:
             raise PaliGemmaError(f"{self.bundle.path}: it takes one picture a prompt; export the bundle again for more")
 
     def _io(self, name):
@@ -266,7 +315,7 @@ class Session(Engine):
         floats = self.bundle.description.precision in FLOATS
         if floats and self.bundle.weight_bytes > MAPPED_FROM and not self.bundle.is_prepacked:
             entries["session.disable_prepacking"] = "1"
-        if name == "prefill":  # its threads would spin on for a while, where decode's begin
+        if name in ("prefill", "prefill_text"):  # its threads would spin on for a while, where decode's begin
             entries["session.force_spinning_stop"] = "1"
         return session_options(entries, threads)
 
@@ -375,8 +424,11 @@ def graph_io(name: str, config: PaliGemmaConfig) -> dict[str, tuple]:
     ids, lengths = {"input_ids": (None, None)}, {"lengths": (None,)}
     drawing = {**logits, "temperature": (), "top_p": (), "uniform": (None,)}
     drawing |= {"token": (None,), "logprob": (None,)}
+    features = {FEATURES: (None, config.vision.patches, text.width)}
     return {
         "prefill": {**pixel_values, **ids, **lengths, "capacity": (), **logits, **present},
+        "vision": {**pixel_values, **features},
+        "prefill_text": {**features, **ids, **lengths, "capacity": (), **logits, **present},
         "decode": {**ids, **lengths, **past, **logits, **present},
         "extend": {**ids, **lengths, **past, "logits": (None, None, text.vocab), **present},
         "preprocess": {"image": (None, None, 3), "pixel_values": (1, 3, size, size)},

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import category
 
-from .. import answer as answering
 from .. import detection, grammar, interrupts
 from ..answer import Answer
-from ..engine import Engine
+from ..api import BATCH, Options, PaliGemma
 from ..errors import PaliGemmaError, explained, one_line, plural
 from ..image import TRANSPARENCIES, open_image
-from ..model import segmentation
-from ..model.sampling import Sampling
-from ..tokenizer import Tokenizer
 from . import inputs, streams
 from .drawing import check_drawing, write_drawing
 from .options import Parser, real, temperature, whole
 from .prompt import HELP as PROMPT_HELP
-from .prompt import read_prompt, warn_of_prompt
+from .prompt import read_prompt, read_prompts, warn_of_prompt
+from .show import Piecewise, one_of_several
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,13 +88,15 @@ def _not_lost(hook):
 
 def parser(prog: str, model: str, description: str) -> Parser:
     """The options of `run-onnx`, `python -m numpy_ref` and `python -m torch_impl`."""
-    options = Parser(prog=prog, description=description, usage=f"{prog} [{model}] IMAGE [IMAGE ...] PROMPT [options]")
+    usage = f"{prog} [{model}] IMAGE [IMAGE ...] PROMPT [PROMPT ...] [options]"
+    options = Parser(prog=prog, description=description, usage=usage)
     options.add_argument(
         "inputs", nargs="*", metavar="INPUT",
-        help=f"[{model}] IMAGE [IMAGE ...] PROMPT; without {model} the model that ships is used; several pictures are "
-        "for a model that was trained on as many, and boxes and masks are in the first; "
-        f"{PROMPT_HELP}",
+        help=f"[{model}] IMAGE [IMAGE ...] PROMPT [PROMPT ...]; without {model} the model that ships is used; several "
+        "pictures are for a model that was trained on as many, and boxes and masks are in the first; several prompts "
+        f"are each asked about them, and answered a line each; {PROMPT_HELP}",
     )  # fmt: skip
+    options.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line")
     options.set_defaults(model_kind=model)
     add_answer_options(options)
     options.add_argument(
@@ -110,8 +109,10 @@ def parser(prog: str, model: str, description: str) -> Parser:
     options.add_argument(
         "--score", metavar="ANSWER", help="print the log-probability of this answer, its end included, and draw none"
     )
-    options.add_argument("--json", action="store_true", help="print one JSON object")
-    options.add_argument("--draw", type=Path, metavar="OUT.png", help="draw boxes and masks over the first picture")
+    options.add_argument("--json", action="store_true", help="print a JSON object a prompt, one a line")
+    options.add_argument(
+        "--draw", type=Path, metavar="OUT.png", help="draw the boxes and masks of one prompt over the first picture"
+    )
     return options
 
 
@@ -149,71 +150,99 @@ def on_the_cpu(arguments: Namespace, prog: str) -> None:
 
 
 def parse(options: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse, and split the positional arguments into `model` (None if left out), `images` and `prompt`.
+    """Parse, and split the positional arguments into `model` (None if left out), `images` and `prompts`.
 
-    Exits with 2 if one is in the wrong place. Raises PaliGemmaError if the prompt is empty, or if a drawing cannot be
-    written where it is wanted.
+    Exits with 2 if one is in the wrong place. Raises PaliGemmaError if a prompt is empty, if a drawing cannot be
+    written where it is wanted, or if it would be of several prompts.
     """
     arguments = options.parse_intermixed_args(argv)
-    if len(arguments.inputs) < 2:
+    more = arguments.prompts is not None
+    if len(arguments.inputs) < 2 - more:
         given = plural(len(arguments.inputs), "argument")
         options.error(f"expected IMAGE PROMPT, optionally a model before them; got {given}")
-    model, images, prompt = inputs.split(arguments.inputs)
-    if wrong := inputs.mistake(model, images, prompt, arguments.model_kind):
+    model, images, prompts = inputs.split(arguments.inputs, more)
+    if wrong := inputs.mistake(model, images, prompts, arguments.model_kind):
         options.exit(2, f"{options.prog}: error: {one_line(wrong)}\n")
     arguments.model, arguments.images = Path(model) if model else None, [Path(image) for image in images]
-    arguments.prompt = read_prompt(prompt)
+    arguments.prompts = [*map(read_prompt, prompts), *(read_prompts(arguments.prompts) if more else [])]
     if arguments.constrain is not None:
         grammar.expression(arguments.constrain)  # here already, before a model is loaded
     if arguments.score is not None:
         for name in ("constrain", "start", "lookup", "draw"):
             if getattr(arguments, name):
                 raise PaliGemmaError(f"--score draws no answer, so --{name} has nothing to do; leave one of them out")
-    for drawing in (arguments.draw, getattr(arguments, "heatmap", None)):
-        if drawing:
-            check_drawing(drawing, arguments.images)
-    warn_of_prompt(options.prog, arguments.prompt)
+    for option in ("draw", "heatmap", "trace"):
+        if not (value := getattr(arguments, option, None)):
+            continue
+        if len(arguments.prompts) > 1:
+            raise PaliGemmaError(f"--{option} is of one answer; give one prompt, or leave --{option} out")
+        if isinstance(value, Path):
+            check_drawing(value, arguments.images)
+    any(warn_of_prompt(options.prog, prompt) for prompt in arguments.prompts)  # of the first that is odd
     return arguments
 
 
 def answer(
     arguments: Namespace,
-    load: Callable[[Path | None], tuple[Engine, Tokenizer]],
+    load: Callable[[Path | None], PaliGemma],
     look: Callable | None = None,
     quiet: bool = False,
 ) -> int:
-    """Load an engine and its tokenizer with `load(model path or None)`, answer, and print unless `quiet`.
+    """Load a model with `load(model path or None)`, answer, and print unless `quiet`.
 
-    `look(engine, tokenizer, pictures, answer)` is called with what was answered.
+    `look(model, pictures, answer)` is called with what was answered to a single prompt.
     """
-    streamed = not (arguments.json or quiet)
     # Before the model: the cheaper mistake first.
     pictures = [open_image(image, arguments.transparency) for image in arguments.images]
     started = time.perf_counter()
-    engine, tokenizer = load(arguments.model)
+    model = load(arguments.model)
     load_s = time.perf_counter() - started
+    options = {name: getattr(arguments, name) for name in Options.__annotations__}
     if arguments.score is not None:
-        ids, logprobs = answering.score(engine, tokenizer, pictures, arguments.prompt, arguments.score)
-        print(json.dumps(score_as_json(arguments.score, ids, logprobs)) if arguments.json else f"{sum(logprobs):.6f}")
+        _print_scores(model, pictures, arguments)
         return 0
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    answered = answering.answer(
-        engine, tokenizer, pictures, arguments.prompt, max_new_tokens=arguments.max_new_tokens, sampling=sampling,
-        boxes=arguments.boxes, on_text=_print_piece if streamed else None, constrain=arguments.constrain,
-        start=arguments.start, lookup=arguments.lookup,
-    )  # fmt: skip
-    if streamed:
-        print()
+    if len(arguments.prompts) > 1:
+        _answer_several(model, pictures, arguments, options, load_s)
+        return 0
+    (prompt,) = arguments.prompts
+    pieces = None if arguments.json or quiet else Piecewise(_print, sys.stdout.isatty())
+    answered = model.answer(pictures, prompt, stream=pieces.push if pieces else None, **options)
+    if pieces:
+        pieces.close(answered)
     if arguments.draw:
-        write_drawing(arguments.draw, draw(pictures[0], arguments.prompt, answered))
+        write_drawing(arguments.draw, draw(pictures[0], prompt, answered))
     if look:
-        look(engine, tokenizer, pictures, answered)
+        look(model, pictures, answered)
     if arguments.json:
         print(json.dumps(as_json(answered, load_s)))
     return 0
 
 
-def _print_piece(text: str) -> None:
+def _answer_several(model, pictures, arguments, options, load_s) -> None:
+    """Answer several prompts about the same pictures, and print each answer."""
+    about = model.picture(pictures)
+    for start in range(0, len(arguments.prompts), BATCH):
+        prompts = arguments.prompts[start : start + BATCH]
+        for prompt, answered in zip(prompts, about.answer_all(prompts, **options), strict=True):
+            if arguments.json:
+                print(json.dumps({"prompt": prompt, **as_json(answered, load_s)}), flush=True)
+            else:
+                _print(one_of_several(prompt, answered, sys.stdout.isatty()))
+
+
+def _print_scores(model, pictures, arguments) -> None:
+    """Print the log-probability of an answer to each prompt."""
+    several = len(arguments.prompts) > 1
+    about = model.picture(pictures) if several else None
+    for prompt in arguments.prompts:
+        text = arguments.score
+        ids, logprobs = about.score(prompt, text) if about else model.score(pictures, prompt, text)
+        plain = {"prompt": prompt} if several else {}
+        plain |= score_as_json(text, ids, logprobs)
+        print(json.dumps(plain) if arguments.json else f"{sum(logprobs):.6f}", flush=True)
+
+
+def _print(text: str) -> None:
     print(printable(text), end="", flush=True)
 
 
@@ -240,15 +269,12 @@ _SHOWN = {"Cc": lambda _: "\N{REPLACEMENT CHARACTER}", **dict.fromkeys(("Cf", "C
 
 def as_json(answered: Answer, load_s: float) -> dict:
     """An answer as `--json` has it."""
-    plain = answered.as_json()
-    boxes = zip(plain["boxes"], answered.masks, strict=True)
-    masks = [{**box, **_run_lengths(mask)} for box, mask in boxes if "codes" in box]
     times = {
         "load_s": round(load_s, 4),
         "prefill_s": round(answered.timings.prefill_s, 4),
         "decode_tokens_per_s": round(answered.timings.decode_tokens_per_s, 2),
     }
-    return {**plain, "masks": masks, "timings": times}
+    return {**answered.as_json(masks=True), "timings": times}
 
 
 def score_as_json(text: str, ids: Sequence[int], logprobs: Sequence[float]) -> dict:
@@ -257,11 +283,6 @@ def score_as_json(text: str, ids: Sequence[int], logprobs: Sequence[float]) -> d
         "text": text, "tokens": [*ids], "logprobs": [round(each, 6) for each in logprobs],
         "logprob": round(sum(logprobs), 6),
     }  # fmt: skip
-
-
-def _run_lengths(mask) -> dict:
-    """A mask as COCO's uncompressed run lengths; nothing where it could not be painted."""
-    return {} if mask is None else {"size": list(mask.shape), "counts": segmentation.run_lengths(mask)}
 
 
 def draw(image: "Image.Image", prompt: str, answered: Answer) -> "Image.Image":

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import one_line, quote, shortened
+from ..model.sampling import COLDEST
 
 LARGEST = 2**31 - 1  # of whole numbers: what every library, graph and host takes
-COLDEST = 1e-6
 MOST_PER_CORE = 4  # threads, or processes: beyond, each only waits and takes memory
 
 

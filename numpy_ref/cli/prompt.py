@@ -22,14 +22,22 @@ def read_prompt(argument: str) -> str:
         prompt = argument[1:]
     elif argument.startswith("@"):
         source = argument[1:]
-        prompt = _read(Path(source))
+        prompt = _read(Path(source), f"; the prompt {argument} is asked as @{argument}")
     prompt = prompt.rstrip("\r\n")
     if not prompt.strip():
         raise PaliGemmaError(f'{source} is empty; ask something, for example "caption en"')
     return prompt
 
 
-def _read(file: Path) -> str:
+def read_prompts(file: Path) -> list[str]:
+    """A prompt a line; those without any are left out. Raises PaliGemmaError if there is none."""
+    prompts = [line for line in _read(file).split("\n") if line.strip()]
+    if not prompts:
+        raise PaliGemmaError(f'{file} is empty; it has a prompt a line, for example "caption en"')
+    return prompts
+
+
+def _read(file: Path, hint: str = "") -> str:
     """The text of a file; line ends of other systems are line ends, as in Python's own text files."""
     try:
         return read_bytes(file, MAX_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -37,7 +45,6 @@ def _read(file: Path) -> str:
         raise PaliGemmaError(f"{file}: cannot read the prompt, which is not UTF-8; save it as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        hint = f"; the prompt @{file} is asked as @@{file}"
         raise PaliGemmaError(f"{file}: cannot read the prompt ({reason}){hint}") from None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import detection
 from ..answer import Answer
-from ..engine import NumpyEngine
+from ..engine import NumpyEngine, Pictures, pixels_of
 from ..generate import generate
 from ..image import open_image, preprocess
 from ..model import paligemma, segmentation
@@ -119,12 +119,12 @@ class TracedEngine(NumpyEngine):
         return pixel_values
 
     def prefill(
-        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+        self, pictures: Pictures, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[np.ndarray, list[Pair]]:
         """As the reference's."""
         self.heading(f"prompt: {self.spell(input_ids[0])}")
         self.row("input_ids", input_ids, ["B", "T"], origin(Tokenizer.prompt.__code__))
-        logits, cache = self.traced("prefill", paligemma.prefill, pixel_values, input_ids, lengths, capacity)
+        logits, cache = self.traced("prefill", paligemma.prefill, pixels_of(pictures), input_ids, lengths, capacity)
         self.heading(f"prefill: the cache, a key and a value for each of {len(cache)} layers")
         for name, array in zip(("cache.0.key", "cache.0.value"), cache[0], strict=True):
             self.row(name, array, ["B", "K", "C", "H"], origin(paligemma.pad_cache.__code__))

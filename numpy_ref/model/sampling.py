@@ -10,6 +10,8 @@ import numpy as np
 
 from .layers import Array, softmax
 
+COLDEST = 1e-6  # temperature; below, logits may grow out of float32
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -63,7 +63,7 @@ class PaliGemma(nn.Module):
     def embed_prefix(self, pixel_values: Tensor, input_ids: Tensor, tap: Tap = identity) -> Tensor:
         """The features of a row's pictures, then the ids after its image tokens: input_ids [B, T] -> [B, T, D].
 
-        What `encode_image` gave for the pictures before may stand in their place.
+        What `encode_image` gave for the pictures may stand in their place.
         """
         images = pixel_values if pixel_values.ndim == 3 else self.encode_image(pixel_values, tap)
         images = join_pictures(images, input_ids)

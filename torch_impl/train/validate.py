@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from numpy_ref.answer import Answer, Question, answer_all
+from numpy_ref.answer import Answer, Picture, Question, answer_all
 from numpy_ref.engine import MaskDecoder
 from numpy_ref.errors import note, plural
 from numpy_ref.scenes.evaluate import f1
@@ -79,8 +79,8 @@ def measure(
         tensors = {name: value.to(device) for name, value in data.collate(examples, model.config.pad).items()}
         losses += loss(model, tensors).item() * len(batch)
         questions = [
-            Question(line.prompt, _room(engine, line), picture, PAINTED, PAINTED)
-            for picture, line in zip(pixels, batch, strict=True)
+            Question(line.prompt, _room(engine, line), [Picture(each[None], PAINTED, PAINTED) for each in pictures])
+            for pictures, line in zip(pixels, batch, strict=True)
         ]
         for answer, line in zip(answer_all(engine, lines.tokenizer, questions), batch, strict=True):
             pairs[metric_of(line, masks is not None)].append((answer, line))
