@@ -14,7 +14,7 @@ from numpy_ref.__main__ import main as numpy_main
 from numpy_ref.checkpoint import SHIPPED
 from torch_impl.__main__ import main as torch_main
 
-from .test_hosts import HOSTS, need
+from .test_hosts import HOSTS, RUN, need
 
 EXAMPLE = str(SHIPPED / "example.png")
 PROMPTS = ["detect star", "segment star", "caption en"]
@@ -68,7 +68,7 @@ def test_rows(tmp_path, capsys):
 def test_the_node_host():
     need(node := shutil.which("node"), "Node 20 or later (nodejs.org)")
     need((HOSTS / "node_modules" / "onnxruntime-node").is_dir(), f"npm ci --prefix {HOSTS}")
-    command = [node, HOSTS / "run.mjs", bundle.shipped().path, EXAMPLE, *PROMPTS, "--json"]
+    command = [node, RUN, bundle.shipped().path, EXAMPLE, *PROMPTS, "--json"]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert len([valid(line) for line in ended.stdout.splitlines()]) == 3
