@@ -21,6 +21,7 @@ with interrupts.while_loading():
     from .model.layers import OPERATORS
     from .stopping import leave, stoppable
 
+SCHEMA = Path(__file__).parent / "answer.schema.json"
 SOME_FAILED = 3  # the exit code that --fail-on-error asks for; 1 is an error, 2 a wrong command line
 
 
@@ -102,6 +103,7 @@ def run_onnx(argv: Sequence[str] | None = None) -> int | None:
     options = cli.parser("run-onnx", "BUNDLE", "Answer a prompt about a picture with an ONNX bundle.")
     options.add_argument("--threads", type=on_cores(0), default=0, metavar="N", help="on the CPU, 0 for all (0)")
     options.add_argument("--serve", action="store_true", help="serve a page that answers; see run-onnx --serve --help")
+    options.add_argument("--json-schema", action=_PrintSchema, help="print the JSON Schema of what --json prints")
     options.add_argument(
         "--host-graphs", action="store_true", help="prepare the picture and draw tokens by the bundle's own graphs"
     )
@@ -118,6 +120,17 @@ def run_onnx(argv: Sequence[str] | None = None) -> int | None:
         )  # fmt: skip
 
     return stoppable(lambda: cli.answer(arguments, load), arguments.timeout)
+
+
+class _PrintSchema(argparse.Action):
+    """What `--json-schema` does, as `--version`."""
+
+    def __init__(self, **keywords):
+        super().__init__(**keywords, nargs=0)
+
+    def __call__(self, parser, *arguments):
+        print(SCHEMA.read_text(encoding="utf-8"), end="")
+        parser.exit()
 
 
 def _serve(argv):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ def test_both_sides_answer_on_the_shipped_model():
     assert results["ratios"].keys() == {"decode", "prefill", "memory"}
     for side in (benchmark.OURS, benchmark.PEER):
         own = {"outside_share", "beyond_weights_gib", "late_position", "late_step"}
+        own |= {"first_s", "second_s", "second_over_first"}
         assert results[side].keys() - own == {
             "load_s",
             "peak_gib",
@@ -29,6 +31,7 @@ def test_both_sides_answer_on_the_shipped_model():
         }
         assert all(value > 0 for value in results[side].values())
     assert results["ours"]["outside_share"] < 1
+    assert results["ours"]["second_over_first"] < 1
     assert results["bandwidth_share"] > 0  # a model that a cache holds may be read faster than memory
     assert results["bandwidth_gb_per_s"] > 0.1
     settings = {
@@ -62,6 +65,13 @@ def test_the_decoder_alone_answers_as_the_whole(tmp_path, precision):
         assert np.abs(whole - alone).max() < tolerance * np.abs(whole).max()
     logits, _ = engines[1].prefill(features[::-1], ids, lengths, capacity)
     assert np.abs(logits - found[1][0]).max() > 0.1 * np.abs(logits).max()
+
+
+def test_a_second_question_alone(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "written", lambda folder, arguments: (SHIPPED, bundle.shipped().path, 0.0))
+    assert benchmark.main(["--questions", "--rounds", "2", "--threads", "1"]) == 0
+    line = capsys.readouterr().out
+    assert 0 < float(re.search(r"takes (\d\.\d\d) of the first", line)[1]) < 1
 
 
 def test_the_first_token_and_the_further_ones_are_timed_apart(monkeypatch):

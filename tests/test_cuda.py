@@ -166,6 +166,47 @@ def test_prefill_does_not_wait_within(run):
         assert not any(isinstance(event, Copy) and event.direction == "H2D" for event in within)
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_features_stay_on_the_device(bundles, precision):
+    """A picture goes there once, for any number of prompts; nothing of it comes back, and the weights are there once."""
+    script = """
+from export.session import device
+device.SHARED_FROM = 1024
+mark("open")
+engine = open_bundle(sys.argv[1])
+config = engine.config
+pixels = np.zeros((1, 3, config.vision.image_size, config.vision.image_size), np.float32)
+ids, lengths = pad_prompts([[*[config.image_token] * config.vision.patches, config.bos, 5, 6]] * 3, config.pad)
+for round in ("first ", ""):
+    mark(f"{round}encode")
+    features = engine.encode(pixels)
+    mark(f"{round}prefill")
+    logits, cache = engine.prefill(features * 3, ids, lengths, ids.shape[1] + 1)
+    mark("after")
+print(config.vision.patches * config.text.width, engine._prefill)
+"""
+    folder = bundles("paligemma", precision, "fused")
+    printed, log = cuda_stub.run(BEGIN + script, folder)
+    size = bundle.load(folder).config.vision.image_size
+    encode, prefill = log["encode"], log["prefill"]
+    assert encode.copied("H2D") == 4 * 3 * size**2
+    assert encode.copies("D2H") == prefill.copies("D2H") == []
+    features, whole = printed.split()[-2:]
+    assert whole == "None"
+    assert [copy.bytes for copy in prefill.copies("D2D")][:3] == [4 * int(features)] * 3
+    assert prefill.copied("H2D") < 4 * int(features)
+    assert launches(encode) > 5
+    assert launches(prefill) > 5
+    for phase in (encode, prefill):
+        assert launched_on(phase) == launched_on(encode)
+    assert len(launched_on(encode)) == 1
+    opened = bundle.load(folder)
+    table = 2 * 2 * opened.config.max_length * opened.config.text.head_dim // 2  # of rotary positions, in three graphs
+    sent = log["open"].copied("H2D") + log["first encode"].copied("H2D")
+    assert sent < 1.1 * opened.weight_bytes + 3 * table + 2**19
+    assert log.violations == []
+
+
 def test_all_launches_are_on_one_stream(run):
     _, _, _, log = run
     phases = [f"{b} {graph} 1" for b in BATCHES for graph in ("decode", "sample")] + [f"{b} prefill" for b in BATCHES]

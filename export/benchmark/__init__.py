@@ -6,7 +6,8 @@ onnxruntime-genai, are installed, they run the decoder alone in four bits, and s
 is given the picture's features. Prints medians and ratios: the time from the picture to the first token, the time of a
 further token, load time, and the peak of memory (proportional set size: a page that is mapped twice counts once; Linux
 only). What decoding reads, over the time it takes, is put beside the read bandwidth that plain dot products over large
-arrays reach, in turns with it.
+arrays reach, in turns with it; and a second question about a picture, which is the decoder's alone, beside a first one
+(`--questions`: nothing but that).
 """
 
 import argparse
@@ -44,20 +45,13 @@ PROG = "python -m export.benchmark"
 OURS, PEER, ALONE = "ours", "transformers", "ours alone"
 ANSWER = 32  # tokens of the answer whose work outside of the graphs is timed
 FAR, PAIRS = 1000, 25  # cached positions of a late step; how often one thing is timed in turns with another
-STEP, BESIDE = "step", "beside"  # what a worker may be asked besides an answer
+STEP, BESIDE, SECOND = "step", "beside", "second"  # what a worker may be asked besides an answer
 
 
 def measure(folder: Path, arguments: Namespace, threads: int) -> dict:
     """Everything, into one dict."""
-    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
+    checkpoint, bundle, export_s = written(folder, arguments)
     folders = {OURS: bundle, PEER: checkpoint}
-    with tqdm(total=2, desc="checkpoint and bundle", leave=False, disable=None) as bar:
-        options = ["--layers", arguments.layers] if arguments.layers else []
-        watch(module("numpy_ref.checkpoint.synthetic", arguments.variant, checkpoint, "--dtype", "bfloat16", *options))
-        bar.update()
-        options = ["--precision", arguments.precision, *(["--prepack"] if arguments.prepack else [])]
-        export_s, _, _ = watch(entry("export_main", checkpoint, "--output", bundle, *options))
-        bar.update()
     for side, decoder in peers.DECODERS.items():
         if decoder.takes(load_config(checkpoint).text):
             folders[side] = folder / side
@@ -67,8 +61,42 @@ def measure(folder: Path, arguments: Namespace, threads: int) -> dict:
         first_load_s = worker.figures["load_s"]
     compared = compare(folders, arguments.rounds, arguments.tokens, threads, arguments.against)
     compared[OURS] |= {"export_s": round(export_s, 1), "first_load_s": first_load_s}
-    settings = {key: getattr(arguments, key) for key in ("variant", "layers", "precision", "prepack", "against")}
-    return {**settings, "threads": threads, **compared}
+    return {**settings(arguments, threads), "against": arguments.against, **compared}
+
+
+def questions(folder: Path, arguments: Namespace, threads: int) -> dict:
+    """A second question about a picture against a first one, by our bundle alone."""
+    _, bundle, _ = written(folder, arguments)
+    with Worker(OURS, bundle, arguments.tokens, threads) as worker:
+        worker.ask(SECOND)  # opens the graphs
+        return {**settings(arguments, threads), "rounds": arguments.rounds, **second(worker, arguments.rounds)}
+
+
+def second(worker: "Worker", rounds: int) -> dict:
+    """Medians of the seconds from the picture to the first token, and from the second prompt; and of their ratios."""
+    runs = [worker.ask(SECOND) for _ in tqdm(range(rounds), desc="questions", leave=False, disable=None)]
+    ratio = float(np.median([run["second_s"] / run["first_s"] for run in runs]))
+    return {**medians(runs), "second_over_first": round(ratio, 3)}
+
+
+def settings(arguments: Namespace, threads: int) -> dict:
+    """What was asked for."""
+    return {key: getattr(arguments, key) for key in ("variant", "layers", "precision", "prepack")} | {
+        "threads": threads
+    }
+
+
+def written(folder: Path, arguments: Namespace) -> tuple[Path, Path, float]:
+    """A random checkpoint and its bundle in a folder, and the seconds of the export."""
+    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
+    with tqdm(total=2, desc="checkpoint and bundle", leave=False, disable=None) as bar:
+        options = ["--layers", arguments.layers] if arguments.layers else []
+        watch(module("numpy_ref.checkpoint.synthetic", arguments.variant, checkpoint, "--dtype", "bfloat16", *options))
+        bar.update()
+        options = ["--precision", arguments.precision, *(["--prepack"] if arguments.prepack else [])]
+        export_s, _, _ = watch(entry("export_main", checkpoint, "--output", bundle, *options))
+        bar.update()
+    return checkpoint, bundle, export_s
 
 
 def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, against: str = "bfloat16") -> dict:
@@ -84,6 +112,8 @@ def compare(folders: dict[str, Path], rounds: int, tokens: int, threads: int, ag
                 runs[side].append(workers[side].ask())
         bandwidth, share = against_bandwidth(workers[OURS], read, threads)
         workers[OURS].figures |= workers[OURS].ask(BESIDE)
+        workers[OURS].ask(SECOND)  # opens the graphs, in place of those that the rounds were run with
+        workers[OURS].figures |= second(workers[OURS], rounds)
     results = {side: {**workers[side].figures, **medians(runs[side])} for side in folders}
     results[OURS]["beyond_weights_gib"] = round(
         results[OURS]["peak_gib"] - weight_bytes(folders[OURS], "prefill", "decode") / 2**30, 3
@@ -282,7 +312,15 @@ def _ours(folder, threads):
         outside = round(1 - (timings.prefill_s + timings.decode_s) / whole, 4)
         return {"outside_share": outside, **late_steps(engine)}
 
-    return answer, {STEP: steps(engine), BESIDE: beside}
+    def second():
+        """Seconds to the first token of an answer about a picture, and to that of a second one about the same."""
+        times = [time.perf_counter()]
+        features = engine.encode(engine.preprocess(open_image(SHIPPED / "example.png")))
+        for _ in range(2):
+            generate(features, 1, lambda: times.append(time.perf_counter()))
+        return {"first_s": times[1] - times[0], "second_s": times[2] - times[1]}
+
+    return answer, {STEP: steps(engine), BESIDE: beside, SECOND: second}
 
 
 def decoding(engine: Engine, capacity: int) -> Callable[[int], float]:
@@ -379,11 +417,20 @@ def table(results: dict) -> str:
     ours = results[OURS]
     lines.append(f"with {ours['late_position']} positions cached a token takes {ours['late_step']:.3f} times as long")
     lines.append(f"outside of the graphs: {ours['outside_share']:.1%} of an answer of {ANSWER} tokens")
+    lines.append(second_line(ours))
     lines += [f"{side}: {peers.DECODERS[side].note}" for side in decoders]
     if decoders:
         alone = "{first_token_s:.3f} s to the first token, {ms_per_token:.1f} ms for a further one"
         lines.append(f"which run the decoder alone, as ours does in {alone}".format(**results[ALONE]))
     return "\n".join(lines)
+
+
+def second_line(figures: dict) -> str:
+    """How long a second question about a picture takes, as text."""
+    return (
+        "a second question about a picture takes {second_over_first:.2f} of the first: "
+        "{second_s:.3f} s to its first token, {first_s:.3f} s from the picture to the first one's"
+    ).format(**figures)
 
 
 def main(argv=None):
@@ -404,6 +451,9 @@ def main(argv=None):
     options.add_argument(
         "--folder", type=Path, help="where to work: a new folder, removed at the end (a temporary one)"
     )
+    options.add_argument(
+        "--questions", action="store_true", help="only time a second question about a picture, by ours"
+    )
     options.add_argument("--json", action="store_true", help="print one JSON object")
     options.add_argument("--worker", nargs=2, metavar=("SIDE", "DIR"), help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
@@ -414,7 +464,8 @@ def main(argv=None):
         return 0
     if arguments.precision.endswith("bfloat16"):
         raise PaliGemmaError("a bfloat16 bundle needs CUDA; this benchmark is about the CPU")
-    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing and not arguments.questions:
         raise PaliGemmaError(
             f"it compares with transformers, and {' and '.join(missing)} cannot be imported; install it"
         )
@@ -423,8 +474,9 @@ def main(argv=None):
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="paligemma-benchmark-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results = measure(folder, arguments, threads)
+        results = (questions if arguments.questions else measure)(folder, arguments, threads)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(results) if arguments.json else table(results))
+    shown = second_line if arguments.questions else table
+    print(json.dumps(results) if arguments.json else shown(results))
     return 0
