@@ -57,7 +57,7 @@ def shipped(tmp_path_factory):
     return open_engines(checkpoint.load(), tmp_path_factory.mktemp("shipped") / "bundle")
 
 
-def pixels(question):
+def pixels_in(question):
     return np.concatenate([picture.pixel_values for picture in question.pictures])
 
 
@@ -144,7 +144,7 @@ def test_repeated_rows_have_their_logits(kind, shipped, tokenizer):
     engine = shipped[kind]
     question = evaluate.prepare(engine, tokenizer, *evaluate.held_out(0, 1, "caption"))
     ids = np.array([question.prompt])
-    logits, cache = engine.prefill(pixels(question), ids, np.array([ids.size], np.int32), ids.size + 2)
+    logits, cache = engine.prefill(pixels_in(question), ids, np.array([ids.size], np.int32), ids.size + 2)
     before = np.array(logits if isinstance(logits, np.ndarray) else logits.numpy())
     logits, _ = engine.repeat(logits, cache, 3)
     assert np.array_equal(logits if isinstance(logits, np.ndarray) else logits.numpy(), before.repeat(3, 0))
@@ -337,7 +337,7 @@ def test_the_best_of_several_is_the_likeliest_of_its_draws(shipped, tokenizer):
     """Each draw is what `generate` draws with its seed."""
     engine = shipped["numpy"]
     questions = [evaluate.prepare(engine, tokenizer, *evaluate.held_out(seed, 1, "caption")) for seed in (3, 4)]
-    pixels, prompts = np.concatenate([pixels(each) for each in questions]), [each.prompt for each in questions]
+    pixels, prompts = np.concatenate([pixels_in(each) for each in questions]), [each.prompt for each in questions]
     found = best_of(
         engine, pixels, prompts, tokenizer.known(), 30, count=4, sampling=DRAWN, seeds=[[9, 0], 8]
     )  # fmt: skip
@@ -405,7 +405,7 @@ def test_beams_find_what_is_likelier_than_greedy(shipped, tokenizer):
     questions = [
         evaluate.prepare(engine, tokenizer, question) for question in evaluate.held_out(2, 20, "caption", True)
     ]
-    pixels, prompts = np.concatenate([pixels(each) for each in questions]), [each.prompt for each in questions]
+    pixels, prompts = np.concatenate([pixels_in(each) for each in questions]), [each.prompt for each in questions]
     greedy = best_of(engine, pixels, prompts, tokenizer.known(), 48, count=1, sampling=Sampling())
     gains = [
         best.logprob - own[0].logprob
@@ -467,7 +467,7 @@ def test_from_the_command_line(prog, options, capsys):
         ("--best-of 5", "--best-of: at temperature 0 all 5 answers are the same; use --temperature 1"),
         (
             "--beams 2 --lookup",
-            "--lookup is about one answer, and --beams compares several; leave one of them out",
+            "--lookup is about one answer, and --beams compares several; leave one out",
         ),
         ("--best-of 2 --temperature 1 --constrain detect", "--constrain is about one answer"),
         ("--beams 2 --start red", "--start is about one answer"),
@@ -492,7 +492,7 @@ def test_options_that_contradict_each_other(options, words, capsys):
         ({"beams": 1}, "beams is 1, and has to be from 2 to 256, or None"),
         ({"best_of": 257, "temperature": 1.0}, "best_of is 257, and has to be from 2 to 256, or None"),
         ({"beams": 2, "best_of": 2}, "beams searches and best_of draws; leave one of them out"),
-        ({"beams": 2, "start": "red"}, "start is about one answer, and beams compares several; leave one of them out"),
+        ({"beams": 2, "start": "red"}, "start is about one answer, and beams compares several; leave one out"),
         ({"best_of": 2}, "best_of: at temperature 0 all 2 answers are the same; use temperature 1"),
     ],
 )

@@ -43,9 +43,9 @@ def log_probability(op: Op, logits: Value, token: Value) -> Value:
 
 
 def likeliest(op: Op, logits: Value, among: Value, count: Value, ends: Value) -> tuple[Value, Value, Value]:
-    """Ids of the highest log-probabilities among some, falling, and those of the ends.
+    """The ids of the highest log-probabilities among some, falling; `count` is how many, an array of one.
 
-    logits [B, V], among [V] bool, count int64 [1], ends [E] -> int64 [B, count], float32 [B, count], float32 [B, E].
+    logits [B, V], ends [E], among [V] bool -> int64 [B, M], float32 [B, M], float32 [B, E].
     """
     logprobs = op.LogSoftmax(logits, axis=-1)
     # Ranked by logits, as the draw ranks them: nothing is rounded there that makes two of them equal.

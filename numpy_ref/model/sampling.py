@@ -57,8 +57,8 @@ def log_probability(logits: Array, token: Array) -> Array:
 def likeliest(logits: Array, among: Array, count: int, ends: Array) -> tuple[Array, Array, Array]:
     """The ids of the `count` highest log-probabilities `among` some, falling; and what the `ends` have.
 
-    logits [B, V], among [V] bool, ends [E] -> int64 [B, count], float32 [B, count], float32 [B, E]. Log-probabilities
-    as in `log_probability`; among equal ones the smaller id comes first.
+    logits [B, V], ends [E], among [V] bool -> int64 [B, M], float32 [B, M], float32 [B, E]. Log-probabilities are as
+    in `log_probability`; among equal ones the smaller id comes first.
     """
     logits = logits.astype(np.float32)
     logprobs = logits - logits.max(-1, keepdims=True)
