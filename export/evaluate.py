@@ -1,4 +1,4 @@
-"""python -m export.evaluate [BUNDLE]: how often a model is right about fresh scenes, greedy.
+"""python -m export.evaluate [BUNDLE]: how often a model is right about fresh scenes, greedy, and if it knows when.
 
 A checkpoint is exported into a temporary bundle first.
 """
@@ -42,11 +42,24 @@ def table(results: dict) -> str:
     lines += [
         f"{name:<16}{results[name]:>12.1%}{results['compositional'][name]:>12.1%}" for name in evaluate.SCORES.values()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *confidence_table(results["confidence"])])
+
+
+def confidence_table(confidence: dict) -> list[str]:
+    """How sure the answers on the first split are, as lines: figures, then for each range of confidence how many."""
+    lines = ["", f"{'seen pairs':<16}" + "".join(f"{task:>18}" for task in confidence)] if confidence else []
+    for name in ("average_precision", "risk_at_100", "risk_at_90", "calibration_error"):
+        cells = [f"{one[name]:.1%}" if name in one else "" for one in confidence.values()]
+        lines += [f"{name.replace('_', ' '):<16}" + "".join(f"{cell:>18}" for cell in cells)] if any(cells) else []
+    tables = [{row["most"]: row for row in one["reliability"]} for one in confidence.values()]
+    for most in sorted({most for table in tables for most in table}):
+        cells = [f"{row['right']:.0%} of {row['count']}" if (row := table.get(most)) else "" for table in tables]
+        lines.append(f"{'sure to ' + format(most, '.1f'):<16}" + "".join(f"{cell:>18}" for cell in cells))
+    return lines
 
 
 def main(argv=None):
-    options = cli.Parser(prog=PROG, description="Measure a model's accuracy on held-out scenes.")
+    options = cli.Parser(prog=PROG, description="Measure a model's accuracy on held-out scenes, and its confidence.")
     options.add_argument(
         "model",
         nargs="?",
@@ -59,7 +72,7 @@ def main(argv=None):
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args(argv)
     with opened(arguments.model) as (engine, tokenizer):
-        results = evaluate.measure(engine, tokenizer, arguments.seed, arguments.scenes)
+        results = evaluate.measure(engine, tokenizer, arguments.seed, arguments.scenes, with_confidence=True)
     print(json.dumps(results) if arguments.json else table(results))
     return 0
 

@@ -33,6 +33,8 @@ def main(argv=None):
     cli.on_the_cpu(arguments, PROG)
     if arguments.trace and arguments.json:
         raise PaliGemmaError("--trace prints lines to read and --json one object; leave one of them out")
+    if arguments.trace and (arguments.beams or arguments.best_of):
+        raise PaliGemmaError("--trace follows one answer, and --beams and --best-of compare several; leave one out")
     if arguments.heatmap and len(arguments.images) > 1:
         raise PaliGemmaError("--heatmap draws over one picture; give one, or leave --heatmap out")
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .generate import Timings, answers, choose_capacity, generate
 from .grammar import Grammar
 from .model import segmentation
 from .model.sampling import Sampling
+from .search import Search
 from .tokenizer import Stream, Tokenizer, beginnings
 
 if TYPE_CHECKING:
@@ -95,12 +96,15 @@ class Answer:
     timings: Timings = field(default_factory=Timings)  # of the batch that it was answered in
     logprobs: list[float] | None = None  # of each of `tokens`; None where the engine does not say
     begins: list[int] = field(default_factory=list)  # where in the text each of `tokens` does
+    spreads: list[float] = field(default_factory=list)  # `sampling.location_spread` of each, where it is a location
+    candidates: list[tuple[str, float]] = field(default_factory=list)  # of a search: texts, with log-probabilities
 
     @cached_property
     def boxes(self) -> list[Box]:
         """The boxes in the text, in pixels of the picture, with scores if there are log-probabilities."""
         logprobs = list(zip(self.begins, self.logprobs, strict=True)) if self.logprobs else []
-        return detection.parse(self.text, self.width, self.height, self.convention, logprobs)
+        spreads = dict(zip(self.begins, self.spreads, strict=True)) if self.spreads else {}
+        return detection.parse(self.text, self.width, self.height, self.convention, logprobs, spreads)
 
     @cached_property
     def masks(self) -> list[np.ndarray | None]:
@@ -111,12 +115,15 @@ class Answer:
         return [paint(self.decode_masks, box, self.width, self.height) for box in self.boxes]
 
     def as_json(self, masks: bool = False) -> dict:
-        """Text, tokens, their log-probabilities if there are any, boxes, and masks if wanted, as plain values."""
-        logprobs = {} if self.logprobs is None else {"logprobs": [round(each, 6) for each in self.logprobs]}
-        boxes = [box.as_json() for box in self.boxes]
-        plain = {"text": self.text, "tokens": self.tokens, **logprobs, "boxes": boxes}
+        """Text, tokens, log-probabilities and candidates if there are any, boxes, masks if wanted, as plain values."""
+        plain: dict[str, Any] = {"text": self.text, "tokens": self.tokens}
+        if self.logprobs is not None:
+            plain["logprobs"] = [round(each, 6) for each in self.logprobs]
+        if self.candidates:
+            plain["candidates"] = [{"text": text, "logprob": round(logprob, 6)} for text, logprob in self.candidates]
+        plain["boxes"] = [box.as_json() for box in self.boxes]
         if masks:
-            pairs = zip(boxes, self.masks, strict=True)
+            pairs = zip(plain["boxes"], self.masks, strict=True)
             plain["masks"] = [{**box, **_run_lengths(mask)} for box, mask in pairs if "codes" in box]
         return plain
 
@@ -196,6 +203,7 @@ def answer(
     constrain: str | None = None,
     start: str = "",
     lookup: bool = False,
+    search: Search | None = None,
 ) -> Answer:
     """Answer a prompt about a Pillow image, or about a list of them; boxes and masks are in pixels of the first.
 
@@ -203,11 +211,13 @@ def answer(
     detection.CONVENTIONS, `constrain` one of the grammars of grammar.HELP. The text begins with `start`; with `lookup`
     labels and words that come again are guessed, which changes the time alone. Raises PaliGemmaError if the prompt
     does not fit, if there is no such grammar or no such answer in it, or if the logits are not finite.
+
+    A `search` takes the place of `sampling`, and of the last three; what it finds comes in one piece.
     """
     found = Grammar(constrain, tokenizer) if constrain else None
     answer_questions = partial(
         answer_all, engine, tokenizer, sampling=sampling, boxes=boxes, grammar=found, start=tokenizer.encode(start),
-        lookup=lookup,
+        lookup=lookup, search=search,
     )  # fmt: skip
     pictures = pictures_of(image)
     question = ask(engine, pictures, *fit(engine, tokenizer, prompt, max_new_tokens, len(pictures)))
@@ -220,7 +230,7 @@ def answer(
             on_text(stream.push(int(tokens[0])))
 
     (answered,) = answer_questions([question], on_tokens=show)
-    on_text(stream.close())
+    on_text(answered.text if search else stream.close())
     return answered
 
 
@@ -256,36 +266,47 @@ def answer_all(
     grammar: Grammar | None = None,
     start: Sequence[int] = (),
     lookup: bool = False,
+    search: Search | None = None,
 ) -> list[Answer]:
     """Answer questions in one batch; `seeds` as in `generate`, `on_tokens` is called with each step's tokens [B].
 
     `grammar` and `start` are for all of them, and so is whether tokens are guessed by `generate.look_up`.
-    All have equally many pictures: those of another number go into a batch of their own.
+    All have equally many pictures: those of another number go into a batch of their own. A `search`, such as
+    `partial(beam_search, beams=4)`, takes the place of `sampling` and of what stands behind `boxes`.
     """
     pictures = together(engine, [picture for question in questions for picture in question.pictures])
     prompts = [question.prompt for question in questions]
     new_tokens = np.array([question.new_tokens for question in questions])
-    timings, steps, drawn = Timings(), [], []
+    known, locations, timings = tokenizer.known(), tokenizer.locations(), Timings()
+
+    def answered(question, ids, logprobs, spreads, candidates=()):
+        return Answer(
+            tokenizer.decode(ids), ids, question.pictures[0].width, question.pictures[0].height, boxes, engine.masks,
+            timings, logprobs, beginnings(tokenizer, ids), spreads,
+            [(tokenizer.decode(each.tokens), each.logprob) for each in candidates],
+        )  # fmt: skip
+
+    if search is not None:
+        found = search(engine, pictures, prompts, known, new_tokens, timings, locations)
+        return [
+            answered(question, list(best.tokens), list(best.logprobs), list(best.spreads), [best, *others])
+            for question, (best, *others) in zip(questions, found, strict=True)
+        ]
+    steps, drawn, spread = [], [], []
     for tokens in generate(
-        engine, pictures, prompts, tokenizer.known(), new_tokens, sampling, timings, seeds, drawn, grammar, start,
-        tokenizer.pieces if lookup else None,
+        engine, pictures, prompts, known, new_tokens, sampling, timings, seeds, drawn, grammar, start,
+        tokenizer.pieces if lookup else None, spread, locations,
     ):  # fmt: skip
         steps.append(tokens)
         if on_tokens:
             on_tokens(tokens)
     rows = [ids[:most] for ids, most in zip(answers(steps, engine.config.ends), new_tokens, strict=True)]
     logprobs = None if drawn[0] is None else np.stack(drawn, axis=1)  # [B, steps]
+    spreads = np.stack(spread, axis=1)
     return [
-        Answer(
-            tokenizer.decode(ids),
-            ids,
-            question.pictures[0].width,
-            question.pictures[0].height,
-            boxes,
-            engine.masks,
-            timings,
-            logprobs=None if logprobs is None else logprobs[row, : len(ids)].tolist(),
-            begins=beginnings(tokenizer, ids),
+        answered(
+            question, ids, None if logprobs is None else logprobs[row, : len(ids)].tolist(),
+            spreads[row, : len(ids)].tolist(),
         )
         for row, (ids, question) in enumerate(zip(rows, questions, strict=True))
-    ]
+    ]  # fmt: skip

@@ -22,6 +22,7 @@ from .errors import PaliGemmaError
 from .grammar import Grammar
 from .image import open_image, to_rgb
 from .model.sampling import COLDEST, Sampling
+from .search import search_of
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Options(TypedDict, total=False):
     constrain: str | None  # one of grammar.HELP: nothing else is drawn
     start: str  # what the answer begins with
     lookup: bool  # guess words that come again, which changes the time alone
+    beams: int | None  # follow so many of the likeliest answers (search.beam_search)
+    best_of: int | None  # draw so many, and take the likeliest (search.best_of)
 
 
 class PaliGemma:
@@ -229,7 +232,7 @@ def _how(options: Options) -> dict:
     ):  # fmt: skip
         if not right:
             raise PaliGemmaError(f"{name} is {value!r}, and has to be {what}")
-    return {"sampling": sampling, "boxes": boxes}
+    return {"sampling": sampling, "boxes": boxes, "search": search_of(options)}
 
 
 def _print(text: str) -> None:

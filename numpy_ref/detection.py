@@ -17,11 +17,15 @@ tokens and those of its label. Its mask has one of its own, from its sixteen cod
 text that it begins in. The mean, and not the sum: so a label of three tokens does not make a box less sure than one of
 a single token, and sixteen codes do not come out near zero. A score is in (0, 1]; it is how sure the model is of a
 token of the box, not a calibrated probability that the box is right.
+
+Where the spread of the distribution over location tokens is given (`sampling.location_spread`), a box has an
+uncertainty as well: the standard deviation of each side in pixels, spread / steps x width or height of the picture. It
+is large where the model hesitates between two things far apart: then it says that another may be meant.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -50,7 +54,8 @@ _LABEL_END = re.compile(rf"{_BLANK};(?={_BLANK}|\Z)|;(?={_BLANK}*{_LOCATION})|{_
 class Box:
     """An object found: its label, its corners in pixels of the picture, its 16 mask codes if any.
 
-    `score`, and that of its mask if it has one, are None where the tokens' log-probabilities are not known.
+    `score`, and that of its mask if it has one, are None where the tokens' log-probabilities are not known, and
+    `uncertainty`, of x1, y1, x2 and y2 in pixels, where the spreads are not.
     """
 
     label: str
@@ -61,6 +66,7 @@ class Box:
     codes: tuple[int, ...] = ()
     score: float | None = None
     mask_score: float | None = None
+    uncertainty: tuple[float, float, float, float] | None = None
 
     @property
     def corners(self) -> tuple[float, float, float, float]:
@@ -77,15 +83,18 @@ def parse(
     height: int,
     convention: str = "big_vision",
     logprobs: Sequence[tuple[int, float]] = (),
+    spreads: Mapping[int, float] | None = None,
 ) -> list[Box]:
     """The boxes of an answer, in pixels of a width x height picture; every four location tokens are one.
 
-    They have scores if `logprobs` are given: where in the text each of its tokens begins, and its log-probability.
+    They have scores if `logprobs` are given: where in the text each of its tokens begins, and its log-probability; and
+    uncertainties if `spreads` are: {where a location token begins: the spread of its distribution, in location tokens}.
     """
     steps = CONVENTIONS[convention]
     boxes = []
     for match in _OBJECT.finditer(text):
         y1, x1, y2, x2 = (int(number) / steps for number in re.findall("[0-9]+", match[1]))
+        places = range(match.start(), match.start() + len(match[1]), len("<loc0000>"))  # where its four tokens begin
         codes = [int(number) for number in re.findall("[0-9]+", match[2])][:CODES]
         end = _LABEL_END.search(text, match.end())
         # With the blank before it, which belongs to the token of its first word.
@@ -103,6 +112,7 @@ def parse(
                 tuple(codes) if has_mask else (),
                 score(logprobs, match.span(1), *([label] if words else [])),
                 score(logprobs, mask) if has_mask else None,
+                uncertainty([(spreads or {}).get(place) for place in places], width / steps, height / steps),
             )
         )
     return boxes
@@ -115,6 +125,18 @@ def score(logprobs: Sequence[tuple[int, float]], *spans: tuple[int, int]) -> flo
     """
     found = [logprob for begin, logprob in logprobs if any(first <= begin < end for first, end in spans)]
     return math.exp(math.fsum(found) / len(found)) if found else None
+
+
+def uncertainty(
+    spreads: Sequence[float | None], across: float, down: float
+) -> tuple[float, float, float, float] | None:
+    """Spreads of a box's location tokens as they stand in the text -> pixels, of x1, y1, x2, y2.
+
+    `across` and `down` are the pixels of one location. None unless all four are known.
+    """
+    y1, x1, y2, x2 = (math.nan if spread is None else spread for spread in spreads)
+    found = x1 * across, y1 * down, x2 * across, y2 * down
+    return None if any(map(math.isnan, found)) else found
 
 
 def encode(x1: float, y1: float, x2: float, y2: float) -> str:

@@ -18,7 +18,7 @@ from .errors import PaliGemmaError, plural
 from .image import preprocess
 from .model import paligemma, segmentation
 from .model.layers import Pair
-from .model.sampling import Sampling, log_probability, sample
+from .model.sampling import Sampling, likeliest, location_spread, log_probability, sample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,6 +106,17 @@ class Engine(ABC):
             steps.append(np.array(logits))
         return np.stack(steps, 1), cache
 
+    @abstractmethod
+    def reorder(self, cache: Any, rows: np.ndarray) -> Any:
+        """A cache whose row r is what row rows[r] was: rows int64 [R], in any order, some often and others never.
+
+        The cache that it was made from must not be used any more.
+        """
+
+    def repeat(self, logits: Any, cache: Any, copies: int) -> tuple[Any, Any]:
+        """Each row so many times in a row: logits [B, V] and their cache -> logits [B*copies, V] and a cache."""
+        return logits.repeat(copies, 0), self.reorder(cache, np.arange(len(logits)).repeat(copies))
+
     def preprocess(self, image: "Image.Image") -> np.ndarray:
         """A Pillow image of any size -> pixel values [1, 3, S, S]."""
         return preprocess(image, self.config.vision.image_size, resize=self.resize)
@@ -133,6 +144,16 @@ class Engine(ABC):
     ) -> np.ndarray:  # fmt: skip
         """The tokens alone of `draw`, by the arguments of `sampling.sample`: int64 [B]."""
         return self.draw(logits, known, Sampling(temperature, top_k, top_p), uniform)[0]
+
+    def likeliest(
+        self, logits: Any, among: np.ndarray, count: int, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `sampling.likeliest`, of logits [B, V]: ids [B, count], their log-probabilities, and those of the ends."""
+        return likeliest(logits, among, count, ends)
+
+    def location_spread(self, logits: Any, locations: np.ndarray) -> np.ndarray:
+        """As `sampling.location_spread`: logits as for `draw`, ids of the location tokens [L] -> float32 [B]."""
+        return location_spread(logits.reshape(-1, logits.shape[-1]), locations)
 
     def first_not_finite(
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray
@@ -208,6 +229,9 @@ class NumpyEngine(Engine):
     def decode(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:
         check_room(lengths.max() + 1, cache[0][0].shape[2])
         return paligemma.decode(self.params, self.config, input_ids, lengths, cache)
+
+    def reorder(self, cache: list[Pair], rows: np.ndarray) -> list[Pair]:
+        return [(key[rows], value[rows]) for key, value in cache]
 
     @_quietly
     def extend(self, input_ids: np.ndarray, lengths: np.ndarray, cache: list[Pair]) -> tuple[np.ndarray, list[Pair]]:

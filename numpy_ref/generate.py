@@ -11,9 +11,11 @@ import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from .config import PaliGemmaConfig
 from .engine import Engine, Pictures, pixels_of
 from .errors import PaliGemmaError, plural
 from .grammar import Grammar, State
@@ -53,6 +55,11 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray,
     return input_ids, lengths
 
 
+def pictures_in(config: PaliGemmaConfig, prompt: Sequence[int]) -> int:
+    """How many pictures a prompt has places for; one, if it has none."""
+    return max(1, list(prompt).count(config.image_token) // config.vision.patches)
+
+
 def choose_capacity(engine: Engine, lengths: np.ndarray, max_new_tokens: int | np.ndarray, pictures: int = 1) -> int:
     """Cache slots for the longest prompt and answer (the last token is never fed back); lengths [B].
 
@@ -81,6 +88,7 @@ class _Row:
     state: State | None  # of the grammar, if there is one
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
     guess: list[int] = field(default_factory=list)
     ended: bool = False
 
@@ -89,10 +97,11 @@ class _Row:
         """What is left of the start."""
         return self.start[len(self.ids) :]
 
-    def append(self, token: int, logprob: float, ends: Sequence[int], grammar: Grammar | None) -> None:
+    def append(self, token: int, logprob: float, spread: float, ends: Sequence[int], grammar: Grammar | None) -> None:
         """One more token; and what ends the answer behind it, where the grammar leaves nothing else."""
         self.ids.append(token)
         self.logprobs.append(logprob)
+        self.spreads.append(spread)
         self.ended = token in ends or len(self.ids) == self.most
         if grammar is None or self.state is None or self.ended:
             return
@@ -101,6 +110,7 @@ class _Row:
             self.ended = True
             self.ids += grammar.ends[:1]
             self.logprobs += [math.nan] * len(grammar.ends[:1])  # which the model was not asked for
+            self.spreads += [math.nan] * len(grammar.ends[:1])
 
     def states(self, grammar: Grammar) -> Iterator[tuple[State, int]]:
         """The state behind the last token, and behind each that is guessed; and how many tokens are left there."""
@@ -111,25 +121,37 @@ class _Row:
                 state = grammar.advance(state, token)
 
 
-def check_finite(engine: Engine, finite: np.ndarray, rows: Sequence[_Row], pictures: Pictures) -> None:
+def check_finite(engine: Engine, finite: np.ndarray, rows: Sequence[_Row], pictures: Pictures, copies: int = 1) -> None:
     """Raise PaliGemmaError if logits that are looked at are not finite, and say where they arose.
 
-    `finite` [B, T] says it of those behind each row's last token and its guesses. An engine that has taps runs that row
-    again with one.
+    `finite` [B, T] says it of those behind each row's last token and its guesses. So many `copies` of a row share its
+    pictures.
     """
     for number, row in enumerate(rows):
         looked_at = finite[number, : 1 + len(row.guess)]
-        if row.ended or looked_at.all():
-            continue
-        answered = [*row.ids, *row.guess[: int(looked_at.argmin())]]
-        input_ids, lengths = pad_prompts([[*row.prompt, *answered]], engine.config.pad)
-        prefix = np.array([len(row.prompt)], np.int32)
-        pixel_values = np.split(pixels_of(pictures), len(rows))[number]
-        tap = engine.first_not_finite(pixel_values, input_ids, lengths, prefix)
-        reason = (
-            f"the first value that is not is {tap}" if tap else "export-onnx --verify says in which layer they arise"
-        )
-        raise PaliGemmaError(f"the logits for token {len(answered) + 1} of the answer are not finite numbers; {reason}")
+        if not (row.ended or looked_at.all()):
+            own = np.split(pixels_of(pictures), len(rows) // copies)[number // copies]
+            raise not_finite(engine, own, row.prompt, [*row.ids, *row.guess[: int(looked_at.argmin())]])
+
+
+def not_finite(
+    engine: Engine, pixel_values: np.ndarray, prompt: Sequence[int], answered: Sequence[int]
+) -> PaliGemmaError:
+    """The error for logits that are not finite behind what was answered to a prompt about pixel_values [N, 3, S, S].
+
+    An engine that has taps runs that once more with one, to say where they arose.
+    """
+    input_ids, lengths = pad_prompts([[*prompt, *answered]], engine.config.pad)
+    tap = engine.first_not_finite(pixel_values, input_ids, lengths, np.array([len(prompt)], np.int32))
+    reason = f"the first value that is not is {tap}" if tap else "export-onnx --verify says in which layer they arise"
+    return PaliGemmaError(f"the logits for token {len(answered) + 1} of the answer are not finite numbers; {reason}")
+
+
+def spreads_of(engine: Engine, logits: Any, ids: np.ndarray, locations: np.ndarray | None) -> np.ndarray:
+    """`Engine.location_spread` of logits [B, V], if any of the ids [B, ...] is a location; else NaN: float32 [B]."""
+    if locations is None or not np.isin(ids, locations).any():
+        return np.full(len(ids), np.nan, np.float32)
+    return engine.location_spread(logits, locations)
 
 
 def generate(
@@ -140,11 +162,14 @@ def generate(
     max_new_tokens: int | np.ndarray = 64,
     sampling: Sampling | None = None,
     timings: Timings | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence | None = None,
     logprobs: list[np.ndarray | None] | None = None,
     grammar: Grammar | None = None,
     start: Sequence[int] = (),
     alike: Collection[int] | None = None,
+    spreads: list[np.ndarray] | None = None,
+    locations: np.ndarray | None = None,
+    copies: int = 1,
 ) -> Iterator[np.ndarray]:
     """Yield one token a row [B] at a time until every row has ended or has max_new_tokens, one number or one a row.
 
@@ -155,12 +180,14 @@ def generate(
     step's tokens, [B] or None, before they are yielded; NaN where nothing was drawn.
 
     Of a `grammar` only what it allows is drawn. An answer begins with the ids of `start`, which count among its own.
-    Where `alike` are given, tokens are guessed by `look_up`. Raises PaliGemmaError if the engine has too few positions,
-    if its logits are not finite, or if no answer of the grammar begins with the start or is as short.
+    Where `alike` are given, tokens are guessed by `look_up`. `spreads` gets of each step what `spreads_of` says, [B].
+    Prompts that stand there `copies` times in a row are read once, and their pictures are given once. Raises
+    PaliGemmaError if the engine has too few positions, if its logits are not finite, or if no answer of the grammar
+    begins with the start or is as short.
     """
     config, sampling, timings = engine.config, sampling or Sampling(), timings or Timings()
     input_ids, lengths = pad_prompts(prompts, config.pad)
-    count = max(1, list(prompts[0]).count(config.image_token) // config.vision.patches)
+    count = pictures_in(config, prompts[0])
     capacity = choose_capacity(engine, lengths, max_new_tokens, count)
     rows = []
     for prompt, most in zip(prompts, np.broadcast_to(max_new_tokens, len(prompts)), strict=True):
@@ -170,21 +197,25 @@ def generate(
     numbers, yielded = [_Numbers(len(rows), sampling.seed, seeds, again) for again in (False, True)], 0
 
     started = time.perf_counter()
-    logits, cache = engine.prefill(pictures, input_ids, lengths, capacity)
+    logits, cache = engine.prefill(pictures, input_ids[::copies], lengths[::copies], capacity)
+    if copies > 1:
+        logits, cache = engine.repeat(logits, cache, copies)
     timings.prefill_s = time.perf_counter() - started
     for step in itertools.count():
         on_host = isinstance(logits, np.ndarray)
         if on_host:
             finite = np.isfinite(logits).all(-1).reshape(len(rows), -1)
-            check_finite(engine, finite, rows, pictures)
+            check_finite(engine, finite, rows, pictures, copies)
         started = time.perf_counter()
         tokens, found = _draw_behind(engine, logits, known, sampling, rows, grammar, numbers)
+        spread = spreads_of(engine, logits, tokens.reshape(-1), locations).reshape(tokens.shape)
         if not on_host:  # a device was still at work on them, and this the wait for it
             timings.add_wait(step, time.perf_counter() - started)
             if found is not None:  # all that comes to the host of them; to look at the others were one more wait
-                check_finite(engine, np.isfinite(found), rows, pictures)
+                check_finite(engine, np.isfinite(found), rows, pictures, copies)
         for number, row in enumerate(rows):
-            taken = _take(row, tokens[number], None if found is None else found[number], config.ends, grammar)
+            own = None if found is None else found[number]
+            taken = _take(row, tokens[number], own, spread[number], config.ends, grammar)
             if step:
                 lengths[number] += taken
                 timings.decode_tokens += taken
@@ -194,6 +225,8 @@ def generate(
             if logprobs is not None:
                 each = [row.logprobs[place] if place < len(row.ids) else math.nan for row in rows]
                 logprobs.append(None if found is None else np.array(each, np.float32))
+            if spreads is not None:
+                spreads.append(np.array([row.spreads[place] if place < len(row.ids) else math.nan for row in rows]))
             yield np.array([row.ids[place] if place < len(row.ids) else config.pad for row in rows])
         yielded = until
         if not alive:
@@ -218,19 +251,19 @@ def generate(
         timings.passes += 1
 
 
-def _take(row, tokens, logprobs, ends, grammar) -> int:
+def _take(row, tokens, logprobs, spreads, ends, grammar) -> int:
     """Take in what was drawn behind a row's last token and its guesses [T], up to the first that was not guessed.
 
     How many tokens that is.
     """
     before = len(row.ids)
-    for token, logprob, guess in zip(
-        tokens.tolist(), itertools.repeat(math.nan) if logprobs is None else logprobs.tolist(), [*row.guess, None],
-        strict=False,
+    for token, logprob, spread, guess in zip(
+        tokens.tolist(), itertools.repeat(math.nan) if logprobs is None else logprobs.tolist(), spreads.tolist(),
+        [*row.guess, None], strict=False,
     ):  # fmt: skip
         if row.ended:
             break
-        row.append(token, logprob, ends, grammar)
+        row.append(token, logprob, spread, ends, grammar)
         if token != guess:
             break
     return len(row.ids) - before
@@ -311,7 +344,7 @@ class _Numbers:
     With `again`, others, for what is drawn a second time.
     """
 
-    def __init__(self, rows: int, seed: int, seeds: Sequence[int] | None, again: bool):
+    def __init__(self, rows: int, seed: int, seeds: Sequence | None, again: bool):
         self.rows, self.numbers, self.is_shared = rows, [], seeds is None
         generators = [np.random.default_rng(each) for each in ([seed] if seeds is None else seeds)]
         self.generators = [each.spawn(1)[0] for each in generators] if again else generators

@@ -41,6 +41,10 @@ class Fixed(Engine):
     def decode(self, input_ids, lengths, step):
         return self.logits(step), step + 1
 
+    def reorder(self, step, rows):
+        self.rows = [self.rows[row] for row in rows]
+        return step
+
     def logits(self, step):
         logits = np.zeros((len(self.rows), CONFIG.text.vocab), np.float32)
         for row, tokens in zip(logits, self.rows, strict=True):

@@ -76,15 +76,22 @@ def alike(found, expected):
     """Whether rows are the same, but for the rounding of numbers that tell how likely tokens were."""
 
     def without(rows):
-        return [row | {"logprobs": None, "boxes": [{**box, "score": None, "mask_score": None} for box in row["boxes"]]}
-                for row in rows]  # fmt: skip
+        unknown = {"score": None, "mask_score": None, "uncertainty": None}
+        return [row | {"logprobs": None, "boxes": [{**box, **unknown} for box in row["boxes"]]} for row in rows]
 
     def numbers(rows):
         scores = ("score", "mask_score")
         boxes = [box[name] for row in rows for box in row["boxes"] for name in scores if name in box]
         return [*boxes, *(logprob for row in rows for logprob in row["logprobs"])]
 
-    return without(found) == without(expected) and numbers(found) == pytest.approx(numbers(expected), abs=1e-4)
+    def pixels(rows):
+        return [side for row in rows for box in row["boxes"] for side in box["uncertainty"]]
+
+    return (
+        without(found) == without(expected)
+        and numbers(found) == pytest.approx(numbers(expected), abs=1e-4)
+        and pixels(found) == pytest.approx(pixels(expected), rel=1e-3, abs=1e-3)
+    )
 
 
 def refused(capsys, source, output, *options, **prompt):

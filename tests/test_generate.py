@@ -42,6 +42,10 @@ class Script(Engine):
         self.lengths.append(lengths.tolist())
         return self.logits(step), step + 1
 
+    def reorder(self, step, rows):
+        self.rows = [self.rows[row] for row in rows]
+        return step
+
 
 def run(engine, *prompt_sizes, **options):
     prompts, pictures = [[5] * n for n in prompt_sizes], np.zeros((len(prompt_sizes), 3, 1, 1))
@@ -144,6 +148,9 @@ class Scripted(Engine):
 
     def decode(self, input_ids, lengths, cache):
         return self.logits(), None
+
+    def reorder(self, cache, rows):
+        raise NotImplementedError
 
     def logits(self):
         return np.eye(self.config.text.vocab)[[next(self.tokens)]]

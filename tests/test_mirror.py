@@ -88,7 +88,10 @@ EXPORTED = [
     for file, name in CASES
     if (file != "contrastive" and name not in NOT_EXPORTED) or (file, name) == ("siglip", "encoder")
 ]
-EXPORTED += [("sampling", name) for name in ("sample", "log_probability", "keep_top_p", "invert_cdf")]
+EXPORTED += [
+    ("sampling", name)
+    for name in ("sample", "log_probability", "likeliest", "location_spread", "keep_top_p", "invert_cdf")
+]
 
 
 @pytest.mark.parametrize(("file", "name"), CASES)

@@ -171,6 +171,9 @@ def test_rows_that_have_ended_may_say_anything(tmp_path):
             logits[0] = np.nan
             return logits, None
 
+        def reorder(self, cache, rows):
+            raise NotImplementedError
+
     assert len(ask_rows(Ended(replace(CONFIG, eos=1)), 2)) == 3
     with pytest.raises(PaliGemmaError, match=r"token 2 .* export-onnx --verify"):
         ask_rows(Ended(replace(CONFIG, eos=9)), 2)

@@ -161,6 +161,8 @@ def test_every_engine_says_the_same(current, tokenizer):
             assert [box.score for box in found.boxes] == pytest.approx(
                 [box.score for box in expected.boxes], abs=BUDGET
             )
+            for box, other in zip(found.boxes, expected.boxes, strict=True):
+                assert box.uncertainty == pytest.approx(other.uncertainty, rel=1e-3, abs=BUDGET)
             masks = [[box.mask_score for box in each.boxes if box.codes] for each in (found, expected)]
             assert masks[0] == pytest.approx(masks[1], abs=BUDGET)
             assert masks[0] if prompt == "segment star" else not masks[0]
@@ -177,7 +179,9 @@ def test_an_older_bundle_answers_as_before(old, current, tokenizer):
     assert found.tokens == expected.tokens
     assert found.logprobs is None
     assert list(found.as_json()) == ["text", "tokens", "boxes"]
-    assert [list(box) for box in found.as_json()["boxes"]] == [["label", "x1", "y1", "x2", "y2"]] * len(found.boxes)
+    assert [list(box) for box in found.as_json()["boxes"]] == [["label", "x1", "y1", "x2", "y2", "uncertainty"]] * len(
+        found.boxes
+    )
 
 
 def test_logits_that_stay_on_a_device_are_noticed_if_they_are_not_finite(current, tokenizer, monkeypatch):
@@ -231,8 +235,10 @@ def test_scores_by_hand(tokenizer):
     assert ring.mask_score is None
     plain = found.as_json()
     assert list(plain) == ["text", "tokens", "logprobs", "boxes"]
-    assert list(plain["boxes"][0]) == ["label", "x1", "y1", "x2", "y2", "codes", "score", "mask_score"]
-    assert list(plain["boxes"][1]) == ["label", "x1", "y1", "x2", "y2", "score"]
+    assert list(plain["boxes"][0]) == [
+        "label", "x1", "y1", "x2", "y2", "codes", "score", "mask_score", "uncertainty",
+    ]  # fmt: skip
+    assert list(plain["boxes"][1]) == ["label", "x1", "y1", "x2", "y2", "score", "uncertainty"]
     assert plain["logprobs"] == [round(each, 6) for each in found.logprobs]
     assert replace(found, width=400).boxes[0].score == star.score
 
@@ -270,6 +276,55 @@ def test_beginnings_of_characters_of_several_tokens(tokenizer):
     pieces = [tokenizer.decode([token]) for token in ids]
     assert pieces == ["\N{REPLACEMENT CHARACTER}"] * 6 + [" star"]
     assert beginnings(tokenizer, ids) == [0, 0, 1, 1, 1, 1, 2]
+
+
+# --- uncertainty -------------------------------------------------------------------------------------------
+
+
+class Hesitant(Fixed):
+    """An engine whose n-th token is as likely as the next but n + 1 location tokens above and below."""
+
+    def logits(self, step):
+        logits = super().logits(step)
+        (best,) = logits.argmax(-1)
+        logits[:] = -1e4
+        away = step + 1
+        logits[0, [best - away, best, best + away]] = [0, 1e-3, 0]  # the middle one is drawn
+        return logits
+
+
+def test_uncertainty_by_hand(tokenizer):
+    """Three places, equally likely and d apart: a standard deviation of d sqrt(2/3) locations."""
+    ids = tokenizer.encode("<loc0100><loc0200><loc0300><loc0400>")
+    found = answer(Hesitant(ids), tokenizer, Image.new("RGB", (2046, 1023)), "detect star")
+    assert found.text == "<loc0100><loc0200><loc0300><loc0400>"
+    unit = math.sqrt(2 / 3)
+    assert found.spreads == pytest.approx([unit, 2 * unit, 3 * unit, 4 * unit], rel=1e-3)
+    (box,) = found.boxes  # y1, x1, y2, x2 in the text; two pixels a location across, and one down
+    assert box.uncertainty == pytest.approx((4 * unit, unit, 8 * unit, 3 * unit), rel=1e-3)
+    assert box.as_json()["uncertainty"] == box.uncertainty
+    (larger,) = replace(found, width=4092).boxes
+    assert larger.uncertainty == pytest.approx((8 * unit, unit, 16 * unit, 3 * unit), rel=1e-3)
+    (other,) = replace(found, convention="huggingface").boxes
+    assert other.uncertainty[1] == pytest.approx(box.uncertainty[1] * 1023 / 1024)
+
+
+def test_a_box_is_uncertain_where_all_four_spreads_are_known():
+    text = f"a {PLACE} star ; {OTHER}"
+    first, second = 2, text.index(OTHER)
+    spreads = {place + 9 * i: float(i + 1) for place in (first, second) for i in range(4)}
+    boxes = detection.parse(text, 1023, 1023, spreads=spreads)
+    assert [box.uncertainty for box in boxes] == [(2.0, 1.0, 4.0, 3.0)] * 2
+    for missing in ({}, {**spreads, second: math.nan}):
+        assert detection.parse(text, 1023, 1023, spreads=missing)[1].uncertainty is None
+    del spreads[first]
+    assert [box.uncertainty is None for box in detection.parse(text, 9, 9, spreads=spreads)] == [True, False]
+
+
+def test_a_tokenizer_knows_its_locations(tokenizer):
+    ids = tokenizer.locations()
+    assert [tokenizer.decode([ids[i]]) for i in (0, 7, 1023)] == ["<loc0000>", "<loc0007>", "<loc1023>"]
+    assert len(ids) == 1024
 
 
 def test_boxes_of_a_text_alone_have_no_scores():

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -556,10 +557,15 @@ def test_evaluating_and_drawing_from_the_command_line(tmp_path):
     result = subprocess.run([*modules["evaluate"], "--scenes", "3", "--json"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found.keys() == {"caption", "answer", "detect_f1", "segment_miou", "compositional"}
+    assert found.keys() == {"caption", "answer", "detect_f1", "segment_miou", "confidence", "compositional"}
     assert found["compositional"].keys() == found.keys() - {"compositional"}
     table = subprocess.run([*modules["evaluate"], "--scenes", "3"], capture_output=True, text=True).stdout
     assert f"{found['caption']:.1%}" in table
+    assert found["confidence"].keys() == found["compositional"]["confidence"].keys() == {"caption", "answer", "detect"}
+    precision = found["confidence"]["detect"]["average_precision"]
+    assert re.search(rf"^average precision +{precision:.1%}$", table, re.MULTILINE)
+    rows = found["confidence"]["answer"]["reliability"]
+    assert sum(row["count"] for row in rows) == 3
     drawn = subprocess.run(
         [*modules["gallery"], tmp_path / "out.png", "--columns", "1"], capture_output=True, text=True
     )

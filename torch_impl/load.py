@@ -115,6 +115,10 @@ class ModuleEngine(Engine):
         return upcast(logits).numpy(), cache
 
     @torch.inference_mode()
+    def reorder(self, cache: list[Pair], rows: np.ndarray) -> list[Pair]:
+        return [(key[rows], value[rows]) for key, value in cache]
+
+    @torch.inference_mode()
     def first_not_finite(
         self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, prefix_lengths: np.ndarray
     ) -> str | None:

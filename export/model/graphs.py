@@ -143,6 +143,57 @@ def sample_model(known: np.ndarray, on_device: bool = False, constrained: bool =
     return _model(builder)
 
 
+def reorder_model(config: PaliGemmaConfig, dtype: DataType) -> ir.Model:
+    """A cache with its rows in another order: past_key_values.{i}.key and .value, rows -> present.{i}.key, .value."""
+    builder = _builder("reorder")
+    rows = builder.input("rows", DataType.INT64, ["R"])
+    for name in (f"{i}.{kind}" for i in range(config.text.depth) for kind in ("key", "value")):
+        past = builder.input(f"past_key_values.{name}", dtype, _cache_shape(config))
+        present = builder.op.Gather(past, rows, axis=0)
+        present.dtype, present.shape = dtype, ir.Shape(["R", *_cache_shape(config)[1:]])
+        builder.add_output(present, f"present.{name}")
+    return _model(builder)
+
+
+def repeat_model(vocab: int) -> ir.Model:
+    """logits [B, V] in another order, or some of them several times: logits, rows -> repeated."""
+    builder = _builder("repeat")
+    logits, rows = builder.input("logits", DataType.FLOAT, ["B", vocab]), builder.input("rows", DataType.INT64, ["R"])
+    repeated = builder.op.Gather(logits, rows, axis=0)
+    repeated.dtype, repeated.shape = DataType.FLOAT, ir.Shape(["R", vocab])
+    builder.add_output(repeated, "repeated")
+    return _model(builder)
+
+
+def likeliest_model(vocab: int) -> ir.Model:
+    """`sampling.likeliest`: logits, among, count, ends -> ids, logprobs, ended."""
+    builder = _builder("likeliest")
+    logits, among = (
+        builder.input("logits", DataType.FLOAT, ["B", vocab]),
+        builder.input("among", DataType.BOOL, [vocab]),
+    )
+    count, ends = builder.input("count", DataType.INT64, [1]), builder.input("ends", DataType.INT64, ["E"])
+    ids, logprobs, ended = sampling.likeliest(_op(builder), logits, among, count, ends)
+    for value, name, dtype, size in (
+        (ids, "ids", DataType.INT64, "N"), (logprobs, "logprobs", DataType.FLOAT, "N"),
+        (ended, "ended", DataType.FLOAT, "E"),
+    ):  # fmt: skip
+        value.dtype, value.shape = dtype, ir.Shape(["B", size])
+        builder.add_output(value, name)
+    return _model(builder)
+
+
+def spread_model(vocab: int, locations: np.ndarray) -> ir.Model:
+    """`sampling.location_spread`: logits -> spread. `locations` [L]: the ids of the location tokens."""
+    builder = _builder("spread")
+    logits = builder.input("logits", DataType.FLOAT, ["B", vocab])
+    ids = builder.initializer(ir.tensor(np.asarray(locations, np.int64), name="locations"), "locations")
+    spread = sampling.location_spread(_op(builder), logits, ids)
+    spread.dtype, spread.shape = DataType.FLOAT, ir.Shape(["B"])
+    builder.add_output(spread, "spread")
+    return _model(builder)
+
+
 def describe(model: ir.Model) -> dict:
     """The inputs and outputs of a model as plain data, for bundle.json."""
 

@@ -42,6 +42,26 @@ def log_probability(op: Op, logits: Value, token: Value) -> Value:
     return op.Squeeze(chosen, [1])
 
 
+def likeliest(op: Op, logits: Value, among: Value, count: Value, ends: Value) -> tuple[Value, Value, Value]:
+    """The ids of the highest log-probabilities among some, falling; `count` is how many, an array of one.
+
+    logits [B, V], ends [E], among [V] bool -> int64 [B, M], float32 [B, M], float32 [B, E].
+    """
+    logprobs = op.LogSoftmax(logits, axis=-1)
+    # Ranked by logits, as the draw ranks them: nothing is rounded there that makes two of them equal.
+    _, ranked = op.TopK(op.Where(among, logits, -math.inf), count, axis=-1, _outputs=2)
+    return ranked, op.GatherElements(logprobs, ranked, axis=1), op.Gather(logprobs, ends, axis=1)
+
+
+def location_spread(op: Op, logits: Value, locations: Value) -> Value:
+    """The standard deviation of a location: logits [B, V], locations [L] -> float32 [B]."""
+    size = op.Squeeze(op.Shape(locations), [0])
+    places = op.Cast(op.Range(0, size, 1), to=DataType.FLOAT)
+    weights = softmax(op, op.Gather(logits, locations, axis=1))
+    away = op.Sub(places, op.ReduceSum(op.Mul(weights, places), [-1]))
+    return op.Sqrt(op.ReduceSum(op.Mul(weights, op.Mul(away, away)), [-1], keepdims=0))
+
+
 def keep_top_p(op: Op, weights: Value, top_p: Value) -> Value:
     """Zero what top-p cuts off: weights [B, K], falling, of sum one -> [B, K]."""
     before = op.CumSum(weights, 1, exclusive=1)

@@ -23,6 +23,7 @@ from numpy_ref.model.sampling import Sampling
 
 from ..bundle import WITH_WEIGHTS, Bundle
 from ..bundle.weights import FILE
+from ..model import graphs
 from ..model.paligemma import FEATURES
 from ..runtime import run_options
 from . import cuda
@@ -31,6 +32,7 @@ from .provider import CUDA
 
 SHARED_FROM = 2**20  # bytes; smaller weights are not worth a place of their own
 CAPTURED = ("decode", "sample_device")
+WITHOUT_WAIT = "disable_synchronize_execution_providers"
 
 
 class DeviceSession(Session):
@@ -54,6 +56,7 @@ class DeviceSession(Session):
         self._shared: dict[str, onnxruntime.OrtValue] = {}
         self._stream, self._caches, self._options = 0, {}, {}
         self._owners = WeakKeyDictionary()  # logits -> a weak reference to the cache that they came with
+        self._among, self._spreads = None, {}
         super().__init__(bundle, provider, threads, provider_options, in_halves)
 
     def draw(
@@ -98,6 +101,50 @@ class DeviceSession(Session):
                 "it again"
             )
         return super().extend(input_ids, lengths, cache)
+
+    def repeat(self, logits: onnxruntime.OrtValue, cache: Cache, copies: int) -> tuple[onnxruntime.OrtValue, Cache]:
+        """Logits on the device and their cache, each row so many times in a row."""
+        rows = np.arange(cache.batch).repeat(copies)
+        repeated = self.reorder(cache, rows)
+        binding = self._repeat.io_binding()
+        binding.bind_cpu_input("rows", rows)
+        binding.bind_ortvalue_input("logits", logits)
+        binding.bind_ortvalue_output("repeated", repeated.logits)
+        self._repeat.run_with_iobinding(binding, self._unwaited)
+        return self._logits(repeated), repeated
+
+    def likeliest(
+        self, logits: onnxruntime.OrtValue, among: np.ndarray, count: int, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As every engine's, from logits on the device; `count` and `ends` say how much comes back."""
+        if self._among is None or not np.array_equal(self._among.numpy(), among):
+            self._among = onnxruntime.OrtValue.ortvalue_from_numpy(among, self.device, self.device_id)
+        binding = self._likeliest.io_binding()
+        binding.bind_ortvalue_input("logits", logits)
+        binding.bind_ortvalue_input("among", self._among)
+        binding.bind_cpu_input("count", np.array([count], np.int64))
+        binding.bind_cpu_input("ends", ends)
+        ids, logprobs, ended = self._to_host(self._likeliest, binding, "ids", "logprobs", "ended")
+        return ids, logprobs, ended
+
+    def location_spread(self, logits: onnxruntime.OrtValue, locations: np.ndarray) -> np.ndarray:
+        """As every engine's, from logits on the device."""
+        key = locations.tobytes()
+        if key not in self._spreads:
+            self._spreads[key] = self._made(graphs.spread_model(self.config.text.vocab, locations))
+        *rows, vocab = logits.shape()
+        binding, where = self._spreads[key].io_binding(), (self.device, self.device_id)
+        binding.bind_input("logits", *where, np.float32, [math.prod(rows), vocab], logits.data_ptr())
+        (spread,) = self._to_host(self._spreads[key], binding, "spread")
+        return spread
+
+    def _to_host(self, opened, binding, *names):
+        """Run a small graph, and copy its outputs to the host."""
+        for name in names:
+            binding.bind_output(name, "cpu")
+        with self._room():
+            opened.run_with_iobinding(binding, RUN)
+        return binding.copy_outputs_to_cpu()
 
     def _draw_of(self, logits, is_constrained):
         """Kept on the cache, so that it goes with it: a binding holds what is bound to it."""
@@ -147,17 +194,20 @@ class DeviceSession(Session):
         self._owners[logits] = ref(cache)
         return logits
 
-    def _cache(self, batch, capacity):
+    def _cache(self, batch, capacity, instead_of=None):
         if not self.captures:
             return super()._cache(batch, capacity)
         check_room(capacity, self.max_length)
         size = min(self.max_length, 2 ** (capacity - 1).bit_length())
-        if (batch, size) not in self._caches:
-            self._caches[batch, size] = Cache(self, batch, size)
-        return self._caches[batch, size]
+        made = self._caches.setdefault((batch, size), [])  # two, where a search goes from one to the other and back
+        free = next((cache for cache in made if cache is not instead_of), None)
+        if free is None:
+            free = Cache(self, batch, size)
+            made.append(free)
+        return free
 
     def _run_options(self, made):
-        return self._options_for(made.batch, made.capacity) if isinstance(made, Cache) else self._options_for()
+        return self._options_for(made) if isinstance(made, Cache) else self._options_for()
 
     def _options_for(self, *graph):
         """How to run a graph; a captured one by a number of its own, the same for what is equal. None: not captured."""
@@ -165,7 +215,7 @@ class DeviceSession(Session):
         if graph not in self._options:
             entries = {}
             if self._stream:  # what comes next is on the same stream, and waits there
-                entries["disable_synchronize_execution_providers"] = "1"
+                entries[WITHOUT_WAIT] = "1"
             if self.captures:
                 entries["gpu_graph_id"] = str(len(self._options)) if graph else "-1"
             self._options[graph] = run_options(entries)
@@ -200,6 +250,18 @@ class DeviceSession(Session):
                 "it again"
             )
         return self._open("constrain", 1)
+
+    @cached_property
+    def _repeat(self):
+        return self._made(graphs.repeat_model(self.config.text.vocab))
+
+    @cached_property
+    def _likeliest(self):
+        return self._made(graphs.likeliest_model(self.config.text.vocab))
+
+    @cached_property
+    def _unwaited(self):
+        return run_options({WITHOUT_WAIT: "1"} if self._stream else {})
 
 
 class Draw:

@@ -26,6 +26,7 @@ from numpy_ref.model.segmentation import CELLS, SIDE
 from .. import bundle as bundles
 from ..bundle import Bundle, prepack
 from ..bundle.weights import FLOATS, stream_dtype
+from ..model import graphs
 from ..model.paligemma import FEATURES
 from ..runtime import run_options, session_options
 from . import cuda
@@ -173,6 +174,20 @@ class Session(Engine):
             self._extend.run_with_iobinding(extension.binding, self._run_options(extension))
         return self._logits(cache, extension), cache
 
+    def reorder(self, cache: "Cache", rows: np.ndarray) -> "Cache":
+        """A cache whose row r is row rows[r] of this one, which may be used again for another from then on."""
+        if np.array_equal(rows, np.arange(cache.batch)):
+            return cache
+        with self._room():
+            reordered = self._cache(len(rows), cache.capacity, cache)
+            binding = self._reorder.io_binding()
+            binding.bind_cpu_input("rows", np.ascontiguousarray(rows, np.int64))
+            for name, buffer in cache.buffers.items():
+                binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+                binding.bind_ortvalue_output(f"present.{name}", reordered.buffers[name])
+            self._reorder.run_with_iobinding(binding, self._unwaited)
+        return reordered
+
     def buffer(self, shape: Sequence[int], dtype: type | int) -> onnxruntime.OrtValue:
         """Memory where this session runs, as an OrtValue."""
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, self.device, self.device_id)
@@ -191,11 +206,27 @@ class Session(Engine):
     def _logits(self, cache, made=None):
         return (made or cache).logits.numpy().copy()  # on the CPU .numpy() is a view of the buffer
 
-    def _cache(self, batch, capacity):
+    def _cache(self, batch, capacity, instead_of=None):
+        """A cache that is not `instead_of`."""
         return Cache(self, batch, capacity)
 
     def _run_options(self, cache):
         return RUN
+
+    @property
+    def _unwaited(self):
+        """How to run a graph whose outputs stay on the device, where what reads them is behind it."""
+        return RUN
+
+    @cached_property
+    def _reorder(self):
+        return self._made(graphs.reorder_model(self.config, stream_dtype(self.bundle.description.precision)))
+
+    def _made(self, model):
+        """A small graph that is not in the bundle, opened where the session runs."""
+        on_device = self.provider == CUDA
+        providers = [(CUDA, self._provider_options_of(model.graph.name)), CPU] if on_device else [CPU]
+        return onnxruntime.InferenceSession(graphs.serialize(model), session_options({}, 1), providers=providers)
 
     @cached_property  # here as below, two threads that come first together both open it, and either's does
     def _extend(self):

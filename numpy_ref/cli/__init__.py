@@ -16,6 +16,7 @@ from ..answer import Answer
 from ..api import BATCH, Options, PaliGemma
 from ..errors import PaliGemmaError, explained, one_line, plural
 from ..image import TRANSPARENCIES, open_image
+from ..search import MOST, search_of
 from . import inputs, streams
 from .drawing import check_drawing, write_drawing
 from .options import Parser, real, temperature, whole
@@ -109,6 +110,12 @@ def parser(prog: str, model: str, description: str) -> Parser:
     options.add_argument(
         "--score", metavar="ANSWER", help="print the log-probability of this answer, its end included, and draw none"
     )
+    options.add_argument(
+        "--beams", type=whole(2, MOST), metavar="N", help="beam search: follow the N likeliest answers"
+    )
+    options.add_argument(
+        "--best-of", type=whole(2, MOST), metavar="N", help="draw N answers, by --temperature, and take the likeliest"
+    )
     options.add_argument("--json", action="store_true", help="print a JSON object a prompt, one a line")
     options.add_argument(
         "--draw", type=Path, metavar="OUT.png", help="draw the boxes and masks of one prompt over the first picture"
@@ -168,9 +175,11 @@ def parse(options: Parser, argv: Sequence[str] | None = None) -> argparse.Namesp
     if arguments.constrain is not None:
         grammar.expression(arguments.constrain)  # here already, before a model is loaded
     if arguments.score is not None:
-        for name in ("constrain", "start", "lookup", "draw"):
+        for name in ("constrain", "start", "lookup", "draw", "beams", "best_of"):
             if getattr(arguments, name):
-                raise PaliGemmaError(f"--score draws no answer, so --{name} has nothing to do; leave one of them out")
+                given = _option(name)
+                raise PaliGemmaError(f"--score draws no answer, so {given} has nothing to do; leave one of them out")
+    search_of(vars(arguments), _option)  # here already as well
     for option in ("draw", "heatmap", "trace"):
         if not (value := getattr(arguments, option, None)):
             continue
@@ -180,6 +189,10 @@ def parse(options: Parser, argv: Sequence[str] | None = None) -> argparse.Namesp
             check_drawing(value, arguments.images)
     any(warn_of_prompt(options.prog, prompt) for prompt in arguments.prompts)  # of the first that is odd
     return arguments
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def answer(

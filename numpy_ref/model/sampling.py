@@ -54,6 +54,38 @@ def log_probability(logits: Array, token: Array) -> Array:
     return chosen - np.log(np.exp(shifted).sum(-1))
 
 
+def likeliest(logits: Array, among: Array, count: int, ends: Array) -> tuple[Array, Array, Array]:
+    """The ids of the `count` highest log-probabilities `among` some, falling; and what the `ends` have.
+
+    logits [B, V], ends [E], among [V] bool -> int64 [B, M], float32 [B, M], float32 [B, E]. Log-probabilities are as
+    in `log_probability`; among equal ones the smaller id comes first.
+    """
+    logits = logits.astype(np.float32)
+    logprobs = logits - logits.max(-1, keepdims=True)
+    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
+    # By logits, as `sample` ranks them: the log-softmax rounds, and may make two equal.
+    ranked = np.stack([_highest(row, count) for row in np.where(among, logits, np.float32(-np.inf))])
+    return ranked, np.take_along_axis(logprobs, ranked, -1), logprobs[:, ends]
+
+
+def _highest(row, count):
+    """Where the `count` highest numbers are: sorting these alone is quicker than sorting a vocabulary."""
+    least = np.partition(row, -count)[-count]
+    found = np.flatnonzero(~(row < least))  # a NaN among them
+    return found[np.argsort(-row[found], kind="stable")[:count]]
+
+
+def location_spread(logits: Array, locations: Array) -> Array:
+    """The standard deviation of a location, in location tokens: logits [B, V], locations [L] -> float32 [B].
+
+    sqrt(sum p_i (i - m)^2) with m = sum p_i i, where p is the softmax of the logits of the location tokens alone, whose
+    ids are `locations` in rising order of place.
+    """
+    weights, places = softmax(logits[:, locations].astype(np.float32)), np.arange(len(locations), dtype=np.float32)
+    away = places - (weights * places).sum(-1, keepdims=True)
+    return np.sqrt((weights * away * away).sum(-1))
+
+
 def keep_top_p(weights: Array, top_p: float) -> Array:
     """Zero what top-p cuts off (Holtzman et al. 2020): weights [B, K], falling, of sum one -> [B, K].
 

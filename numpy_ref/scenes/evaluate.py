@@ -13,7 +13,7 @@ from .. import detection, scenes
 from ..answer import Answer, Question, answer_all, ask, fit
 from ..engine import Engine
 from ..tokenizer import Tokenizer
-from . import questions
+from . import confidence, questions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +23,7 @@ NEW_TOKENS = 48
 DRAWN_AT = 224  # pixels a side of the pictures
 MASKED_AT = 256  # and of the masks that are compared
 SCORES = {"caption": "caption", "answer": "answer", "detect": "detect_f1", "segment": "segment_miou"}
+CONFIDENT = ("caption", "answer", "detect")  # tasks of which an answer, or a box, is right or wrong
 
 
 def held_out(seed: int, count: int, task: str, compositional: bool = False) -> list[questions.Question]:
@@ -31,19 +32,23 @@ def held_out(seed: int, count: int, task: str, compositional: bool = False) -> l
     return [questions.random_question(rng, lambda mask, box: "", task, compositional) for _ in range(count)]
 
 
-def measure(engine: Engine, tokenizer: Tokenizer, seed: int, count: int) -> dict:
+def measure(engine: Engine, tokenizer: Tokenizer, seed: int, count: int, with_confidence: bool = False) -> dict:
     """Fractions right on both splits, over `count` scenes a task.
 
     caption and answer by exact match; detect_f1 by boxes of the right label at an IoU of a half; segment_miou by the
-    mean IoU of the painted mask with what is to be seen of the thing, 0 where no mask was found.
+    mean IoU of the painted mask with what is to be seen of the thing, 0 where no mask was found. If asked for,
+    `confidence` has what `confident` says of each task.
     """
 
     def split(compositional):
-        results = {}
+        results, confidences = {}, {}
         for task, name in SCORES.items():
             asked = held_out(seed, count, task, compositional)
-            results[name] = round(score(task, answer_questions(engine, tokenizer, asked, task), asked), 4)
-        return results
+            found = answer_questions(engine, tokenizer, asked, task)
+            results[name] = round(score(task, found, asked), 4)
+            if task in CONFIDENT and all(answer.logprobs is not None for answer in found):
+                confidences[task] = confident(task, found, asked)
+        return results | ({"confidence": confidences} if with_confidence else {})
 
     return {**split(False), "compositional": split(True)}
 
@@ -79,6 +84,19 @@ def score(task: str, answers: list[Answer], asked: list[questions.Question]) -> 
     if task == "segment":
         return float(np.mean([mask_iou(answer, question) for answer, question in pairs]))
     return float(np.mean([answer.text == question.suffix for answer, question in pairs]))
+
+
+def confident(task: str, answers: list[Answer], asked: list[questions.Question]) -> dict:
+    """How right the answers to a task are where they are confident.
+
+    The confidence of a box is its score, and that of a text the probability of all its tokens, exp of the sum of their
+    log-probabilities.
+    """
+    if task == "detect":
+        boxes = [replace(answer, width=1, height=1).boxes for answer in answers]
+        return confidence.of_boxes(boxes, [detection.parse(question.suffix, 1, 1) for question in asked])
+    right = [answer.text == question.suffix for answer, question in zip(answers, asked, strict=True)]
+    return confidence.of_answers([float(np.exp(np.sum(answer.logprobs or 0.0))) for answer in answers], right)
 
 
 def mask_iou(answer: Answer, question: questions.Question) -> float:

@@ -220,6 +220,11 @@ class Tokenizer:
         images = [self.config.image_token] * (pictures * self.config.vision.patches)
         return [*images, self.config.bos, *self.encode(prefix), *self.newline]
 
+    def locations(self) -> np.ndarray | None:
+        """The ids of the location tokens, in rising order of place: int64 [1024]; None if it has not all of them."""
+        found = [self.content.get(piece) for piece in LOCATIONS]
+        return None if None in found else np.array(found)
+
     def known(self) -> np.ndarray:
         """Which rows of the vocabulary may be drawn: [V] bool."""
         return known_ids(self.config, self.size)
