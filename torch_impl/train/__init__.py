@@ -43,6 +43,11 @@ def main(argv=None):
         help="keep a share of the pictures of --data, or take another file, to measure on ten times on the way; the "
         "best weights are saved in place of the last",
     )  # fmt: skip
+    options.add_argument(
+        "--augment",
+        action="store_true",
+        help="show pictures moved, zoomed and in other light each time, their boxes too",
+    )
     options.add_argument("--test", type=Path, metavar="FILE.jsonl", help="measure the result on these lines, once")
     options.add_argument(
         "--plan", action="store_true", help="say what memory and time it takes, by two measured steps; write nothing"
