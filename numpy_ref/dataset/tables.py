@@ -24,7 +24,9 @@ def read(files: list[Path], options: Options, problem: Problem) -> Iterator[Row]
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise PaliGemmaError(f"{files[0]}: reading it needs pyarrow: pip install pyarrow") from None
+        raise PaliGemmaError(
+            f"{files[0]}: reading it needs pyarrow (the extra `parquet`): pip install pyarrow"
+        ) from None
     for file in files:
         try:
             table = parquet.ParquetFile(file, memory_map=True)

@@ -19,7 +19,7 @@ from numpy_ref.checkpoint import hub
 from numpy_ref.errors import PaliGemmaError, note, one_line, plural
 from numpy_ref.files import absent, claimed
 
-from . import distributed, lora, memory, plan
+from . import augment, distributed, lora, memory, plan
 from .finetune import prepare, train
 from .loop import STATE, state_folder
 
@@ -44,10 +44,9 @@ def main(argv=None):
         "best weights are saved in place of the last",
     )  # fmt: skip
     options.add_argument(
-        "--augment",
-        action="store_true",
-        help="show pictures moved, zoomed and in other light each time, their boxes too",
-    )
+        "--augment", nargs="+", choices=augment.KINDS, default=[],
+        help="show each picture otherwise each time: shifted by whole patches, zoomed, in another light",
+    )  # fmt: skip
     options.add_argument("--test", type=Path, metavar="FILE.jsonl", help="measure the result on these lines, once")
     options.add_argument(
         "--plan", action="store_true", help="say what memory and time it takes, by two measured steps; write nothing"

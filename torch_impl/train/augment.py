@@ -1,10 +1,15 @@
-"""Another view of a training picture each time it is seen: moved, zoomed and in other light, its boxes with it.
+"""Other views of a training picture each time it is seen, its boxes with it.
+
+    shift      moved by whole patches, so that a vision tower sees the same patches elsewhere
+    zoom       nearer or further, anywhere, and a little stretched
+    light      brighter or darker, and with other shares of the colors
 
 No box is ever cut, so that boxes and masks in the answer stay true; there are no mirrored views, in which words and
 arrows would be wrong. With twenty pictures this is what keeps a model from learning them by heart.
 """
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +19,8 @@ from numpy_ref import detection
 if TYPE_CHECKING:
     from PIL import Image
 
+KINDS = ("shift", "zoom", "light")
+FURTHEST = 0.5  # that a picture is shifted, as a share of its side
 ZOOM = (0.6, 1.4)  # sides of the window, as a share of the picture's
 STRETCH = 0.15  # of one side against the other, at most
 LIGHT = 0.25  # of each color and of all, at most
@@ -27,19 +34,25 @@ def boxes_of(suffix: str) -> list[Window]:
     return [box.corners for box in detection.parse(suffix, 1, 1)]
 
 
-def random_window(rng: np.random.Generator, boxes: list[Window]) -> Window:
-    """A window on a picture that holds all boxes whole; the picture itself where there is no room for another."""
-    zoom = rng.uniform(*ZOOM)
-    stretch = np.exp(rng.uniform(-STRETCH, STRETCH) / 2)
+def random_window(rng: np.random.Generator, boxes: list[Window], kinds: Sequence[str], patches: int) -> Window:
+    """A window on a picture of patches x patches that holds all boxes whole; all of it if kinds ask for no other."""
+    zoom, stretch = 1.0, 1.0
+    if "zoom" in kinds:
+        zoom, stretch = rng.uniform(*ZOOM), float(np.exp(rng.uniform(-STRETCH, STRETCH) / 2))
     sides: list[tuple[float, float]] = []
     for axis, length in ((0, zoom * stretch), (1, zoom / stretch)):
-        low = min((box[axis] for box in boxes), default=1.0)
-        high = max((box[axis + 2] for box in boxes), default=0.0)
+        low = min((box[axis] for box in boxes), default=0.0)
+        high = max((box[axis + 2] for box in boxes), default=1.0)
         length = max(length, high - low)
-        # The start: inside of the picture, or around it where the window is larger, and with every box in it.
-        first, last = sorted((0.0, 1 - length))
-        start = rng.uniform(max(first, min(high - length, low)), min(last, max(low, high - length)))
-        sides.append((float(start), float(start + length)))
+        start = 0.0
+        if "zoom" in kinds:
+            # Inside of the picture, or around it where the window is larger, and with every box in it.
+            first, last = sorted((0.0, 1 - length))
+            start = float(rng.uniform(max(first, min(high - length, low)), min(last, max(low, high - length))))
+        if "shift" in kinds:
+            steps = [n / patches for n in range(-patches, patches + 1) if abs(n) <= FURTHEST * patches]
+            start += rng.choice([n for n in steps if start + n <= low + 1e-9 and start + n + length >= high - 1e-9])
+        sides.append((start, start + length))
     (x1, x2), (y1, y2) = sides
     return x1, y1, x2, y2
 
@@ -55,8 +68,8 @@ def moved(suffix: str, window: Window) -> str:
     return _BOX.sub(move, suffix)
 
 
-def seen(picture: "Image.Image", window: Window, rng: np.random.Generator) -> "Image.Image":
-    """What a window shows of a picture, in another light; past its edges there is its mean color."""
+def seen(picture: "Image.Image", window: Window) -> "Image.Image":
+    """What a window shows of a picture; past its edges there is its mean color."""
     from PIL import Image
 
     width, height = picture.size
@@ -64,5 +77,21 @@ def seen(picture: "Image.Image", window: Window, rng: np.random.Generator) -> "I
     mean = tuple(np.asarray(picture).reshape(-1, 3).mean(0).round().astype(int).tolist())
     canvas = Image.new("RGB", (max(1, right - left), max(1, bottom - top)), mean)
     canvas.paste(picture, (-left, -top))
+    return canvas
+
+
+def lit(picture: "Image.Image", rng: np.random.Generator) -> "Image.Image":
+    """A picture in another light."""
+    from PIL import Image
+
     gains = (1 + rng.uniform(-LIGHT, LIGHT)) * (1 + rng.uniform(-LIGHT, LIGHT, 3) / 2)
-    return Image.fromarray(np.clip(np.asarray(canvas) * gains, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.asarray(picture) * gains, 0, 255).astype(np.uint8))
+
+
+def view(
+    picture: "Image.Image", suffix: str, kinds: Sequence[str], patches: int, rng: np.random.Generator
+) -> tuple["Image.Image", str]:
+    """A random view of a picture of patches x patches, and the answer about it."""
+    window = random_window(rng, boxes_of(suffix), kinds, patches)
+    picture, suffix = seen(picture, window), moved(suffix, window)
+    return (lit(picture, rng) if "light" in kinds else picture), suffix

@@ -22,7 +22,7 @@ from numpy_ref.scenes import questions
 from numpy_ref.tokenizer import prompt_warning
 
 from ..model import segmentation
-from . import augment
+from .augment import view
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,13 +95,13 @@ class JsonLines:
 
     The format of big_vision and Roboflow; pictures are named from the file's own folder, or by a whole path. Where
     "image" is a list, pixel values are [N, 3, S, S]; every line of a file has equally many, so that any may share a
-    batch. Where they are `augmented`, each turn shows other views of the pictures (augment.py). Raises PaliGemmaError
-    that names the line that is wrong.
+    batch. `augment` names the kinds of views that each turn shows anew (augment.KINDS). Raises PaliGemmaError that
+    names the line that is wrong.
     """
 
-    def __init__(self, file, tokenizer, resize: str, seed: int, augmented: bool = False):
+    def __init__(self, file, tokenizer, resize: str, seed: int, augment: Sequence[str] = ()):
         self.file, self.tokenizer, self.resize, self.seed = Path(file), tokenizer, resize, seed
-        self.augmented = augmented
+        self.kinds = augment
         self.turn, self.order = -1, np.arange(0)  # the order of the turn that was asked for last
         try:
             with opened(self.file) as stream:
@@ -119,7 +119,7 @@ class JsonLines:
         if turn != self.turn:
             self.turn, self.order = turn, np.random.default_rng([self.seed, turn]).permutation(len(self.rows))
         line = self.rows[self.order[place]]
-        if self.augmented and len(line.paths) == 1:
+        if self.kinds and len(line.paths) == 1:
             return self._view(line, np.random.default_rng([self.seed, index, 1]))
         pixels = line.pixels(self.tokenizer.config.vision.image_size, self.resize)
         return pixels if len(line.paths) > 1 else pixels[0], line.prompt, line.answer
@@ -127,11 +127,11 @@ class JsonLines:
     def _view(self, line, rng):
         """A line as `__getitem__` gives it, of a random view of its picture."""
         (picture,) = line.pictures()
-        window = augment.random_window(rng, augment.boxes_of(line.suffix))
-        size = self.tokenizer.config.vision.image_size
-        pixels = preprocess(augment.seen(picture, window, rng), size, resize=self.resize)[0]
-        answer = self.tokenizer.encode(augment.moved(line.suffix, window))
-        return pixels, line.prompt, [*answer, self.tokenizer.config.eos]
+        vision = self.tokenizer.config.vision
+        side = vision.image_size // vision.patch_size
+        picture, suffix = view(picture, line.suffix, self.kinds, side, rng)
+        pixels = preprocess(picture, vision.image_size, resize=self.resize)[0]
+        return pixels, line.prompt, [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
 
     def split(self, share: float) -> "tuple[JsonLines, JsonLines]":
         """Two files' worth of lines: to train on, and a share of the pictures to validate on.
@@ -148,7 +148,7 @@ class JsonLines:
         train, validation = copy.copy(self), copy.copy(self)
         train.rows = [line for line in self.rows if line.paths not in kept]
         validation.rows = [line for line in self.rows if line.paths in kept]
-        validation.augmented = False
+        validation.kinds = ()
         return train, validation
 
     def _parse(self, number, line):
