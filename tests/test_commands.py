@@ -33,7 +33,15 @@ MODULES = sorted(
     for file in (ROOT / folder).rglob("*.py")
     if runs(file)
 )
-TOOLS = ["tests.calibrate", "tests.faults", "tests.fuzz", "tests.make_goldens", "tests.soak", "tests.walk"]
+TOOLS = [
+    "tests.calibrate",
+    "tests.faults",
+    "tests.fuzz",
+    "tests.install_sizes",
+    "tests.make_goldens",
+    "tests.soak",
+    "tests.walk",
+]
 
 
 def test_the_commands_are_found():

@@ -16,7 +16,7 @@ import torch
 
 from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
-from numpy_ref.errors import PaliGemmaError, note, one_line, plural
+from numpy_ref.errors import PaliGemmaError, note, one_line, plural, quote
 from numpy_ref.files import absent, claimed
 
 from . import augment, distributed, lora, memory, plan
@@ -45,7 +45,7 @@ def main(argv=None):
     )  # fmt: skip
     options.add_argument(
         "--augment", nargs="+", choices=augment.KINDS, default=[],
-        help="show each picture otherwise each time: shifted by whole patches, zoomed, in another light",
+        help="show each picture otherwise each time: shifted, zoomed, in another light, with its colors changed",
     )  # fmt: skip
     options.add_argument("--test", type=Path, metavar="FILE.jsonl", help="measure the result on these lines, once")
     options.add_argument(
@@ -110,7 +110,7 @@ def share_or_file(text: str) -> float | Path:
     except ValueError:
         return Path(text)
     if not 0 < share < 1:
-        raise ArgumentTypeError(f"must be a number from 0 to 1, or a file, not {text!r}")
+        raise ArgumentTypeError(f"must be a number from 0 to 1, or a file, not {quote(text)}")
     return share
 
 

@@ -1,8 +1,9 @@
 """Other views of a training picture each time it is seen, its boxes with it.
 
-    shift      moved by whole patches, so that a vision tower sees the same patches elsewhere
+    shift      moved by quarters of a patch
     zoom       nearer or further, anywhere, and a little stretched
     light      brighter or darker, and with other shares of the colors
+    colors     red, green and blue in another order, for things that may have any color
 
 No box is ever cut, so that boxes and masks in the answer stay true; there are no mirrored views, in which words and
 arrows would be wrong. With twenty pictures this is what keeps a model from learning them by heart.
@@ -19,7 +20,8 @@ from numpy_ref import detection
 if TYPE_CHECKING:
     from PIL import Image
 
-KINDS = ("shift", "zoom", "light")
+KINDS = ("shift", "zoom", "light", "colors")
+STEPS = 4  # of a shift, in a patch
 FURTHEST = 0.5  # that a picture is shifted, as a share of its side
 ZOOM = (0.6, 1.4)  # sides of the window, as a share of the picture's
 STRETCH = 0.15  # of one side against the other, at most
@@ -50,7 +52,8 @@ def random_window(rng: np.random.Generator, boxes: list[Window], kinds: Sequence
             first, last = sorted((0.0, 1 - length))
             start = float(rng.uniform(max(first, min(high - length, low)), min(last, max(low, high - length))))
         if "shift" in kinds:
-            steps = [n / patches for n in range(-patches, patches + 1) if abs(n) <= FURTHEST * patches]
+            most = round(FURTHEST * patches * STEPS)
+            steps = [n / (patches * STEPS) for n in range(-most, most + 1)]
             start += rng.choice([n for n in steps if start + n <= low + 1e-9 and start + n + length >= high - 1e-9])
         sides.append((start, start + length))
     (x1, x2), (y1, y2) = sides
@@ -92,6 +95,12 @@ def view(
     picture: "Image.Image", suffix: str, kinds: Sequence[str], patches: int, rng: np.random.Generator
 ) -> tuple["Image.Image", str]:
     """A random view of a picture of patches x patches, and the answer about it."""
+    from PIL import Image
+
     window = random_window(rng, boxes_of(suffix), kinds, patches)
     picture, suffix = seen(picture, window), moved(suffix, window)
-    return (lit(picture, rng) if "light" in kinds else picture), suffix
+    if "light" in kinds:
+        picture = lit(picture, rng)
+    if "colors" in kinds:
+        picture = Image.fromarray(np.asarray(picture)[..., rng.permutation(3)])
+    return picture, suffix
