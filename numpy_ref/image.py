@@ -68,7 +68,8 @@ def decode_image(file: BinaryIO, name: object, transparency: str = "white") -> "
     except UnidentifiedImageError:
         if _is_heif(file):
             raise PaliGemmaError(
-                f"{name}: a HEIC picture, which takes pillow-heif: pip install pillow-heif, or save it as JPEG"
+                f"{name}: a HEIC picture, which takes pillow-heif (the extra `heic`): pip install pillow-heif, or save "
+                "it as JPEG"
             ) from None
         raise PaliGemmaError(f"{name}: not a picture of a known format ({', '.join(formats)})") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

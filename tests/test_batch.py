@@ -557,7 +557,9 @@ def test_a_model_that_fails_names_its_rows(rows, tmp_path, capsys, monkeypatch):
 
 def test_a_missing_package_is_named(rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert "pip install 'paligemma-onnx[ray]'" in refused(capsys, rows, tmp_path / "out.jsonl", "--engine", "ray")
+    assert "(the extra `ray`): pip install 'ray[data]'" in refused(
+        capsys, rows, tmp_path / "out.jsonl", "--engine", "ray"
+    )
     assert not list(tmp_path.iterdir())
 
 

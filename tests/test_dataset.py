@@ -135,7 +135,7 @@ def test_parquet_files_that_are_none(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     file = parquet(tmp_path / "a.parquet", {"image": ["a"]})
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(PaliGemmaError, match=r"needs pyarrow: pip install 'paligemma-onnx\[parquet\]'"):
+    with pytest.raises(PaliGemmaError, match=r"needs pyarrow \(the extra `parquet`\): pip install pyarrow$"):
         open_dataset(file, "caption en")
 
 

@@ -1,6 +1,11 @@
 """What people get wrong, on every command that takes it: one line that says what the thing is and what to do."""
 
+import ast
 import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +101,56 @@ def test_around_a_question(things, capsys, command, arguments, words):
     assert code in (1, 2)
     assert words in line, line
     assert len(line) <= 2000
+
+
+# --- what has to be installed ------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+#: An extra, and what a message that names it says to install.
+INSTALLS = {"torch": "torch>=2.9,<2.14", "parquet": "pyarrow", "ray": "ray[data]", "heic": "pillow-heif"}
+
+
+def advice() -> dict[str, str]:
+    """What the texts of the packages say to install -> the text, of all that is said at all."""
+    found = {}
+    for package in ("numpy_ref", "torch_impl", "export"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for quoted, plain in re.findall(r"pip install (?:'([^']+)'|([\w.-]+))", node.value):
+                        found[quoted or plain] = node.value
+    return found
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower()
+
+
+def test_only_names_of_the_index_are_recommended():
+    """Libraries that this project declares itself, and not its own name, which the index does not have."""
+    declared = {name_of(each) for group in (PROJECT["dependencies"], *EXTRAS.values()) for each in group}
+    declared -= {PROJECT["name"]}
+    assert advice().keys() >= set(INSTALLS.values())
+    assert {name_of(each) for each in advice()} <= declared
+
+
+@pytest.mark.parametrize(("extra", "wanted"), INSTALLS.items())
+def test_what_is_recommended_is_what_the_extra_has(extra, wanted):
+    assert f"the extra `{extra}`" in advice()[wanted]
+    (requirement,) = EXTRAS[extra]
+    assert requirement.startswith(wanted)
+
+
+@pytest.mark.parametrize(
+    "module", ["torch_impl", "torch_impl.train", "torch_impl.train.recipe", "torch_impl.train.pretrain"]
+)
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_without_pytorch_every_command_of_its_package_says_so(module, option):
+    hidden = "import sys, runpy; sys.modules['torch'] = None; sys.argv[0] = '-m'"
+    code = f"{hidden}; runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
+    ended = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.endswith("(the extra `torch`): pip install 'torch>=2.9,<2.14'")

@@ -19,7 +19,8 @@ MAINS = [
     "torch_impl.train.pretrain:main", "export.cli:export_onnx", "export.cli:run_onnx", "export.cli:run_onnx_batch",
     "export.benchmark:main", "export.benchmark.batch:main", "export.drift:main", "export.evaluate:main",
     "export.gallery:main", "export.gpu_check.command:main", "export.measure:main", "tests.calibrate:main",
-    "tests.faults:main", "tests.fuzz.__main__:main", "tests.soak:main",
+    "numpy_ref.dataset.__main__:main", "numpy_ref.scenes.example:main",
+    "tests.faults:main", "tests.fuzz.__main__:main", "tests.install_sizes:main", "tests.soak:main",
 ]  # fmt: skip
 VALUES = ["-1", "0", "1", "x", "", "1.5", "nan", "inf", "1e9", "99999999999", "9" * 5000, "a=b", "\udcff"]
 

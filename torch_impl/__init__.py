@@ -6,7 +6,7 @@ import sys
 from numpy_ref import interrupts  # first of all: it sees to Ctrl-C while the rest of a command is loaded
 
 if importlib.util.find_spec("torch") is None:
-    MISSING = "PyTorch is missing, which torch_impl needs: pip install '.[torch]' in the folder of this project"
+    MISSING = "PyTorch is missing, which torch_impl needs (the extra `torch`): pip install 'torch>=2.9,<2.14'"
     if interrupts.is_command():
         sys.exit(f"python -m torch_impl: error: {MISSING}")
     raise ModuleNotFoundError(MISSING, name="torch")

@@ -261,7 +261,7 @@ def _open_parquet(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise PaliGemmaError(f"{path}: reading it needs pyarrow: pip install 'paligemma-onnx[parquet]'") from None
+        raise PaliGemmaError(f"{path}: reading it needs pyarrow (the extra `parquet`): pip install pyarrow") from None
     return pyarrow.parquet.ParquetFile(path, memory_map=True)  # else it would hold a whole row group
 
 

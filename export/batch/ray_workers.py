@@ -110,7 +110,7 @@ def _import_ray():
         import ray
         import ray.data
     except ImportError:
-        raise PaliGemmaError("--engine ray needs Ray: pip install 'paligemma-onnx[ray]'") from None
+        raise PaliGemmaError("--engine ray needs Ray (the extra `ray`): pip install 'ray[data]'") from None
     return ray
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import tarfile
 import zipfile
 from dataclasses import replace
 from functools import cache
@@ -248,6 +249,49 @@ def prompt_file() -> list[bytes]:
 def json_lines() -> list[bytes]:
     line = {"image": "picture.png", "prefix": "caption en", "suffix": "a star"}
     return [json.dumps(line).encode() + b"\n" + json.dumps({**line, "suffix": "<loc0001>"}).encode() + b"\n"]
+
+
+def coco() -> list[bytes]:
+    thing = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [4, 5, 60, 70]}
+    mask = {"size": [224, 224], "counts": [100, 200, 49876]}
+    rows = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 224, "height": 224}],
+        "annotations": [
+            {**thing, "segmentation": [[4, 5, 64, 5, 64, 75.5]]}, {**thing, "segmentation": mask},
+            {**thing, "segmentation": {**mask, "counts": "Q3`0?0000"}, "iscrowd": 0},
+        ],
+        "categories": [{"id": 3, "name": "cat"}],
+    }  # fmt: skip
+    return [json.dumps(rows).encode()]
+
+
+def voc() -> list[bytes]:
+    box = "<bndbox><xmin>4</xmin><ymin>5</ymin><xmax>60</xmax><ymax>70</ymax></bndbox>"
+    size = "<size><width>224</width><height>224</height></size>"
+    thing = f"<object><name>cat</name>{box}</object>"
+    text = f"<annotation><filename>example.png</filename>{size}{thing}</annotation>"
+    return [text.encode(), f'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY e "x">]>{text}'.encode()]
+
+
+def parquet() -> list[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    stream, pixels = io.BytesIO(), picture()[0]
+    objects = [{"bbox": [[4.0, 5.0, 60.0, 70.0]], "category": ["cat"]}, None]
+    columns = {"image": [{"bytes": pixels, "path": None}] * 2, "objects": objects, "answer": [None, "a star"]}
+    pa.parquet.write_table(pa.table(columns), stream)
+    return [stream.getvalue()]
+
+
+def shard() -> list[bytes]:
+    stream, fields = io.BytesIO(), json.dumps({"prefix": "what?", "suffix": "a star"}).encode()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, contents in [("a.png", picture()[0]), ("a.json", fields), ("b.png", picture()[0]), ("b.txt", b"x")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(contents)
+            tar.addfile(member, io.BytesIO(contents))
+    return [stream.getvalue()]
 
 
 def request() -> list[bytes]:

@@ -19,6 +19,7 @@ from export import bundle, serve, session
 from export.bundle import prepack
 from numpy_ref import checkpoint, cli, detection, image, tokenizer
 from numpy_ref.checkpoint import SHIPPED, flatten
+from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import generate
 from numpy_ref.model import sampling, segmentation
 from numpy_ref.model.sampling import Sampling
@@ -273,6 +274,39 @@ def json_lines(folder):
     return read
 
 
+def data_set(name):
+    """A data set of others, in a file of this name, written as lines with boxes and with masks."""
+
+    def prepare(folder):
+        from numpy_ref.dataset import convert, rows
+
+        (folder / "set").mkdir()
+        for each in ("Annotations", "JPEGImages", "SegmentationObject"):
+            (folder / "set" / each).mkdir()
+        shutil.copy(PICTURE, folder / "set" / "a.png")
+        shutil.copy(PICTURE, folder / "set" / "JPEGImages")
+        file = folder / "set" / name
+        codec = segmentation.load(segmentation.find(SHIPPED))
+
+        def lines_of(task):
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            source = folder / "set" if name.endswith(".xml") else file
+            problem, options = convert.Problems(), rows.Options(task, spell=convert.speller(codec), prefix="caption en")
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = convert.open_rows(source, None, options, True, problem)
+                return convert.convert(found, folder / "out", problem)
+
+        def read(data):
+            file.write_bytes(data)
+            with contextlib.suppress(PaliGemmaError):  # one without masks
+                lines_of("segment")
+            convert.preview(folder / "out", lines_of("detect"), None)
+
+        return read
+
+    return prepare
+
+
 @dataclass
 class _Server:
     server_port: int = 8000
@@ -446,5 +480,9 @@ TARGETS = {
     "prepacked": Target(prepacked, corpus.prepacked, mutate.raw),
     "options": Target(options, corpus.options, mutate.raw),
     "drawing": Target(drawing, corpus.drawing, mutate.raw),
+    "coco": Target(data_set("rows.json"), corpus.coco, mutate.json_text),
+    "voc": Target(data_set("Annotations/a.xml"), corpus.voc, mutate.raw),
+    "parquet": Target(data_set("rows.parquet"), corpus.parquet, mutate.raw),
+    "shard": Target(data_set("rows.tar"), corpus.shard, mutate.raw),
     "sizes": Target(sizes, corpus.description, change_sizes),
 }

@@ -19,7 +19,7 @@ from numpy_ref.checkpoint import hub
 from numpy_ref.errors import PaliGemmaError, note, one_line, plural, quote
 from numpy_ref.files import absent, claimed
 
-from . import distributed, lora, memory, plan
+from . import augment, distributed, lora, memory, plan
 from .finetune import prepare, train
 from .loop import STATE, state_folder
 
@@ -42,6 +42,10 @@ def main(argv=None):
         "--validation", type=share_or_file, metavar="SHARE|FILE.jsonl",
         help="keep a share of the pictures of --data, or take another file, to measure on ten times on the way; the "
         "best weights are saved in place of the last",
+    )  # fmt: skip
+    options.add_argument(
+        "--augment", nargs="+", choices=augment.KINDS, default=[],
+        help="show each picture otherwise each time: shifted, zoomed, in another light, with its colors changed",
     )  # fmt: skip
     options.add_argument("--test", type=Path, metavar="FILE.jsonl", help="measure the result on these lines, once")
     options.add_argument(

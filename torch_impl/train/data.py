@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from numpy_ref.scenes import questions
 from numpy_ref.tokenizer import prompt_warning
 
 from ..model import segmentation
+from .augment import view
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Scenes:
@@ -73,12 +78,16 @@ class Line:
     prompt: list[int]
     answer: list[int]  # with eos
 
-    def pixels(self, size: int, resize: str) -> np.ndarray:
-        """Its pictures, [N, 3, S, S]. Raises PaliGemmaError that names the line of one that cannot be read."""
+    def pictures(self) -> "list[Image.Image]":
+        """Its pictures. Raises PaliGemmaError that names the line of one that cannot be read."""
         try:
-            return np.concatenate([preprocess(open_image(path), size, resize=resize) for path in self.paths])
+            return [open_image(path) for path in self.paths]
         except PaliGemmaError as error:
             raise PaliGemmaError(f"{self.where}: {error}") from None
+
+    def pixels(self, size: int, resize: str) -> np.ndarray:
+        """Its pictures as pixel values [N, 3, S, S]."""
+        return np.concatenate([preprocess(picture, size, resize=resize) for picture in self.pictures()])
 
 
 class JsonLines:
@@ -86,11 +95,13 @@ class JsonLines:
 
     The format of big_vision and Roboflow; pictures are named from the file's own folder, or by a whole path. Where
     "image" is a list, pixel values are [N, 3, S, S]; every line of a file has equally many, so that any may share a
-    batch. Raises PaliGemmaError that names the line that is wrong.
+    batch. `augment` names the kinds of views that each turn shows anew (augment.KINDS). Raises PaliGemmaError that
+    names the line that is wrong.
     """
 
-    def __init__(self, file, tokenizer, resize: str, seed: int):
+    def __init__(self, file, tokenizer, resize: str, seed: int, augment: Sequence[str] = ()):
         self.file, self.tokenizer, self.resize, self.seed = Path(file), tokenizer, resize, seed
+        self.kinds = augment
         self.turn, self.order = -1, np.arange(0)  # the order of the turn that was asked for last
         try:
             with opened(self.file) as stream:
@@ -108,8 +119,19 @@ class JsonLines:
         if turn != self.turn:
             self.turn, self.order = turn, np.random.default_rng([self.seed, turn]).permutation(len(self.rows))
         line = self.rows[self.order[place]]
+        if self.kinds and len(line.paths) == 1:
+            return self._view(line, np.random.default_rng([self.seed, index, 1]))
         pixels = line.pixels(self.tokenizer.config.vision.image_size, self.resize)
         return pixels if len(line.paths) > 1 else pixels[0], line.prompt, line.answer
+
+    def _view(self, line, rng):
+        """A line as `__getitem__` gives it, of a random view of its picture."""
+        (picture,) = line.pictures()
+        vision = self.tokenizer.config.vision
+        side = vision.image_size // vision.patch_size
+        picture, suffix = view(picture, line.suffix, self.kinds, side, rng)
+        pixels = preprocess(picture, vision.image_size, resize=self.resize)[0]
+        return pixels, line.prompt, [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
 
     def split(self, share: float) -> "tuple[JsonLines, JsonLines]":
         """Two files' worth of lines: to train on, and a share of the pictures to validate on.
@@ -126,6 +148,7 @@ class JsonLines:
         train, validation = copy.copy(self), copy.copy(self)
         train.rows = [line for line in self.rows if line.paths not in kept]
         validation.rows = [line for line in self.rows if line.paths in kept]
+        validation.kinds = ()
         return train, validation
 
     def _parse(self, number, line):

@@ -87,7 +87,7 @@ def read_data(arguments: Namespace, tokenizer: Tokenizer, loaded: Checkpoint) ->
     wanted, held_out = arguments.validation, None
     examples: data.JsonLines | data.Scenes
     if arguments.data:
-        lines = read(arguments.data)
+        lines = read(arguments.data, augment=arguments.augment)
         examples, held_out = lines.split(wanted) if isinstance(wanted, float) else (lines, None)
     elif isinstance(wanted, float):
         raise PaliGemmaError("--validation takes a share of --data; give that, or a file to validate on")

@@ -35,7 +35,7 @@ from . import distributed
 STATE, LOG, BEST = "state.safetensors", "log.csv", "best.safetensors"
 COLUMNS = ["step", "seconds", "loss", "rate"]
 LOG_EVERY = 50  # steps
-TELL_EVERY = 10.0  # seconds, or a tenth of those that have passed, where no terminal shows a bar
+LINE_EVERY = 10.0  # seconds, or a tenth of those that have passed, where no terminal shows a bar
 #: What the optimizers keep of each weight.
 _MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 
@@ -183,7 +183,7 @@ def _fit(model, loss, examples, collate, settings, folder, label, save_every, ab
             last = step + 1 == settings.steps
             bar.update()
             bar.set_postfix(loss=f"{recent[-1]:.3f}", rate=f"{rate:.1e}")
-            lines.tell(step + 1, recent[-1])
+            lines.show(step + 1, recent[-1])
             if (step + 1) % LOG_EVERY == 0 or last:
                 seconds = before + time.perf_counter() - started
                 curve.append((step + 1, round(seconds, 1), round(float(np.mean(recent)), 4), float(f"{rate:.3g}")))
@@ -222,10 +222,10 @@ class _Lines:
         self.label, self.begin, self.steps, self.shown = label, begin, steps, shown
         self.started = self.last = time.perf_counter()
 
-    def tell(self, step, loss):
+    def show(self, step, loss):
         now = time.perf_counter()
         elapsed = now - self.started
-        if not self.shown or now - self.last < max(TELL_EVERY, elapsed / 10):
+        if not self.shown or now - self.last < max(LINE_EVERY, elapsed / 10):
             return
         self.last = now
         each = elapsed / (step - self.begin)
