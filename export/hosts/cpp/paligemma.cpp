@@ -7,7 +7,6 @@
 #include <sentencepiece_processor.h>
 #define STB_IMAGE_IMPLEMENTATION
 #include <stb_image.h>
-
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -21,39 +20,31 @@ using json = nlohmann::ordered_json;
 using Ids = std::vector<int64_t>;
 using Floats = std::vector<float>;
 using Options = std::map<std::string, double>;
-using Places = std::vector<std::pair<size_t, float>>;  // where in a text its tokens begin, and their log-probabilities
-
 const std::string LOCATION = "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>", CODE = "<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>";
 const int LOCATIONS = 1024, CODES = 128, CODES_A_MASK = 16, SIDE = 64;  // of a mask as masks.onnx paints it
-
 [[noreturn]] void fail(const std::string& message) { throw std::runtime_error(message); }
 
 // bundle.json, once every file that it lists has been found to be what it says.
 json open_bundle(const fs::path& folder) {
-  if (!fs::is_regular_file(folder / "bundle.json")) fail(folder.string() + ": not a bundle; export-onnx makes one");
-  const auto bundle = json::parse(std::ifstream(folder / "bundle.json"));
-  if (bundle.at("format") != "paligemma-onnx" || bundle.at("version") != 1)
-    fail(folder.string() + ": not a bundle of version 1; export it again");
+  const auto bundle = json::parse(std::ifstream(folder / "bundle.json"), nullptr, false);
+  if (!bundle.is_object() || bundle.value("format", "") != "paligemma-onnx" || bundle.value("version", 0) != 1)
+    fail(folder.string() + ": not a bundle of version 1; export-onnx makes one");
   for (const auto& [name, file] : bundle.at("files").items()) {
     const auto path = folder / name;
-    if (name.find_first_of("/\\") != std::string::npos) fail("bundle.json names a file outside the bundle, " + name);
-    if (!fs::is_regular_file(path)) fail(path.string() + ": this file of the bundle is missing; copy the bundle again");
-    CryptoPP::SHA256 hash;
-    std::string digest;
+    if (name.find_first_of("/\\") != std::string::npos || !fs::is_regular_file(path))
+      fail(path.string() + ": this file of the bundle is missing, or outside; copy the bundle again");
     using namespace CryptoPP;  // whose filters own one another
+    SHA256 hash;
+    std::string digest;
     FileSource(path.c_str(), true, new HashFilter(hash, new HexEncoder(new StringSink(digest), false)));
-    if (digest != file.at("sha256"))
-      fail(path.string() + ": contents differ from their SHA-256 in bundle.json; copy it again");
+    if (digest != file.at("sha256")) fail(path.string() + ": another SHA-256 than in bundle.json; copy it again");
   }
-  for (const auto& graph : bundle.at("graphs"))
-    if (!bundle.at("files").contains(graph.at("file"))) fail("bundle.json lists no checksum for " + graph.at("file").dump());
   return bundle;
 }
 
 struct Picture {
   int width, height, channels;
   std::vector<uint8_t> rgb;  // row by row
-
   // Transparent pixels are laid on white, with Pillow's rounding. stb_image does not turn pictures as EXIF data ask.
   explicit Picture(const std::string& file) {
     auto* rgba = stbi_load(file.c_str(), &width, &height, &channels, 4);
@@ -70,7 +61,6 @@ struct Tokenizer {
   sentencepiece::SentencePieceProcessor library;
   std::map<std::string, int> ids;  // of location and segmentation tokens
   std::map<int, std::string> pieces;
-
   explicit Tokenizer(const fs::path& file) {
     if (!library.Load(file.string()).ok()) fail(file.string() + ": not a SentencePiece model");
     for (int i = 0; i < LOCATIONS + CODES; i++) {
@@ -80,16 +70,13 @@ struct Tokenizer {
       pieces[ids[piece] = library.IdToPiece(id) == piece ? id : library.GetPieceSize() + i] = piece;
     }
   }
-
   // Appends the ids of a text, without bos or eos; <bos> and the like are spelled.
   void encode(const std::string& text, Ids& found) const {
     static const std::regex content(LOCATION + "|" + CODE);
-    for (std::sregex_token_iterator part(text.begin(), text.end(), content, {-1, 0}), end; part != end; ++part) {
+    for (std::sregex_token_iterator part(text.begin(), text.end(), content, {-1, 0}), end; part != end; ++part)
       if (ids.count(*part)) found.push_back(ids.at(*part));
       else for (const int id : library.EncodeAsIds(part->str())) found.push_back(id);
-    }
   }
-
   // Text of ids; control tokens leave no trace.
   std::string decode(const Ids& tokens) const {
     std::string text;
@@ -102,51 +89,92 @@ struct Tokenizer {
   }
 };
 
-// The graphs. Buffers have the names of the graphs' inputs and outputs and are bound once, so what one graph writes the
-// next reads where it lies: logits, the drawn token, and the cache, which decode updates in place.
-struct Engine {
-  json bundle;
+// The boxes of an answer, in pixels; `places` has where its tokens begin, and their log-probabilities.
+// ../../../numpy_ref/detection.py says how an answer is read.
+json boxes_in(const std::string& text, const Picture& picture, const std::multimap<size_t, float>& places) {
+  const std::string blanks = " \t\n\v\f\r", blank = "[" + blanks + "]", either = "(?:" + LOCATION + "|" + CODE + ")";
+  const std::string four = "(?:" + LOCATION + "){4}", rest = "(?:" + blank + "*(?!" + four + ")" + either + ")*";
+  const std::regex object("(" + four + ")" + blank + "*((?:" + CODE + ")*)" + rest);
+  const std::regex label_stop(blank + ";(?=" + blank + "|$)|;(?=" + blank + "*" + LOCATION + ")|" + either + "|$");
+  const auto score = [&](size_t first, size_t last, size_t from, size_t to) {  // of tokens that begin in either span
+    double sum = 0, count = 0;
+    for (const auto& [begin, logprob] : places)
+      if ((first <= begin && begin < last) || (from <= begin && begin < to)) sum += logprob, count++;
+    return std::exp(sum / count);
+  };
+  auto found = json::array();
+  for (std::sregex_iterator match(text.begin(), text.end(), object), none; match != none; ++match) {
+    const size_t start = match->position(), end = match->position(2), mask_end = end + CODES_A_MASK * 8;  // of <seg000>
+    const std::sregex_iterator stop((*match)[0].second, text.end(), label_stop);
+    const size_t label = start + match->str().find_last_not_of(blanks) + 1, label_end = (*stop)[0].first - text.begin();
+    std::istringstream words(text.substr(label, label_end - label));
+    std::string name, word;
+    while (words >> word) name += (name.empty() ? "" : " ") + word;
+    const auto corner = [&](int i) { return std::stoi(text.substr(start + 9 * i + 4)) / 1023.0; };  // of <loc0000>
+    json box = {{"label", name}, {"x1", corner(1) * picture.width}, {"y1", corner(0) * picture.height},
+                {"x2", corner(3) * picture.width}, {"y2", corner(2) * picture.height}};
+    const bool has_mask = match->length(2) >= CODES_A_MASK * 8;
+    for (size_t at = end; has_mask && at < mask_end; at += 8) box["codes"].push_back(std::stoi(text.substr(at + 4)));
+    box["score"] = score(start, start + match->length(1), label, name.empty() ? 0 : label_end);
+    if (has_mask) box["mask_score"] = score(end, mask_end, 0, 0);
+    found.push_back(box);
+  }
+  return found;
+}
+
+// Whether a mask [64, 64] stretched over width x height, linearly as by Pillow, is positive at x, y.
+bool is_inside(const Floats& mask, int x, int y, int width, int height) {
+  const double across = double(SIDE) / width, at_x = (x + 0.5) * across - 0.5, reach_x = std::max(across, 1.0);
+  const double down = double(SIDE) / height, at_y = (y + 0.5) * down - 0.5, reach_y = std::max(down, 1.0);
+  double sum = 0;
+  for (int j = std::max(0, int(std::ceil(at_y - reach_y))); j < SIDE && j <= at_y + reach_y; j++)
+    for (int i = std::max(0, int(std::ceil(at_x - reach_x))); i < SIDE && i <= at_x + reach_x; i++)
+      sum += (1 - std::abs(i - at_x) / reach_x) * (1 - std::abs(j - at_y) / reach_y) * mask[j * SIDE + i];
+  return sum > 0;
+}
+
+// Buffers have the names of the graphs' inputs and outputs and are bound once, so what one graph writes the next reads
+// where it lies: logits, the drawn token, and the cache, which decode updates in place.
+struct Model {
+  json bundle, tokens = bundle.at("tokens");
+  Tokenizer tokenizer;
   Ort::Env environment{ORT_LOGGING_LEVEL_FATAL, "paligemma"};
   std::map<std::string, Ort::Session> sessions;
   std::map<std::string, Ort::Value> buffers;  // over memory of whoever put them there
-
-  Engine(const fs::path& folder, int threads) : bundle(open_bundle(folder)) {
+  Model(const fs::path& folder, int threads) : bundle(open_bundle(folder)), tokenizer(folder / "tokenizer.model") {
     for (const auto& [name, graph] : bundle.at("graphs").items()) {
+      const std::string file = graph.at("file");
+      if (!bundle.at("files").contains(file)) fail("bundle.json lists no checksum for " + file);
       Ort::SessionOptions options;
       options.SetIntraOpNumThreads(name == "prefill" || name == "decode" ? threads : 1);
       if (name == "prefill") options.AddConfigEntry("session.force_spinning_stop", "1");
-      const auto file = folder / graph.at("file").get<std::string>();
-      if (name != "sample_device") sessions.emplace(name, Ort::Session(environment, file.c_str(), options));
+      if (name != "sample_device") sessions.emplace(name, Ort::Session(environment, (folder / file).c_str(), options));
     }
   }
-
-  template <class T>
-  void put(const std::string& name, T* data, const Ids& shape) {
+  template <class T> void put(const std::string& name, T* data, const Ids& shape) {
     size_t size = 1;
     for (const auto side : shape) size *= side;
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     buffers.insert_or_assign(name, Ort::Value::CreateTensor<T>(memory, data, size, shape.data(), shape.size()));
   }
-
   // A function that runs a graph over the buffers that are there now.
   std::function<void()> bound(const std::string& graph) {
     const auto binding = std::make_shared<Ort::IoBinding>(sessions.at(graph));
-    const auto name = [](const json& value) { return value.at("name").get<std::string>(); };
     const auto& values = bundle.at("graphs").at(graph);
+    const auto name = [](const json& value) { return value.at("name").get<std::string>(); };
     for (const auto& input : values.at("inputs")) binding->BindInput(name(input).c_str(), buffers.at(name(input)));
     for (const auto& output : values.at("outputs")) binding->BindOutput(name(output).c_str(), buffers.at(name(output)));
     return [this, graph, binding] { sessions.at(graph).Run({}, *binding); };
   }
-
-  // Calls on_token(token, its log-probability) for each token of an answer, but not for the one that ends it.
-  template <class OnToken>
-  void generate(Picture& picture, Ids& prompt, Options options, const Floats& uniforms, OnToken on_token) {
-    const auto &text = bundle.at("config").at("text_config"), &tokens = bundle.at("tokens");
+  // The tokens of an answer and their log-probabilities, without the token that ends it.
+  std::pair<Ids, Floats> generate(Picture& picture, Ids prompt, Options options) {
+    const auto& text = bundle.at("config").at("text_config");
     const int64_t size = bundle.at("image").at("size"), vocab = text.at("vocab_size");
+    const Ids stops = tokens.contains("stops") ? tokens.at("stops").get<Ids>() : Ids{tokens.at("eos")};
     int64_t capacity = int64_t(prompt.size() + options["max-new-tokens"]) - 1, token, top_k = int64_t(options["top-k"]);
     int32_t length = int32_t(prompt.size());
     float uniform, logprob, temperature = float(options["temperature"]), top_p = float(options["top-p"]);
-    Floats pixels(3 * size * size), logits(vocab);
+    Floats pixels(3 * size * size), logits(vocab), logprobs;
     put("image", picture.rgb.data(), {picture.height, picture.width, 3});
     put("pixel_values", pixels.data(), {1, 3, size, size}), put("input_ids", prompt.data(), {1, length});
     put("lengths", &length, {1}), put("capacity", &capacity, {}), put("logits", logits.data(), {1, vocab});
@@ -161,126 +189,62 @@ struct Engine {
     put("input_ids", &token, {1, 1});
     const auto decode = bound("decode");
     std::mt19937 random(unsigned(options.at("seed")));
-    const Ids stops = tokens.contains("stops") ? tokens.at("stops").get<Ids>() : Ids{tokens.at("eos")};
     preprocess(), prefill();
-    for (size_t step = 0;; step++, length++) {
-      uniform = step < uniforms.size() ? uniforms[step] : float(random() >> 8) * 0x1p-24f;
+    for (Ids drawn;; decode(), length++) {
+      uniform = float(random() >> 8) * 0x1p-24f;  // as NumPy draws float32 of its MT19937
       sample();
-      if (std::count(stops.begin(), stops.end(), token)) return;
-      on_token(token, logprob);
-      if (length == capacity) return;
-      decode();
+      if (std::count(stops.begin(), stops.end(), token)) return {drawn, logprobs};
+      drawn.push_back(token), logprobs.push_back(logprob);
+      if (length == capacity) return {drawn, logprobs};
     }
+  }
+  json answer(Picture picture, const std::string& question, Options options) {
+    Ids prompt(tokens.at("image_tokens").get<size_t>(), tokens.at("image").get<int64_t>());
+    prompt.push_back(tokens.at("bos"));
+    tokenizer.encode(question, prompt), tokenizer.encode("\n", prompt);
+    const double room = bundle.at("max_length").get<double>() + 1 - double(prompt.size());
+    if (room < 1) fail("the prompt exceeds the capacity of " + bundle.at("max_length").dump() + "; shorten it");
+    options["max-new-tokens"] = std::clamp(options["max-new-tokens"], 1.0, room);
+    const auto [drawn, logprobs] = generate(picture, prompt, options);
+    std::string text;
+    std::multimap<size_t, float> places;
+    for (size_t i = 0, shown = 0; i < drawn.size(); i++) {
+      places.emplace(shown, logprobs[i]);
+      text = tokenizer.decode({drawn.begin(), drawn.begin() + i + 1});
+      if (text.size() < 3 || text.substr(text.size() - 3) != "\uFFFD") shown = text.size();  // no open character
+    }
+    json boxes = boxes_in(text, picture, places), masks = json::array();
+    for (const auto& box : boxes)
+      if (box.contains("codes")) masks.push_back(sessions.count("masks") ? outlined(box, picture) : box);
+    return {{"text", text}, {"tokens", drawn}, {"logprobs", logprobs}, {"boxes", boxes}, {"masks", masks}};
+  }
+  // A box with its mask: COCO's uncompressed run lengths over the picture, column by column.
+  json outlined(json box, const Picture& picture) {
+    Ids codes = box["codes"], counts = {0};
+    Floats mask(SIDE * SIDE);
+    put("codes", codes.data(), {1, CODES_A_MASK}), put("masks", mask.data(), {1, SIDE, SIDE}), bound("masks")();
+    const int x1 = box["x1"], y1 = box["y1"], x2 = box["x2"], y2 = box["y2"];  // cut off to whole pixels
+    for (int x = 0; x < picture.width; x++)
+      for (int y = 0; y < picture.height; y++) {
+        const bool is_in_box = x1 <= x && x < x2 && y1 <= y && y < y2, is_one = counts.size() % 2 == 0;
+        if ((is_in_box && is_inside(mask, x - x1, y - y1, x2 - x1, y2 - y1)) != is_one) counts.push_back(0);
+        counts.back()++;
+      }
+    return box["size"] = {picture.height, picture.width}, box["counts"] = counts, box;
   }
 };
 
-// The boxes of an answer, in pixels; ../../../numpy_ref/detection.py says how an answer is read.
-json boxes_in(const std::string& text, const Picture& picture, const Places& places) {
-  const std::string blanks = " \t\n\v\f\r", blank = "[" + blanks + "]", either = "(?:" + LOCATION + "|" + CODE + ")";
-  const std::string four = "(?:" + LOCATION + "){4}", rest = "(?:" + blank + "*(?!" + four + ")" + either + ")*";
-  const std::regex object("(" + four + ")" + blank + "*((?:" + CODE + ")*)" + rest);
-  const std::regex label_stop(blank + ";(?=" + blank + "|$)|;(?=" + blank + "*" + LOCATION + ")|" + either + "|$");
-  const auto score = [&](size_t first, size_t last, size_t from, size_t to) {  // of tokens that begin in either span
-    double sum = 0, count = 0;
-    for (const auto& [begin, logprob] : places)
-      if ((first <= begin && begin < last) || (from <= begin && begin < to)) sum += logprob, count++;
-    return std::exp(sum / count);
-  };
-  auto found = json::array();
-  for (std::sregex_iterator match(text.begin(), text.end(), object), none; match != none; ++match) {
-    const size_t start = match->position(), end = match->position(2), mask_end = end + CODES_A_MASK * 8;  // of <seg000>
-    std::smatch stop;
-    std::regex_search((*match)[0].second, text.end(), stop, label_stop);
-    const size_t label_end = stop[0].first - text.begin(), label_start = start + match->str().find_last_not_of(blanks) + 1;
-    std::istringstream words(text.substr(label_start, label_end - label_start));
-    std::string label, word;
-    while (words >> word) label += (label.empty() ? "" : " ") + word;
-    const auto corner = [&](int i) { return std::stoi(text.substr(start + 9 * i + 4)) / 1023.0; };  // of <loc0000>
-    json box = {{"label", label}, {"x1", corner(1) * picture.width}, {"y1", corner(0) * picture.height},
-                {"x2", corner(3) * picture.width}, {"y2", corner(2) * picture.height}};
-    const bool has_mask = match->length(2) >= CODES_A_MASK * 8;
-    for (size_t at = end; has_mask && at < mask_end; at += 8) box["codes"].push_back(std::stoi(text.substr(at + 4)));
-    box["score"] = score(start, start + match->length(1), label_start, label.empty() ? 0 : label_end);
-    if (has_mask) box["mask_score"] = score(end, mask_end, 0, 0);
-    found.push_back(box);
-  }
-  return found;
-}
-
-// Whether a painted mask [64, 64], stretched over width x height, is positive at x, y: linear, the filter widened where
-// it shrinks, as in Pillow. Its shares need no common divisor, since only the sign counts.
-bool is_inside(const Floats& mask, int x, int y, int width, int height) {
-  const double across = double(SIDE) / width, at_x = (x + 0.5) * across - 0.5, reach_x = std::max(across, 1.0);
-  const double down = double(SIDE) / height, at_y = (y + 0.5) * down - 0.5, reach_y = std::max(down, 1.0);
-  double sum = 0;
-  for (int j = std::max(0, int(std::ceil(at_y - reach_y))); j < SIDE && j <= at_y + reach_y; j++)
-    for (int i = std::max(0, int(std::ceil(at_x - reach_x))); i < SIDE && i <= at_x + reach_x; i++)
-      sum += (1 - std::abs(i - at_x) / reach_x) * (1 - std::abs(j - at_y) / reach_y) * mask[j * SIDE + i];
-  return sum > 0;
-}
-
-// The mask of a box as COCO's uncompressed run lengths over the picture, column by column.
-Ids run_lengths(const Floats& mask, const json& box, const Picture& picture) {
-  const int x1 = box["x1"], y1 = box["y1"], x2 = box["x2"], y2 = box["y2"];  // cut off to whole pixels
-  Ids counts = {0};
-  for (int x = 0; x < picture.width; x++) {
-    for (int y = 0; y < picture.height; y++) {
-      const bool is_in_box = x1 <= x && x < x2 && y1 <= y && y < y2, is_one = counts.size() % 2 == 0;
-      if ((is_in_box && is_inside(mask, x - x1, y - y1, x2 - x1, y2 - y1)) != is_one) counts.push_back(0);
-      counts.back()++;
-    }
-  }
-  return counts;
-}
-
-json answer(Engine& engine, const Tokenizer& tokenizer, Picture picture, const std::string& prompt, Options options,
-            const Floats& uniforms) {
-  const auto& tokens = engine.bundle.at("tokens");
-  Ids ids(tokens.at("image_tokens").get<size_t>(), tokens.at("image").get<int64_t>()), drawn;
-  ids.push_back(tokens.at("bos"));
-  tokenizer.encode(prompt, ids), tokenizer.encode("\n", ids);
-  const int room = engine.bundle.at("max_length").get<int>() - int(ids.size()) + 1;
-  if (!options.count("max-new-tokens")) options["max-new-tokens"] = std::clamp(room, 1, 64);
-  if (options["max-new-tokens"] > room) fail("the prompt leaves room for " + std::to_string(room) + " new tokens");
-  Floats logprobs, mask(SIDE * SIDE);
-  Places places;
-  std::string text;
-  size_t shown = 0;
-  engine.generate(picture, ids, options, uniforms, [&](int64_t token, float logprob) {
-    drawn.push_back(token), logprobs.push_back(logprob), places.push_back({shown, logprob});
-    text = tokenizer.decode(drawn);
-    if (text.size() < 3 || text.substr(text.size() - 3) != "\uFFFD") shown = text.size();  // no open character
-  });
-  json boxes = boxes_in(text, picture, places), masks = json::array();
-  for (json box : boxes) {
-    if (!box.contains("codes")) continue;
-    if (engine.sessions.count("masks")) {
-      Ids codes = box["codes"];
-      engine.put("codes", codes.data(), {1, CODES_A_MASK}), engine.put("masks", mask.data(), {1, SIDE, SIDE});
-      engine.bound("masks")();
-      box["size"] = {picture.height, picture.width}, box["counts"] = run_lengths(mask, box, picture);
-    }
-    masks.push_back(box);
-  }
-  return {{"text", text}, {"tokens", drawn}, {"logprobs", logprobs}, {"boxes", boxes}, {"masks", masks}};
-}
-
 int main(int argc, char** argv) try {
-  Options options = {{"temperature", 0}, {"top-p", 1}, {"top-k", 0}, {"seed", 0}, {"threads", 0}};
-  Floats uniforms;
-  bool is_json = false, is_right = argc > 3;
+  Options options{{"max-new-tokens", 64}, {"temperature", 0}, {"top-p", 1}, {"top-k", 0}, {"seed", 0}, {"threads", 0}};
+  bool is_json = false, is_right = argc > 3 && *argv[3];
   for (int i = 4; i < argc; i++) {
-    const auto name = std::string(argv[i]).substr(0, 2) == "--" ? argv[i] + 2 : "";
-    if (name == std::string("json")) is_json = true;
-    else is_right &= i + 1 < argc && bool(std::istringstream(argv[++i]) >> options[name]);
+    const std::string name = argv[i], key = name.substr(std::min<size_t>(2, name.size()));
+    if (name == "--json") is_json = true;
+    else is_right &= options.count(key) && ++i < argc && sscanf(argv[i], "%lf", &options[key]) == 1 && options[key] >= 0;
   }
-  if (!is_right) {
-    std::cerr << "usage: paligemma BUNDLE IMAGE PROMPT [--json] [--max-new-tokens N] [--temperature T] [--top-p P]\n"
-                 "         [--top-k K] [--seed S] [--uniforms U,U,...] [--threads N]\n";
-    return 2;
-  }
-  Engine engine(argv[1], int(options["threads"]));
-  const auto found = answer(engine, Tokenizer(fs::path(argv[1]) / "tokenizer.model"), Picture(argv[2]), argv[3], options, uniforms);
+  if (!is_right) return std::cerr << "usage: paligemma BUNDLE IMAGE PROMPT [--json] [--max-new-tokens N] [--seed S]\n"
+                                     "       [--temperature T] [--top-p P] [--top-k K] [--threads N]\n", 2;
+  const auto found = Model(argv[1], int(options["threads"])).answer(Picture(argv[2]), argv[3], options);
   std::cout << (is_json ? found.dump() : found["text"].get<std::string>()) << "\n";
 } catch (const std::exception& error) {
   std::cerr << "paligemma: error: " << std::regex_replace(error.what(), std::regex("\\s+"), " ") << "\n";
