@@ -1,5 +1,4 @@
-// A PaliGemma bundle in C++: a picture and a prompt in, text, boxes and masks out. Twin of ../common (JavaScript);
-// what it does, and why, is said in ../README.md under "A host of your own".
+// A PaliGemma bundle in C++: picture and prompt in, text, boxes and masks out. ../README.md says what it does, and why.
 #include <cryptopp/files.h>
 #include <cryptopp/hex.h>
 #include <cryptopp/sha.h>
@@ -89,8 +88,7 @@ struct Tokenizer {
   }
 };
 
-// The boxes of an answer, in pixels; `places` has where its tokens begin, and their log-probabilities.
-// ../../../numpy_ref/detection.py says how an answer is read.
+// The boxes of an answer, read as numpy_ref/detection.py says; in `places` its tokens begin, with log-probabilities.
 json boxes_in(const std::string& text, const Picture& picture, const std::multimap<size_t, float>& places) {
   const std::string blanks = " \t\n\v\f\r", blank = "[" + blanks + "]", either = "(?:" + LOCATION + "|" + CODE + ")";
   const std::string four = "(?:" + LOCATION + "){4}", rest = "(?:" + blank + "*(?!" + four + ")" + either + ")*";
@@ -113,10 +111,10 @@ json boxes_in(const std::string& text, const Picture& picture, const std::multim
     const auto corner = [&](int i) { return std::stoi(text.substr(start + 9 * i + 4)) / 1023.0; };  // of <loc0000>
     json box = {{"label", name}, {"x1", corner(1) * picture.width}, {"y1", corner(0) * picture.height},
                 {"x2", corner(3) * picture.width}, {"y2", corner(2) * picture.height}};
-    const bool has_mask = match->length(2) >= CODES_A_MASK * 8;
-    for (size_t at = end; has_mask && at < mask_end; at += 8) box["codes"].push_back(std::stoi(text.substr(at + 4)));
+    for (size_t at = end; match->length(2) >= CODES_A_MASK * 8 && at < mask_end; at += 8)
+      box["codes"].push_back(std::stoi(text.substr(at + 4)));
     box["score"] = score(start, start + match->length(1), label, name.empty() ? 0 : label_end);
-    if (has_mask) box["mask_score"] = score(end, mask_end, 0, 0);
+    if (box.contains("codes")) box["mask_score"] = score(end, mask_end, 0, 0);
     found.push_back(box);
   }
   return found;
@@ -236,13 +234,13 @@ struct Model {
 
 int main(int argc, char** argv) try {
   Options options{{"max-new-tokens", 64}, {"temperature", 0}, {"top-p", 1}, {"top-k", 0}, {"seed", 0}, {"threads", 0}};
-  bool is_json = false, is_right = argc > 3 && *argv[3];
+  bool is_json = false, ok = argc > 3 && *argv[3];
   for (int i = 4; i < argc; i++) {
-    const std::string name = argv[i], key = name.substr(std::min<size_t>(2, name.size()));
-    if (name == "--json") is_json = true;
-    else is_right &= options.count(key) && ++i < argc && sscanf(argv[i], "%lf", &options[key]) == 1 && options[key] >= 0;
+    std::string key = argv[i];
+    if (key == "--json") is_json = true;
+    else ok &= ++i < argc && options.count(key.erase(0, 2)) && sscanf(argv[i], "%lf", &options[key]) == 1 && options[key] >= 0;
   }
-  if (!is_right) return std::cerr << "usage: paligemma BUNDLE IMAGE PROMPT [--json] [--max-new-tokens N] [--seed S]\n"
+  if (!ok) return std::cerr << "usage: paligemma BUNDLE IMAGE PROMPT [--json] [--max-new-tokens N] [--seed S]\n"
                                      "       [--temperature T] [--top-p P] [--top-k K] [--threads N]\n", 2;
   const auto found = Model(argv[1], int(options["threads"])).answer(Picture(argv[2]), argv[3], options);
   std::cout << (is_json ? found.dump() : found["text"].get<std::string>()) << "\n";
