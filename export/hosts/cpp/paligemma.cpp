@@ -134,21 +134,13 @@ bool is_inside(const Floats& mask, int x, int y, int width, int height) {
 // Buffers have the names of the graphs' inputs and outputs and are bound once, so what one graph writes the next reads
 // where it lies: logits, the drawn token, and the cache, which decode updates in place.
 struct Model {
+  fs::path folder;
   json bundle, tokens = bundle.at("tokens");
   Tokenizer tokenizer;
   Ort::Env environment{ORT_LOGGING_LEVEL_FATAL, "paligemma"};
   std::map<std::string, Ort::Session> sessions;
   std::map<std::string, Ort::Value> buffers;  // over memory of whoever put them there
-  Model(const fs::path& folder, int threads) : bundle(open_bundle(folder)), tokenizer(folder / "tokenizer.model") {
-    for (const auto& [name, graph] : bundle.at("graphs").items()) {
-      const std::string file = graph.at("file");
-      if (!bundle.at("files").contains(file)) fail("bundle.json lists no checksum for " + file);
-      Ort::SessionOptions options;
-      options.SetIntraOpNumThreads(name == "prefill" || name == "decode" ? threads : 1);
-      if (name == "prefill") options.AddConfigEntry("session.force_spinning_stop", "1");
-      if (name != "sample_device") sessions.emplace(name, Ort::Session(environment, (folder / file).c_str(), options));
-    }
-  }
+  Model(const fs::path& folder) : folder(folder), bundle(open_bundle(folder)), tokenizer(folder / "tokenizer.model") {}
   template <class T> void put(const std::string& name, T* data, const Ids& shape) {
     size_t size = 1;
     for (const auto side : shape) size *= side;
@@ -156,13 +148,20 @@ struct Model {
     buffers.insert_or_assign(name, Ort::Value::CreateTensor<T>(memory, data, size, shape.data(), shape.size()));
   }
   // A function that runs a graph over the buffers that are there now.
-  std::function<void()> bound(const std::string& graph) {
-    const auto binding = std::make_shared<Ort::IoBinding>(sessions.at(graph));
-    const auto& values = bundle.at("graphs").at(graph);
-    const auto name = [](const json& value) { return value.at("name").get<std::string>(); };
-    for (const auto& input : values.at("inputs")) binding->BindInput(name(input).c_str(), buffers.at(name(input)));
-    for (const auto& output : values.at("outputs")) binding->BindOutput(name(output).c_str(), buffers.at(name(output)));
-    return [this, graph, binding] { sessions.at(graph).Run({}, *binding); };
+  std::function<void()> bound(const std::string& name) {
+    const auto& graph = bundle.at("graphs").at(name);
+    const std::string file = graph.at("file");
+    if (!bundle.at("files").contains(file)) fail("bundle.json lists no checksum for " + file);
+    Ort::SessionOptions options;
+    if (name != "prefill" && name != "decode") options.SetIntraOpNumThreads(1);
+    if (name == "prefill") options.AddConfigEntry("session.force_spinning_stop", "1");
+    if (!sessions.count(name)) sessions.emplace(name, Ort::Session(environment, (folder / file).c_str(), options));
+    auto& session = sessions.at(name);
+    const auto binding = std::make_shared<Ort::IoBinding>(session);
+    const auto key = [](const json& value) { return value.at("name").get<std::string>(); };
+    for (const auto& input : graph.at("inputs")) binding->BindInput(key(input).c_str(), buffers.at(key(input)));
+    for (const auto& output : graph.at("outputs")) binding->BindOutput(key(output).c_str(), buffers.at(key(output)));
+    return [&session, binding] { session.Run({}, *binding); };
   }
   // The tokens of an answer and their log-probabilities, without the token that ends it.
   std::pair<Ids, Floats> generate(Picture& picture, Ids prompt, Options options) {
@@ -213,7 +212,7 @@ struct Model {
     }
     json boxes = boxes_in(text, picture, places), masks = json::array();
     for (const auto& box : boxes)
-      if (box.contains("codes")) masks.push_back(sessions.count("masks") ? outlined(box, picture) : box);
+      if (box.contains("codes")) masks.push_back(bundle.at("graphs").contains("masks") ? outlined(box, picture) : box);
     return {{"text", text}, {"tokens", drawn}, {"logprobs", logprobs}, {"boxes", boxes}, {"masks", masks}};
   }
   // A box with its mask: COCO's uncompressed run lengths over the picture, column by column.
@@ -233,16 +232,16 @@ struct Model {
 };
 
 int main(int argc, char** argv) try {
-  Options options{{"max-new-tokens", 64}, {"temperature", 0}, {"top-p", 1}, {"top-k", 0}, {"seed", 0}, {"threads", 0}};
+  Options given{{"max-new-tokens", 64}, {"temperature", 0}, {"top-p", 1}, {"top-k", 0}, {"seed", 0}};
   bool is_json = false, ok = argc > 3 && *argv[3];
   for (int i = 4; i < argc; i++) {
     std::string key = argv[i];
     if (key == "--json") is_json = true;
-    else ok &= ++i < argc && options.count(key.erase(0, 2)) && sscanf(argv[i], "%lf", &options[key]) == 1 && options[key] >= 0;
+    else ok &= ++i < argc && given.count(key.erase(0, 2)) && sscanf(argv[i], "%lf", &given[key]) == 1 && given[key] >= 0;
   }
   if (!ok) return std::cerr << "usage: paligemma BUNDLE IMAGE PROMPT [--json] [--max-new-tokens N] [--seed S]\n"
-                                     "       [--temperature T] [--top-p P] [--top-k K] [--threads N]\n", 2;
-  const auto found = Model(argv[1], int(options["threads"])).answer(Picture(argv[2]), argv[3], options);
+                                     "       [--temperature T] [--top-p P] [--top-k K]\n", 2;
+  const auto found = Model(argv[1]).answer(Picture(argv[2]), argv[3], given);
   std::cout << (is_json ? found.dump() : found["text"].get<std::string>()) << "\n";
 } catch (const std::exception& error) {
   std::cerr << "paligemma: error: " << std::regex_replace(error.what(), std::regex("\\s+"), " ") << "\n";
