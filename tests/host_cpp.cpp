@@ -16,7 +16,7 @@ int main() {
     decoded.push_back(tokenizer.decode(ids));
   }
   for (const std::string text : asked.at("answers")) boxes.push_back(boxes_in(text, picture, {}));
-  for (const json mask : asked.at("masks")) {
+  for (const json& mask : asked.at("masks")) {
     const int width = mask.at("width"), height = mask.at("height");
     masks.push_back(json::array());
     for (int y = 0; y < height; y++)

@@ -63,8 +63,8 @@ def build(tmp_path_factory):
     for name in ("libonnxruntime.so.1", "libonnxruntime.so"):  # what a program asks for, and what CMake does
         (folder / name).symlink_to(LIBRARY[-1])
     found = [f"-DONNXRUNTIME_INCLUDE_DIR={include}", f"-DONNXRUNTIME_LIBRARY={folder / 'libonnxruntime.so'}"]
-    strict = "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"
-    made = run("cmake", "-S", HOSTS / "cpp", "-B", folder, *found, strict, "-DDRIVER=" + str(TESTS / "host_cpp.cpp"))
+    built = ["-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror", "-DCMAKE_BUILD_TYPE=Debug", f"-DDRIVER={TESTS / 'host_cpp.cpp'}"]
+    made = run("cmake", "-S", HOSTS / "cpp", "-B", folder, *found, *built)
     need(made.returncode == 0, f"libraries that CMake does not find here: {made.stderr[-500:]}")
     made = run("cmake", "--build", folder, "--parallel", "2")
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]

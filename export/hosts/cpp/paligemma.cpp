@@ -237,12 +237,13 @@ int main(int argc, char** argv) try {
   for (int i = 4; i < argc; i++) {
     std::string key = argv[i];
     if (key == "--json") is_json = true;
-    else ok &= ++i < argc && given.count(key.erase(0, 2)) && sscanf(argv[i], "%lf", &given[key]) == 1 && given[key] >= 0;
+    else ok &= ++i < argc && given.count(key.erase(0, 2)) && sscanf(argv[i], "%lf", &given[key]) > 0 && given[key] >= 0;
   }
   if (!ok) return std::cerr << "usage: paligemma BUNDLE IMAGE PROMPT [--json] [--max-new-tokens N] [--seed S]\n"
                                      "       [--temperature T] [--top-p P] [--top-k K]\n", 2;
   const auto found = Model(argv[1]).answer(Picture(argv[2]), argv[3], given);
   std::cout << (is_json ? found.dump() : found["text"].get<std::string>()) << "\n";
+  return 0;
 } catch (const std::exception& error) {
   std::cerr << "paligemma: error: " << std::regex_replace(error.what(), std::regex("\\s+"), " ") << "\n";
   return 1;
