@@ -79,7 +79,7 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
         verification.check(checkpoint, arguments.precision)  # before gigabytes are written
     bundles.write(
         checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators,
-        arguments.prepack, arguments.residual,
+        arguments.prepack, arguments.residual, answered=True,
     )  # fmt: skip
     print(one_line(f"wrote {arguments.output}"))
     return 0

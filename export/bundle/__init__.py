@@ -23,7 +23,7 @@ from numpy_ref.tokenizer.convert import convert
 
 from ..model import graphs
 from ..model.layers import FUSED, HALF, PORTABLE
-from . import digests, prepack, weights
+from . import digests, example, prepack, weights
 from .description import Description, File, Graph, Image, Tokens, Value
 
 DESCRIPTION = "bundle.json"
@@ -88,10 +88,12 @@ class Contents:
     made: dict[str, bytes]  # file name -> its bytes
     copies: dict[str, Path]  # file name -> where it lies now
     description: Description
+    asked: dict  # what example.json asks
+    tokenizer: Tokenizer | None
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file; of the description as it is before `--verify` adds its table."""
+        """Bytes of each file; of the description before `--verify` adds its table, of the example before its answer."""
         sizes = {name: file.bytes for name, file in self.description.files.items()}
         return {**sizes, DESCRIPTION: len(_as_json(self.description))}
 
@@ -138,6 +140,8 @@ def prepare(
     if "tokenizer.model" in copies and "tokenizer.json" not in copies:
         converted = convert(read_contents(copies["tokenizer.model"]), config)
         made |= {"tokenizer.json": converted} if converted else {}
+    asked = example.question(config, tokenizer, "masks" in models)
+    made[example.FILE] = example.as_json(asked)
     sizes = {weights.FILE: weights.size(placed), **{name: len(contents) for name, contents in made.items()}}
     sizes |= {name: source.stat().st_size for name, source in copies.items()}
     description = Description(
@@ -154,7 +158,7 @@ def prepare(
         graphs={name: _described(f"{name}.onnx", model) for name, model in models.items()},
         files={name: File(sizes[name], "0" * 64) for name in sorted(sizes)},
     )
-    return Contents(placed, made, copies, description)
+    return Contents(placed, made, copies, description, asked, tokenizer)
 
 
 def write(
@@ -166,10 +170,12 @@ def write(
     operators: str | None = None,
     prepacked: bool = False,
     residual: str | None = None,
+    answered: bool = False,
 ) -> None:
     """Export a loaded checkpoint into the new directory `output`.
 
-    With `prepacked` the weights are there once more, in the order of this machine's kernels (prepack.py).
+    With `prepacked` the weights are there once more, in the order of this machine's kernels (prepack.py). With
+    `answered` the bundle answers its own example.json, whose answer is else null.
     `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
@@ -187,6 +193,8 @@ def write(
         for name, source in contents.copies.items():
             shutil.copyfile(source, folder / name)
         description = contents.description
+        if answered:
+            _answer(folder, contents)
         if prepacked:
             prepack.prepack(folder, {name: folder / description.graphs[name].file for name in WITH_WEIGHTS})
             description, sums = replace(description, prepacked=prepack.processor()), {}
@@ -208,6 +216,15 @@ def write(
         _warn(f"{checkpoint.path} has no tokenizer; the bundle knows only ids")
     elif "tokenizer.json" not in description.files:
         _warn("this tokenizer.model has no counterpart as tokenizer.json; hosts without SentencePiece cannot use it")
+
+
+def _answer(folder, contents) -> None:
+    """Put the bundle's answer into its example; where it cannot be run here, say why."""
+    try:
+        found = example.answered(contents.asked, folder, contents.description, contents.tokenizer)
+    except PaliGemmaError as error:
+        return _warn(f"{example.FILE} has no answer: {error}")
+    (folder / example.FILE).write_bytes(example.as_json(found))
 
 
 def load(path: str | Path) -> Bundle:
@@ -293,7 +310,7 @@ def shipped(for_cuda: bool = False) -> Bundle:
             shutil.rmtree(path, ignore_errors=True)
     note(f"exporting the shipped model to {path}")
     try:
-        write(checkpoints.load(checkpoints.SHIPPED), path, operators=PORTABLE if for_cuda else FUSED)
+        write(checkpoints.load(checkpoints.SHIPPED), path, operators=PORTABLE if for_cuda else FUSED, answered=True)
     except PaliGemmaError:
         if not path.exists():  # another process may have been faster
             raise
