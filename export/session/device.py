@@ -157,7 +157,7 @@ class DeviceSession(Session):
         return self._caches[batch, size]
 
     def _run_options(self, made):
-        return self._options_for(made.batch, made.capacity) if isinstance(made, Cache) else self._options_for()
+        return self._options_for(*made.key) if isinstance(made, Cache) else self._options_for()
 
     def _options_for(self, *graph):
         """How to run a graph; a captured one by a number of its own, the same for what is equal. None: not captured."""
