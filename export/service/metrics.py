@@ -19,6 +19,7 @@ _STATE = {
     "prefills": "prefills so far", "picture_hits": "pictures that were in the cache",
     "picture_misses": "pictures that were not", "picture_bytes": "bytes in the cache of pictures",
 }  # fmt: skip
+FAULTS = 500  # statuses from here on are the service's own fault
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -88,6 +89,8 @@ class _States(Collector):
 def log(entry: Entry) -> None:
     """Write the line of a request on stderr."""
     values = {name: value for name, value in asdict(entry).items() if value not in ("", 0)}
+    if entry.status < FAULTS:  # what was wrong with a request may quote it
+        values.pop("error", None)
     values = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     print(json.dumps({"time": stamp, **values}), file=sys.stderr, flush=True)

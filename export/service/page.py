@@ -22,9 +22,7 @@ def page_routes(bundle: Bundle) -> list[Route]:
         return RedirectResponse(serve.PAGE, headers=serve.HEADERS)
 
     def file(request: Request) -> Response:
-        served = files.get(request.url.path)
-        if served is None:
-            return Response(status_code=404, headers=serve.HEADERS)
+        served = files[request.scope["path"]]
         if not serve.may_have(served, request.headers):
             return Response(status_code=403, headers=serve.HEADERS)
         opened = serve.opened_served(served)
@@ -42,7 +40,7 @@ def page_routes(bundle: Bundle) -> list[Route]:
 
         return _File(blocks(), opened, headers=serve.headers_of(served, size))
 
-    return [Route("/", root), Route("/{path:path}", file)]
+    return [Route("/", root), *(Route(path, file) for path in files)]
 
 
 class _File(StreamingResponse):

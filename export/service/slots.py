@@ -12,7 +12,7 @@ import numpy as np
 from numpy_ref.generate import pad_prompts
 from numpy_ref.model.sampling import Sampling, log_probability, sample
 
-from ..session import CUDA, Session, cuda
+from ..session import CUDA, DeviceSession, Session, cuda
 from ..session.engine import Cache, Rows
 
 TOGETHER = 4  # prompts that a device prefills at once; on the CPU nothing is won by more than one
@@ -24,16 +24,16 @@ class Slots:
     def __init__(self, engine: Session, count: int, capacity: int):
         self.engine, self.count, self.capacity = engine, count, min(capacity, engine.max_length)
         self.whole = Cache(engine, count, self.capacity)
-        self.on_device = engine.provider == CUDA
-        self.together = TOGETHER if self.on_device else 1
+        self.on_cuda, logits_stay = engine.provider == CUDA, isinstance(engine, DeviceSession)
+        self.together = TOGETHER if logits_stay else 1
         self._rows: dict[tuple[int, int], Rows] = {}
 
     def prefill(self, first: int, pixel_values: np.ndarray, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Fill rows from `first` on: pixel_values [B*N, 3, S, S], B prompts -> logits [B, V] where the engine has them.
 
-        On the CPU more than one prompt is one prompt, the same list, more than once: it is read once and copied.
+        Where logits come to the host, more than one prompt is one prompt, several times: it is read once and copied.
         """
-        copies = 0 if self.on_device else len(prompts) - 1
+        copies = len(prompts) - 1 if self.together == 1 else 0
         if copies:
             pixel_values, prompts = pixel_values[: len(pixel_values) // len(prompts)], prompts[:1]
         input_ids, lengths = pad_prompts(prompts, self.engine.config.pad)
@@ -93,7 +93,7 @@ class Slots:
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one row to another."""
         for value in self.whole.buffers.values():
-            if self.on_device:
+            if self.on_cuda:
                 size = value.tensor_size_in_bytes() // self.count
                 places = (ctypes.c_void_p(value.data_ptr() + row * size) for row in (target, source))
                 queue = ctypes.c_void_p(getattr(self.engine, "_stream", 0))
