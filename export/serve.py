@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -132,7 +133,7 @@ def headers_of(served: Served, size: int) -> dict[str, str]:
     return headers | (_FROM_BUNDLE if served.bundled else {})
 
 
-def may_have(served: Served, headers: Mapping[str, str]) -> bool:
+def may_have(served: Served, headers: Mapping[str, str] | Message) -> bool:
     """Whether whoever sends these headers may have a file.
 
     A bundle's is for a page that asks for data, and not for a document, a script, a style or a service worker.

@@ -106,7 +106,16 @@ def test_a_step_lies_between_prefills_that_take_their_time():
         scheduler.submit(asked(2, last)[0])
     finish(scheduler)
     begins = [i for i, line in enumerate(slots.log) if line.startswith("prefill")]
-    assert slots.log[:8] == ["prefill 1", "decode 1", "prefill 1", "decode 2", "prefill 1", "decode 3", "prefill 1", "decode 4"]
+    assert slots.log[:8] == [
+        "prefill 1",
+        "decode 1",
+        "prefill 1",
+        "decode 2",
+        "prefill 1",
+        "decode 3",
+        "prefill 1",
+        "decode 4",
+    ]
     assert len(begins) == 4
 
 
@@ -151,7 +160,7 @@ def test_the_longest_answer():
 
 @pytest.mark.parametrize("is_waiting", [True, False])
 def test_what_is_cancelled_ends_within_a_step(is_waiting):
-    slots, scheduler = counting(count=1)
+    _, scheduler = counting(count=1)
     (running, events), (waiting, others) = asked(2, 14), asked(2, 5)
     scheduler.submit(running)
     scheduler.submit(waiting)

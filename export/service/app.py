@@ -78,7 +78,7 @@ def build(backend: Backend, options: Options, starts_backend: bool = False) -> A
             await backend.stop()
 
     handlers = {HTTPException: _http_error, Refusal: _refusal, Exception: _fault}
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)  # type: ignore[arg-type]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     return Guard(app, options)
 
 
@@ -170,11 +170,11 @@ class Service:
             admitted.take_answers(len(question.seeds))
             asked = self.ask(question)
             stack.callback(asked.cancel)
-            head = f"chatcmpl-{entry.id[4:]}", int(time.time()), self.options.model
+            head = shapes.Head(f"chatcmpl-{entry.id[4:]}", int(time.time()), self.options.model)
             if not question.streamed:
                 ends = await while_connected(request, self.ends(aiter(asked), entry))
                 self.admission.note_seconds(time.monotonic() - began)
-                return JSONResponse(shapes.chat(*head, entry.prompt_tokens, ends), headers=HEADERS)
+                return JSONResponse(shapes.chat(head, entry.prompt_tokens, ends), headers=HEADERS)
             events = aiter(asked)
             await while_connected(request, self.accepted(events, entry))
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -182,29 +182,36 @@ class Service:
             return Events(self.chunks(events, question, head, include_usage, entry), stack.pop_all())
 
     async def chunks(
-        self, events: AsyncIterator[Event], question: Question, head: tuple, include_usage: bool, entry: metrics.Entry
+        self,
+        events: AsyncIterator[Event],
+        question: Question,
+        head: shapes.Head,
+        include_usage: bool,
+        entry: metrics.Entry,
     ) -> AsyncIterator[str]:
         """The events of a chat that is streamed."""
         for choice in range(len(question.seeds)):
-            yield sse(shapes.chunk(*head, [shapes.delta(choice, {"role": "assistant", "content": ""})]))
+            yield sse(shapes.chunk(head, [shapes.delta(choice, {"role": "assistant", "content": ""})]))
         try:
             async for event in events:
                 if isinstance(event, Token):
                     if event.piece.text or question.logprobs:
                         tokens = (event,) if question.logprobs else ()
-                        yield sse(shapes.chunk(*head, [shapes.delta(event.choice, {"content": event.piece.text}, tokens)]))
+                        yield sse(
+                            shapes.chunk(head, [shapes.delta(event.choice, {"content": event.piece.text}, tokens)])
+                        )
                 elif isinstance(event, Done):
                     self.take_end(event, entry)
                     if event.text:
-                        yield sse(shapes.chunk(*head, [shapes.delta(event.choice, {"content": event.text})]))
-                    yield sse(shapes.chunk(*head, [shapes.delta(event.choice, {}, (), event.reason)]))
+                        yield sse(shapes.chunk(head, [shapes.delta(event.choice, {"content": event.text})]))
+                    yield sse(shapes.chunk(head, [shapes.delta(event.choice, {}, (), event.reason)]))
         except (LostError, Refusal) as error:
             refusal = error if isinstance(error, Refusal) else lost()
             entry.reason, entry.error = refusal.code or refusal.kind, entry.error or refusal.message
             yield sse(refusal.as_json())
             return
         if include_usage:
-            yield sse(shapes.chunk(*head, [], usage=shapes.usage(entry.prompt_tokens, entry.tokens)))
+            yield sse(shapes.chunk(head, [], usage=shapes.usage(entry.prompt_tokens, entry.tokens)))
         yield "data: [DONE]\n\n"
 
     async def answer(self, request: Request, entry: metrics.Entry) -> Response:

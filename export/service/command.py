@@ -28,20 +28,26 @@ def serve_onnx(argv: Sequence[str] | None = None) -> int | None:
     options.add_argument("--name", metavar="NAME", help="of the model, which requests may give (the bundle's folder)")
     options.add_argument("--api-key", metavar="KEY", help=KEY_HELP)
     options.add_argument(
-        "--without-key", action="store_true", help="let anybody ask who reaches an address that is not this machine's own"
+        "--without-key",
+        action="store_true",
+        help="let anybody ask who reaches an address that others reach",
     )
-    options.add_argument("--slots", type=cli.whole(1, 256), default=8, metavar="N", help="answers at once, a worker (8)")
+    options.add_argument("--slots", type=cli.whole(1, 256), default=8, metavar="N", help="answers at once (8)")
     options.add_argument(
         "--positions", type=cli.whole(1), metavar="C",
         help=f"of a slot: a prompt, its pictures and its answer (a picture's and {TEXT_POSITIONS})",
     )  # fmt: skip
     options.add_argument(
         "--gap", type=cli.real(0, 3600), default=0.25, metavar="SECONDS",
-        help="how long new requests may hold up those that are being answered, if one alone does not take longer (0.25)",
+        help="how long new requests together may hold up the others; one alone may take longer (0.25)",
     )  # fmt: skip
     options.add_argument("--queue", type=cli.whole(0), default=64, metavar="N", help="answers that may wait (64)")
     options.add_argument(
-        "--timeout", type=cli.real(0.001, 1e6), default=120.0, metavar="SECONDS", help="until a request is answered (120)"
+        "--timeout",
+        type=cli.real(0.001, 1e6),
+        default=120.0,
+        metavar="SECONDS",
+        help="for an answer (120)",
     )
     options.add_argument("--max-body", type=cli.whole(1, 2048), default=32, metavar="MIB", help="of a request (32)")
     options.add_argument(

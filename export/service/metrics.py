@@ -43,14 +43,18 @@ class Metrics:
     """What /metrics shows."""
 
     def __init__(self, backend: Backend):
-        self.registry = CollectorRegistry()
-        kept = {"registry": self.registry, "namespace": "serve_onnx"}
-        self.requests = Counter("requests", "requests by route and status", ["route", "status"], **kept)
-        self.tokens = Counter("tokens", "tokens of answers", **kept)
-        self.prompt_tokens = Counter("prompt_tokens", "tokens of prompts, pictures included", **kept)
-        self.pictures = Counter("pictures", "pictures that came", **kept)
-        self.first_token = Histogram("first_token_seconds", "until an answer's first token", buckets=_SECONDS, **kept)
-        self.total = Histogram("request_seconds", "until an answer's end", buckets=_SECONDS, **kept)
+        self.registry = registry = CollectorRegistry()
+        routes = ["route", "status"]
+        self.requests = Counter("serve_onnx_requests", "requests by route and status", routes, registry=registry)
+        self.tokens = Counter("serve_onnx_tokens", "tokens of answers", registry=registry)
+        self.prompt_tokens = Counter("serve_onnx_prompt_tokens", "of prompts, pictures included", registry=registry)
+        self.pictures = Counter("serve_onnx_pictures", "pictures that came", registry=registry)
+        self.first_token = Histogram(
+            "serve_onnx_first_token_seconds", "until an answer's first token", buckets=_SECONDS, registry=registry
+        )
+        self.total = Histogram(
+            "serve_onnx_request_seconds", "until an answer's end", buckets=_SECONDS, registry=registry
+        )
         self.registry.register(_States(backend))
 
     def note(self, entry: Entry) -> None:
@@ -79,7 +83,9 @@ class _States(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         links = self.backend.links
         for name in (field.name for field in fields(State)):
-            yield GaugeMetricFamily(f"serve_onnx_{name}", _STATE[name], sum(getattr(each.state, name) for each in links))
+            yield GaugeMetricFamily(
+                f"serve_onnx_{name}", _STATE[name], sum(getattr(each.state, name) for each in links)
+            )
         yield GaugeMetricFamily("serve_onnx_slots", "answers that can be in the making at once", self.backend.slots)
         yield GaugeMetricFamily("serve_onnx_workers", "workers that are there", sum(each.alive for each in links))
         restarts = sum(each.restarts for each in links if isinstance(each, ProcessLink))

@@ -1,11 +1,12 @@
 """Continuous batching: requests join and leave a running batch between its steps.
 
-A round is: take in what came and drop what was cancelled or is overdue; prefill some of those that wait; then one decode
-step for all that run. So between two tokens of an answer lie one decode step and, at most, the prefills of one round.
-A round prefills one request at least while a row is free, and more as long as `gap_s` seconds are not over. A prefill
-cannot be cut into pieces: every position of a prefix attends to all of it.
+A round is: take in what came and drop what was cancelled or is overdue; prefill some of those that wait; then one
+decode step for all that run. So between two tokens of an answer lie one decode step and, at most, the prefills of one
+round. A round prefills one request at least while a row is free, and more as long as `gap_s` seconds are not over. A
+prefill cannot be cut into pieces: every position of a prefix attends to all of it.
 
-A row has its own length, sampling, seed, constraint and end, and draws from a generator of its own: as if it were alone.
+A row has its own length, sampling, seed, constraint and end, and a generator of its own to draw from: as if it were
+alone.
 """
 
 import threading

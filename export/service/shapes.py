@@ -7,6 +7,7 @@ do (tools, penalties, audio) is refused by name, and what changes nothing (`user
 import base64
 import binascii
 import re
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -65,9 +66,7 @@ class Message(_Shape):
     """A message of a chat."""
 
     role: Literal["user", "system", "developer", "assistant", "tool", "function"]
-    content: Annotated[
-        Annotated[str, Tag("as_text")] | Annotated[list[Part], Tag("as_parts")], Discriminator(_kind)
-    ]
+    content: Annotated[Annotated[str, Tag("as_text")] | Annotated[list[Part], Tag("as_parts")], Discriminator(_kind)]
     name: str | None = None
 
 
@@ -190,7 +189,9 @@ def check_question(prompt: str, pictures: int, limits: Limits, param: str) -> No
     if not prompt.strip():
         raise Refusal(400, "the prompt is empty", param=param)
     if len(prompt) > limits.prompt_letters:
-        raise Refusal(400, f"the prompt has {len(prompt)} letters; at most {limits.prompt_letters} are taken", param=param)
+        raise Refusal(
+            400, f"the prompt has {len(prompt)} letters; at most {limits.prompt_letters} are taken", param=param
+        )
 
 
 def picture_of(url: str, param: str) -> bytes | None:
@@ -240,7 +241,16 @@ def sampling_of(body: _Drawing) -> Sampling:
     return Sampling(temperature, body.top_k or 0, top_p)
 
 
-def chat(identity: str, created: int, model: str, prompt_tokens: int, ends: list[Done]) -> dict:
+@dataclass(frozen=True)
+class Head:
+    """What every object of a response begins with."""
+
+    id: str
+    created: int
+    model: str
+
+
+def chat(head: Head, prompt_tokens: int, ends: list[Done]) -> dict:
     """The response of a chat that is not streamed."""
     choices = [
         {
@@ -251,14 +261,13 @@ def chat(identity: str, created: int, model: str, prompt_tokens: int, ends: list
         }
         for end in sorted(ends, key=lambda each: each.choice)
     ]
-    head = {"id": identity, "object": "chat.completion", "created": created, "model": model}
-    return {**head, "choices": choices, "usage": usage(prompt_tokens, sum(end.count for end in ends))}
+    tokens = usage(prompt_tokens, sum(end.count for end in ends))
+    return {**asdict(head), "object": "chat.completion", "choices": choices, "usage": tokens}
 
 
-def chunk(identity: str, created: int, model: str, choices: list[dict], **more: object) -> dict:
+def chunk(head: Head, choices: list[dict], **more: object) -> dict:
     """An event of a streamed chat."""
-    head = {"id": identity, "object": "chat.completion.chunk", "created": created, "model": model}
-    return {**head, "choices": choices, **more}
+    return {**asdict(head), "object": "chat.completion.chunk", "choices": choices, **more}
 
 
 def delta(choice: int, fields: dict, tokens: tuple[Token, ...] = (), reason: str | None = None) -> dict:
@@ -293,9 +302,10 @@ def openapi(model: str) -> dict:
         schema = shape.model_json_schema(ref_template=template)
         schemas |= schema.pop("$defs", {})
         schemas[shape.__name__] = schema
+    file, text = {"type": "string", "format": "binary"}, {"type": "string"}
     form = {
-        "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "description": "one or more pictures"},
-        "prompt": {"type": "array", "items": {"type": "string"}, "description": "one prompt, or several"},
+        "image": {"type": "array", "items": file, "description": "one or more pictures"},
+        "prompt": {"type": "array", "items": text, "description": "one prompt, or several"},
     }
     schemas["AnswerRequest"]["properties"] |= form
     schemas["AnswerRequest"]["required"] = ["image", "prompt"]

@@ -6,6 +6,7 @@ grows with them. When a row in between ends, the last one takes its place.
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -67,18 +68,17 @@ class Slots:
         Rows of one sampling are drawn together.
         """
         tokens, logprobs, complete = np.zeros(len(samplings), np.int64), np.zeros(len(samplings), np.float32), True
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[Sampling, bool], list[int]] = {}
         for row, sampling in enumerate(samplings):
-            constrained = allowed[row] is not None
-            groups.setdefault((sampling.temperature, sampling.top_k, sampling.top_p, constrained), []).append(row)
-        for (*settings, constrained), rows in groups.items():
+            groups.setdefault((replace(sampling, seed=0), allowed[row] is not None), []).append(row)
+        for (sampling, constrained), rows in groups.items():
             if constrained:
                 masks = known & np.stack([allowed[row] for row in rows])  # type: ignore[misc]
                 chosen = self.on_host(logits)[rows]
-                drawn = sample(chosen, masks, *settings, uniform[rows])
+                drawn = sample(chosen, masks, sampling.temperature, sampling.top_k, sampling.top_p, uniform[rows])
                 found = log_probability(chosen, drawn)
             else:
-                drawn, found = self._draw(logits, known, Sampling(*settings), uniform, rows)
+                drawn, found = self._draw(logits, known, sampling, uniform, rows)
             tokens[rows] = drawn
             if found is None:
                 complete = False

@@ -254,9 +254,8 @@ class _Emitter:
                 self._send(self._done(event))
             return
         self.first_s = self.first_s or time.monotonic() - self.began
-        decode, words = self.worker.tokenizer.decode, ()
-        if self.request.logprobs:
-            words = tuple(decode([token]) for token in (event.token, *(token for token, _ in event.top)))
+        wanted = [event.token, *(token for token, _ in event.top)] if self.request.logprobs else []
+        words = tuple(self.worker.tokenizer.decode([token]) for token in wanted)
         self.tokens.append(Token(self.choice, event, words))
         if self.request.streamed:
             self._send(self.tokens[-1])
@@ -265,10 +264,8 @@ class _Emitter:
         self.worker._events.append((self.number, event))
 
     def _done(self, end, result=None):
-        if self.request.streamed:
-            text, tokens = end.text, ()
-        else:
-            text, tokens = self._text(end), tuple(self.tokens) if self.request.logprobs else ()
+        text = end.text if self.request.streamed else self._text(end)
+        tokens = tuple(self.tokens) if self.request.logprobs and not self.request.streamed else ()
         return Done(self.choice, end.reason, text, end.error, len(self.tokens), tokens, result, self.first_s)
 
     def _text(self, end) -> str:
@@ -287,10 +284,10 @@ class _Emitter:
 
     def _result(self, end) -> dict:
         worker, ids = self.worker, self.answer.tokens
-        logprobs = [token.piece.logprob for token in self.tokens]
+        logprobs = [token.piece.logprob for token in self.tokens if token.piece.logprob is not None]
         timings = Timings(self.answer.prefill_s, self.answer.decode_s, max(0, len(ids) - 1))
         found = Answer(
             self._text(end), ids, self.picture.width, self.picture.height, self.request.boxes, worker.engine.masks,
-            timings, logprobs=None if None in logprobs else logprobs, begins=beginnings(worker.tokenizer, ids),
+            timings, logprobs=logprobs if len(logprobs) == len(ids) else None, begins=beginnings(worker.tokenizer, ids),
         )  # fmt: skip
         return cli.as_json(found, worker.load_s)
