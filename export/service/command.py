@@ -80,14 +80,15 @@ def serve_onnx(argv: Sequence[str] | None = None) -> int | None:
     arguments = options.parse_args(argv)
     if arguments.engine == "local":
         check_on_cores(options, arguments, "threads", "workers")
-        if arguments.autoscale or arguments.replicas > 1:
-            options.error("argument --replicas, --autoscale: only with --engine ray")
+        for name, is_given in (("replicas", arguments.replicas > 1), ("autoscale", arguments.autoscale)):
+            if is_given:
+                options.error(f"argument --{name}: only with --engine ray")
     elif arguments.workers > 1:
         options.error("argument --workers: with --engine ray it is --replicas")
     try:
         from . import running
     except ImportError as error:
-        raise PaliGemmaError(INSTALL.format(error.name)) from None
+        raise PaliGemmaError(INSTALL.format(str(error.name).partition(".")[0])) from None
     return running.run(arguments)
 
 

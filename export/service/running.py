@@ -7,7 +7,7 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
 
@@ -88,15 +88,17 @@ def is_loopback(host: str) -> bool:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket with an address, which does not listen yet. Raises PaliGemmaError if it cannot have it."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind)
-        if os.name == "posix":
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PaliGemmaError(f"--host {host} --port {port}: cannot listen there ({reason})") from None
+    with ExitStack() as stack:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            found = stack.enter_context(socket.socket(family, kind))
+            if os.name == "posix":
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PaliGemmaError(f"--host {host} --port {port}: cannot listen there ({reason})") from None
+        stack.pop_all()
     return found
 
 
@@ -111,6 +113,7 @@ async def serve(load: Load, options: Options, arguments: Namespace, listening: s
             h11_max_incomplete_event_size=65536,
         )  # fmt: skip
         server = Server(config)
+        listening.listen()  # whoever reads the line may ask at once
         host, port = listening.getsockname()[:2]
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         print(one_line(f"http://{where}/v1 answers with the model {options.model}; Ctrl-C stops it"), flush=True)
