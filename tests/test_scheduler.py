@@ -13,10 +13,13 @@ from export.service import scheduler as scheduling
 from export.service.scheduler import CANCELLED, FAILED, LENGTH, OVERDUE, STOP, Answering, End, Piece, Scheduler
 from export.service.slots import Slots
 from export.service.text import StoppingText
+from export.service.worker import Constraint
 from export.session import DeviceSession, Session
 from numpy_ref import answer as answering
+from numpy_ref.answer import Picture, look
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.grammar import Grammar
 from numpy_ref.image import open_image
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer
@@ -36,8 +39,13 @@ class Counting:
         self.count, self.together, self.prefill_s = count, together, prefill_s
         self.rows, self.log, self.fails = [None] * count, [], lambda prompts: False
 
-    def prefill(self, first, pixel_values, prompts):
-        assert len(prompts) == len(pixel_values)
+    def encode(self, picture):
+        picture.features = "features"
+        self.log.append("encode")
+
+    def prefill(self, first, pictures, prompts):
+        assert len(prompts) == len(pictures)
+        assert all(picture.features for picture in pictures)
         if self.fails(prompts):
             raise RuntimeError("a broken kernel")
         time.sleep(self.prefill_s)
@@ -50,7 +58,7 @@ class Counting:
         self.log.append(f"decode {len(tokens)}")
         return np.stack([self._logits(token + 1, self.rows[row]) for row, token in enumerate(tokens)])
 
-    def draw(self, logits, known, samplings, uniform, allowed):
+    def draw(self, logits, known, samplings, uniform, allowed, again):
         return logits.argmax(-1), np.where(np.isfinite(logits).all(-1), 0, np.nan).astype(np.float32)
 
     def on_host(self, logits):
@@ -63,11 +71,11 @@ class Counting:
         return np.eye(VOCAB, dtype=np.float32)[token if token <= last else EOS]
 
 
-def asked(first, last, most=99, **fields):
-    """An answer in the making, and the list that its events go to."""
-    events = []
-    picture = np.zeros((1, 3, 2, 2), np.float32)
-    return Answering([first, last], picture, most, events.append, **fields), events
+def asked(first, last, most=99, pictures=1, seen=True, **fields):
+    """An answer in the making, and the list that its events go to; its pictures were looked at, or not."""
+    events, pixel_values = [], np.zeros((1, 3, 2, 2), np.float32)
+    shown = [Picture(pixel_values, 2, 2, features="features" if seen else None) for _ in range(pictures)]
+    return Answering([first, last], shown, most, events.append, **fields), events
 
 
 def tokens_of(events):
@@ -117,6 +125,32 @@ def test_a_step_lies_between_prefills_that_take_their_time():
         "decode 4",
     ]
     assert len(begins) == 4
+
+
+def test_a_step_lies_between_a_picture_and_its_prompt():
+    """The vision tower and the prefill each hold up the others once; a picture that was seen is not looked at again."""
+    slots, scheduler = counting(count=3)
+    scheduler.gap_s = 0.0
+    scheduler.submit(asked(2, 14)[0])
+    scheduler.round()
+    new, _ = asked(2, 14, seen=False)
+    again, _ = asked(2, 14)
+    again.pictures = new.pictures
+    scheduler.submit(new)
+    scheduler.submit(again)
+    for _ in range(3):
+        scheduler.round()
+    assert slots.log[2:] == ["encode", "decode 1", "prefill 1", "decode 2", "prefill 1", "decode 3"]
+
+
+def test_a_picture_that_fails_fails_its_own_request():
+    slots, scheduler = counting()
+    slots.encode = lambda picture: 1 / 0
+    found = [asked(2, 9), asked(2, 9, seen=False), asked(2, 9)]
+    for each, _ in found:
+        scheduler.submit(each)
+    finish(scheduler)
+    assert [events[-1].reason for _, events in found] == [STOP, FAILED, STOP]
 
 
 def test_prefills_that_are_quick_come_together():
@@ -283,18 +317,20 @@ def model(request):
         for prompt in PROMPTS
         for sampling in SETTINGS
     }
-    return engine, tokenizer, engine.preprocess(image), alone
+    picture = look(engine, image)
+    (picture.features,) = engine.encode(picture.pixel_values)
+    return engine, tokenizer, [picture], alone
 
 
 def test_answers_in_company_are_those_alone(model):
     """Two hundred requests in random order, which come while others run, on eight slots."""
-    engine, tokenizer, pixel_values, alone = model
+    engine, tokenizer, pictures, alone = model
     scheduler = Scheduler(Slots(engine, 8, engine.max_length), tokenizer.known(), engine.config.ends)
     choose, found = random.Random(0), []
     for _ in range(200):
         prompt, sampling, events = choose.choice(PROMPTS), choose.choice(SETTINGS), []
         ids = tokenizer.prompt(prompt)
-        scheduler.submit(Answering(ids, pixel_values, 64, events.append, sampling, sampling.seed))
+        scheduler.submit(Answering(ids, pictures, 64, events.append, sampling, sampling.seed))
         found.append((alone[prompt, sampling], events))
         for _ in range(choose.randrange(3)):
             scheduler.round()
@@ -307,14 +343,14 @@ def test_answers_in_company_are_those_alone(model):
 
 
 def test_the_same_question_is_read_at_once(model, monkeypatch):
-    engine, tokenizer, pixel_values, _ = model
+    engine, tokenizer, pictures, _ = model
     slots = Slots(engine, 4, engine.max_length)
     scheduler, reads = Scheduler(slots, tokenizer.known(), engine.config.ends), []
     prefill = engine.prefill
     monkeypatch.setattr(engine, "prefill", lambda *arguments: reads.append(len(arguments[1])) or prefill(*arguments))
     ids, found = tokenizer.prompt("caption en"), [[] for _ in range(3)]
     for seed, events in enumerate(found):
-        scheduler.submit(Answering(ids, pixel_values, 64, events.append, Sampling(1.0), seed))
+        scheduler.submit(Answering(ids, pictures, 64, events.append, Sampling(1.0), seed))
     finish(scheduler)
     assert reads == [1 if slots.together == 1 else 3]
     image = open_image(SHIPPED / "example.png")
@@ -323,43 +359,35 @@ def test_the_same_question_is_read_at_once(model, monkeypatch):
         assert tokens_of(events) == answer.tokens
 
 
-def test_a_constrained_row_among_others(model):
-    """It takes allowed ids alone, and its neighbours do not notice."""
-    engine, tokenizer, pixel_values, alone = model
-    allowed = np.zeros(engine.config.text.vocab, bool)
-    allowed[[*tokenizer.encode("red"), *tokenizer.encode(" star"), *engine.config.ends]] = True
-
-    class Only:
-        def __init__(self):
-            self.taken = []
-
-        def allowed(self):
-            return allowed
-
-        def accept(self, token):
-            self.taken.append(token)
-
+@pytest.mark.parametrize("sampling", SETTINGS)
+@pytest.mark.parametrize("spec", ["detect:star", "choice:red|a yellow star|12", "number"])
+def test_grammars_are_kept_row_by_row(model, sampling, spec):
+    """A constrained answer is the one alone, and its neighbours do not notice."""
+    engine, tokenizer, pictures, alone = model
+    image = open_image(SHIPPED / "example.png")
+    expected = answering.answer(engine, tokenizer, image, "caption en", sampling=sampling, constrain=spec)
     scheduler = Scheduler(Slots(engine, 4, engine.max_length), tokenizer.known(), engine.config.ends)
-    only, events, others = Only(), [], []
-    ids = tokenizer.prompt("caption en")
-    scheduler.submit(Answering(list(ids), pixel_values, 8, events.append, constraint=only))
-    scheduler.submit(Answering(list(ids), pixel_values, 64, others.append))
+    events, others = [], []
+    constraint, ids = Constraint(Grammar(spec, tokenizer), 64), tokenizer.prompt("caption en")
+    make = partial(Answering, sampling=sampling, seed=sampling.seed)
+    scheduler.submit(make(list(ids), pictures, 64, events.append, constraint=constraint))
+    scheduler.submit(make(list(ids), pictures, 64, others.append))
     finish(scheduler)
-    assert tokens_of(events) == only.taken
-    assert allowed[only.taken].all()
-    assert tokens_of(others) == alone["caption en", Sampling()].tokens
+    assert tokens_of(events) == expected.tokens
+    assert constraint.grammar.accepts(tokens_of(events))
+    assert tokens_of(others) == alone["caption en", sampling].tokens
 
 
 def test_stale_rows_are_not_read(model):
     """What an answer leaves in its slot changes nothing for the next one in it."""
-    engine, tokenizer, pixel_values, alone = model
+    engine, tokenizer, pictures, alone = model
     slots = Slots(engine, 2, engine.max_length)
     for value in slots.whole.buffers.values():
         value.numpy()[:] = 1e4
     scheduler, found = Scheduler(slots, tokenizer.known(), engine.config.ends), []
     for prompt in (*PROMPTS, *PROMPTS):
         events = []
-        scheduler.submit(Answering(tokenizer.prompt(prompt), pixel_values, 64, events.append))
+        scheduler.submit(Answering(tokenizer.prompt(prompt), pictures, 64, events.append))
         found.append((alone[prompt, Sampling()].tokens, events))
     finish(scheduler)
     assert all(tokens_of(events) == tokens for tokens, events in found)
@@ -396,11 +424,11 @@ def test_stop_strings(tokenizer, stops, expected):
 
 
 def test_stops_end_a_row(model):
-    engine, tokenizer, pixel_values, alone = model
+    engine, tokenizer, pictures, alone = model
     scheduler = Scheduler(Slots(engine, 2, engine.max_length), tokenizer.known(), engine.config.ends)
     whole, events = alone["caption en", Sampling()].text, []
     first = whole.split(",")[0]
-    make = partial(Answering, tokenizer.prompt("caption en"), pixel_values, 64, events.append)
+    make = partial(Answering, tokenizer.prompt("caption en"), pictures, 64, events.append)
     scheduler.submit(make(text=StoppingText(tokenizer, [","])))
     finish(scheduler)
     assert "".join(event.text for event in events) == first

@@ -143,7 +143,11 @@ def test_a_worker_that_is_killed_loses_only_its_requests():
 def test_workers_go_when_the_service_is_killed():
     with started("--no-log", "--workers", "2") as (process, url):
         assert ask(url).status_code == 200
-        workers = [pid for pid in children_of(process.pid) if "spawn_main" in (Path("/proc") / str(pid) / "cmdline").read_text()]
+        workers = [
+            pid
+            for pid in children_of(process.pid)
+            if "spawn_main" in (Path("/proc") / str(pid) / "cmdline").read_text()
+        ]
         assert len(workers) == 2
         process.kill()
         process.wait()
@@ -202,7 +206,8 @@ def test_a_port_that_is_taken(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--replicas", "2"], ["--autoscale", "max_replicas=2"], ["--engine", "ray", "--workers", "2"], ["--slots", "0"]]
+    "arguments",
+    [["--replicas", "2"], ["--autoscale", "max_replicas=2"], ["--engine", "ray", "--workers", "2"], ["--slots", "0"]],
 )
 def test_options_that_do_not_go_together(arguments, capsys):
     with pytest.raises(SystemExit) as ended:

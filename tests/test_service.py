@@ -206,6 +206,14 @@ def test_limits_of_an_answer(client, alone):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == stopped.message.content
 
 
+@pytest.mark.parametrize("spec", ["detect:star", "choice:yes|no", "number", "regex:[a-z ]{3,9}"])
+def test_grammars(client, base, alone, spec):
+    expected = alone("caption en", constrain=spec)
+    answer = client.chat.completions.create(model="shipped", messages=message(), extra_body={"constrain": spec})
+    assert answer.choices[0].message.content == expected.text
+    assert ask(base, constrain=spec).json()["tokens"] == expected.tokens
+
+
 def test_what_changes_nothing_is_taken(client, alone):
     answer = client.chat.completions.create(
         model="shipped", messages=message(), user="somebody", metadata={"a": "b"}, store=False, frequency_penalty=0,
@@ -250,6 +258,9 @@ def test_the_models(client):
         ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format.type"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"extra_body": {"constrain": "poem"}}, openai.BadRequestError, None),
+        ({"extra_body": {"constrain": "regex:(" + "a{999}" * 99}}, openai.BadRequestError, None),
+        ({"extra_body": {"constrain": "number"}, "max_tokens": 4000}, openai.BadRequestError, None),
         ({"extra_body": {"no_such": 1}}, openai.BadRequestError, "no_such"),
     ],
 )  # fmt: skip
@@ -289,6 +300,7 @@ def test_the_object_of_json(base, alone, prompt):
 
 def test_several_prompts(base, alone):
     found = ask(base, ["caption en", "detect star"]).json()["answers"]
+    assert [each["prompt"] for each in found] == ["caption en", "detect star"]
     assert [each["text"] for each in found] == [alone("caption en").text, alone("detect star").text]
 
 
@@ -579,7 +591,7 @@ def test_metrics_and_the_cache_of_pictures():
         assert ask(base, pictures=[b"x"]).status_code == 400
         until(lambda: values(base)["serve_onnx_picture_hits"] == 2)
         found = values(base)
-        assert found["serve_onnx_picture_misses"] == 2
+        assert (found["serve_onnx_picture_misses"], found["serve_onnx_encodes"]) == (2, 1)
         assert found["serve_onnx_picture_bytes"] > 0
         assert found['serve_onnx_requests_total{route="answer",status="200"}'] == 3
         assert found['serve_onnx_requests_total{route="answer",status="400"}'] == 1

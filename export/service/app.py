@@ -238,8 +238,10 @@ class Service:
                 answers.append(self.ends(aiter(asked), entry))
             ended = await while_connected(request, gathered(answers))
             self.admission.note_seconds(time.monotonic() - began)
-            results = [end.result for (end,) in ended]
-            return JSONResponse(results[0] if len(results) == 1 else {"answers": results}, headers=HEADERS)
+            results = [end.result or {} for (end,) in ended]
+            pairs = zip(prompts, results, strict=True)
+            several = {"answers": [{"prompt": prompt, **result} for prompt, result in pairs]}
+            return JSONResponse(results[0] if len(results) == 1 else several, headers=HEADERS)
 
     def ask(self, question: Question) -> Asked:
         """Give a question to a worker. Raises Refusal (503) if there is none."""
@@ -258,7 +260,8 @@ class Service:
             if event.is_fault:
                 entry.error = event.message
                 raise Refusal(500, "the request could not be prepared", "server_error")
-            raise Refusal(400, event.message.replace("--max-new-tokens", "max_tokens"))
+            message = event.message.replace("--max-new-tokens", "max_tokens").replace("--constrain", "constrain")
+            raise Refusal(400, message)
         assert isinstance(event, Accepted)
         entry.prompt_tokens += event.prompt_tokens
 

@@ -50,7 +50,7 @@ Deliver = Callable[[list[tuple[int, Event]]], None]
 def open_worker(load: Load, deliver: Deliver) -> Worker:
     """A worker that does not run yet. Raises PaliGemmaError if the bundle cannot be run."""
     started = time.perf_counter()
-    engine = make(load.bundle, load.provider, load.threads, provider_options=load.provider_options)
+    engine = make(load.bundle, load.provider, load.threads, provider_options=load.provider_options, in_halves=True)
     tokenizer = Tokenizer.load(load.bundle.path, load.bundle.config)
     return Worker(engine, tokenizer, load.settings, deliver, time.perf_counter() - started)
 

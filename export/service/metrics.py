@@ -18,6 +18,7 @@ _STATE = {
     "live": "answers that have a slot", "waiting": "answers that wait for one", "steps": "decode steps so far",
     "prefills": "prefills so far", "picture_hits": "pictures that were in the cache",
     "picture_misses": "pictures that were not", "picture_bytes": "bytes in the cache of pictures",
+    "encodes": "pictures that the vision tower looked at",
 }  # fmt: skip
 FAULTS = 500  # statuses from here on are the service's own fault
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -1,34 +1,33 @@
-"""Recent pictures by their contents, so that one that is asked about again is not decoded and resized again."""
+"""Recent pictures by their contents: one that is asked about again is not decoded, resized and looked at again."""
 
 import hashlib
 import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
-
+from numpy_ref.answer import Picture, look
 from numpy_ref.engine import Engine
 from numpy_ref.image import decode_image
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What is kept of a picture: what an engine takes, and its size in pixels."""
-
-    pixel_values: np.ndarray  # [1, 3, S, S]
-    width: int
-    height: int
-
-
 class PictureCache:
-    """The pictures that were used last, of at most `capacity` bytes together. Threads may share one."""
+    """The pictures that were used last, of at most `capacity` bytes together. Threads may share one.
 
-    def __init__(self, capacity: int):
-        self.capacity, self.size, self.hits, self.misses = capacity, 0, 0, 0
+    A picture counts with the features that the vision tower makes of it, which come to it later.
+    """
+
+    def __init__(self, engine: Engine, capacity: int):
+        vision = engine.config.vision
+        self.bytes_each = 4 * (3 * vision.image_size**2 + vision.patches * engine.config.text.width)
+        self.most, self.hits, self.misses = capacity // self.bytes_each, 0, 0
         self._kept: OrderedDict[bytes, Picture] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds."""
+        return len(self._kept) * self.bytes_each
 
     def get(self, key: bytes, make: Callable[[], Picture]) -> Picture:
         """The picture that is kept by a key, or else the one that is made and kept."""
@@ -40,20 +39,16 @@ class PictureCache:
             self.misses += 1
         made = make()
         with self._lock:
-            if key not in self._kept and made.pixel_values.nbytes <= self.capacity:
-                self._kept[key] = made
-                self.size += made.pixel_values.nbytes
-                while self.size > self.capacity:
-                    _, dropped = self._kept.popitem(last=False)
-                    self.size -= dropped.pixel_values.nbytes
-        return made
+            kept = self._kept.setdefault(key, made)  # another thread may have made it meanwhile
+            while len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        return kept
 
 
 def read(engine: Engine, contents: bytes, name: str, transparency: str, cache: PictureCache) -> Picture:
     """The bytes of a picture file, as an engine takes it. Raises PaliGemmaError that begins with `name`."""
 
     def make():
-        image = decode_image(io.BytesIO(contents), name, transparency)
-        return Picture(engine.preprocess(image), image.width, image.height)
+        return look(engine, decode_image(io.BytesIO(contents), name, transparency))
 
     return cache.get(hashlib.sha256(transparency.encode() + contents).digest(), make)

@@ -24,7 +24,7 @@ POLL_S = 0.2
 
 
 def run(load: Load, options: Options, arguments: Namespace) -> int:
-    """Deploy, and wait for a signal; the exit code. Raises PaliGemmaError if Ray cannot, KeyboardInterrupt on Ctrl-C."""
+    """Deploy, and wait for a signal; the exit code. Raises PaliGemmaError if Ray cannot, and KeyboardInterrupt."""
     from .running import bind
 
     with bind(arguments.host, arguments.port) as found:  # a port that is free: Ray's proxies take no 0

@@ -2,8 +2,9 @@
 
 A round is: take in what came and drop what was cancelled or is overdue; prefill some of those that wait; then one
 decode step for all that run. So between two tokens of an answer lie one decode step and, at most, the prefills of one
-round. A round prefills one request at least while a row is free, and more as long as `gap_s` seconds are not over. A
-prefill cannot be cut into pieces: every position of a prefix attends to all of it.
+round. A round does one thing for those that wait while a row is free (the vision tower for one picture, or the prefill
+of one prompt), and more as long as `gap_s` seconds are not over. Smaller pieces there are not: every position of a
+prefix attends to all of it.
 
 A row has its own length, sampling, seed, constraint and end, and a generator of its own to draw from: as if it were
 alone.
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from numpy_ref.answer import Picture
 from numpy_ref.errors import PaliGemmaError, explained
 from numpy_ref.model.sampling import Sampling
 
@@ -33,13 +35,15 @@ class Cache(Protocol):
     count: int  # rows
     together: int  # prompts that one prefill takes
 
-    def prefill(self, first: int, pixel_values: np.ndarray, prompts: Sequence[Sequence[int]]) -> Any: ...
+    def encode(self, picture: Picture) -> None: ...
+
+    def prefill(self, first: int, pictures: Sequence[Picture], prompts: Sequence[Sequence[int]]) -> Any: ...
 
     def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> Any: ...
 
     def draw(
         self, logits: Any, known: np.ndarray, samplings: Sequence[Sampling], uniform: np.ndarray,
-        allowed: Sequence[np.ndarray | None],
+        allowed: Sequence[np.ndarray | None], again: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray | None]: ...  # fmt: skip
 
     def on_host(self, logits: Any) -> np.ndarray: ...
@@ -53,8 +57,8 @@ class Constraint(Protocol):
     def allowed(self) -> np.ndarray:
         """Which ids may come next: [V] bool."""
 
-    def accept(self, token: int) -> None:
-        """Take the next token."""
+    def accept(self, token: int) -> bool:
+        """Take the next token; whether nothing can follow it."""
 
 
 class Text(Protocol):
@@ -93,7 +97,7 @@ class Answering:
     """An answer in the making."""
 
     prompt: list[int]  # ids
-    pixel_values: np.ndarray  # [N, 3, S, S]
+    pictures: list[Picture]
     new_tokens: int  # at most
     emit: Callable[[Piece | End], None]  # called by the scheduler's thread
     sampling: Sampling = field(default_factory=Sampling)
@@ -109,6 +113,7 @@ class Answering:
 
     def __post_init__(self):
         self.generator = np.random.default_rng(self.seed)
+        self.second = self.generator.spawn(1)[0]  # for what is drawn again, as in `generate`
 
     @property
     def length(self) -> int:
@@ -134,7 +139,8 @@ class Scheduler:
         self.slots, self.known, self.ends, self.gap_s, self.after_round = slots, known, set(ends), gap_s, after_round
         self.waiting: deque[Answering] = deque()
         self.live: list[Answering] = []  # row by row
-        self.steps = self.prefills = self.failures = 0  # so far; failures since something last succeeded
+        self.steps = self.prefills = self.encodes = 0  # so far
+        self.failures = 0  # since something last succeeded
         self._inbox: deque[Answering] = deque()
         self._wake = threading.Event()
         self._closed = False
@@ -190,11 +196,25 @@ class Scheduler:
         """Let some of those that wait join: as many as `gap_s` allows, and one in any case."""
         started = time.monotonic()
         while self.waiting and len(self.live) < self.slots.count:
-            group_started = time.monotonic()
-            self._prefill_group(self._next_group())
+            before = time.monotonic()
+            if not self._encode_next():
+                self._prefill_group(self._next_group())
             now = time.monotonic()
-            if 2 * now - started - group_started > self.gap_s:  # the next one would take as long again
+            if now - started + (now - before) > self.gap_s:  # the next one would take as long again
                 return
+
+    def _encode_next(self) -> bool:
+        """Look at a picture of the one that waits longest; whether there was one that nobody had looked at."""
+        lacking = [each for each in self.waiting[0].pictures if each.features is None]
+        if not lacking:
+            return False
+        try:
+            self.slots.encode(lacking[0])
+            self.encodes += 1
+        except Exception as error:  # the runtime's exceptions have no common class
+            self.failures += 1
+            self.waiting.popleft().end(FAILED, str(explained(error)))
+        return True
 
     def _next_group(self) -> list[Answering]:
         """Those that are prefilled together, in the order in which they came: the same question asked more than once,
@@ -203,8 +223,8 @@ class Scheduler:
         while self.waiting and len(group) < free:
             follows = self.waiting[0]
             same = follows.prompt is group[0].prompt
-            alike = len(group) < self.slots.together and len(follows.pixel_values) == len(group[0].pixel_values)
-            if not (same or alike):
+            alike = len(group) < self.slots.together and len(follows.pictures) == len(group[0].pictures)
+            if not (same or alike) or any(each.features is None for each in follows.pictures):
                 break
             group.append(self.waiting.popleft())
         return group
@@ -212,8 +232,8 @@ class Scheduler:
     def _prefill_group(self, group):
         started, first = time.monotonic(), len(self.live)
         try:
-            pixel_values = np.concatenate([each.pixel_values for each in group])
-            logits = self.slots.prefill(first, pixel_values, [each.prompt for each in group])
+            pictures = [picture for each in group for picture in each.pictures]
+            logits = self.slots.prefill(first, pictures, [each.prompt for each in group])
             self.live += group
             self.prefills += 1
             for each in group:
@@ -248,8 +268,10 @@ class Scheduler:
         """Draw for the rows from `first` on, of which the logits are, and free those that end."""
         rows = self.live[first:]
         uniform = np.array([each.generator.random(dtype=np.float32) for each in rows], np.float32)
+        again = np.array([each.second.random(dtype=np.float32) for each in rows], np.float32)
         allowed = [each.constraint.allowed() if each.constraint else None for each in rows]
-        tokens, logprobs = self.slots.draw(logits, self.known, [each.sampling for each in rows], uniform, allowed)
+        samplings = [each.sampling for each in rows]
+        tokens, logprobs = self.slots.draw(logits, self.known, samplings, uniform, allowed, again)
         tops = self._tops(logits, rows)
         self.failures = 0
         for row in reversed(range(len(rows))):
@@ -268,11 +290,10 @@ class Scheduler:
         if token in self.ends:
             return STOP
         answering.tokens.append(token)
-        if answering.constraint:
-            answering.constraint.accept(token)
+        is_complete = answering.constraint is not None and answering.constraint.accept(token)
         text = answering.text.push(token) if answering.text else ""
         answering.emit(Piece(token, logprob, top, text))
-        if answering.text and answering.text.stopped:
+        if is_complete or (answering.text and answering.text.stopped):
             return STOP
         return LENGTH if len(answering.tokens) >= answering.new_tokens else None
 

@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from numpy_ref import __version__, detection
 from numpy_ref.cli.options import COLDEST, LARGEST
 from numpy_ref.errors import shortened
+from numpy_ref.grammar import HELP as GRAMMARS
 from numpy_ref.image import TRANSPARENCIES
 from numpy_ref.model.sampling import Sampling
 
 from .limits import Limits, Refusal
 from .worker import Done, Request, Token
 
-MOST_STOPS, LONGEST_STOP, MOST_TOP = 4, 256, 20
+MOST_STOPS, LONGEST_STOP, MOST_TOP, LONGEST_GRAMMAR = 4, 256, 20, 1024
 _TAGS, _KINDS = {"as_text", "as_parts", "as_one", "as_list"}, {"text", "image_url"}  # pydantic puts these into a path
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.=+-]+)*;base64,", re.IGNORECASE)
 
@@ -83,6 +84,7 @@ class ResponseFormat(_Shape):
     type: Literal["text"]
 
 
+Constrain = Annotated[str, Field(min_length=1, max_length=LONGEST_GRAMMAR, description=f"a grammar: {GRAMMARS}")]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
@@ -120,6 +122,7 @@ class ChatRequest(_Drawing):
     frequency_penalty: Literal[0] | float | None = Field(default=None, ge=0, le=0)
     presence_penalty: Literal[0] | float | None = Field(default=None, ge=0, le=0)
     modalities: list[Literal["text"]] | None = None
+    constrain: Constrain | None = None
     transparency: Literal[TRANSPARENCIES] = "white"  # type: ignore[valid-type]
     # What changes nothing here.
     user: str | None = None
@@ -135,7 +138,8 @@ class AnswerRequest(_Drawing):
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False, hide_input_in_errors=True)
     max_new_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
-    seed: int = Field(default=0, ge=0, le=LARGEST)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    constrain: Constrain | None = None
     boxes: Literal[tuple(detection.CONVENTIONS)] = "big_vision"  # type: ignore[valid-type]
     transparency: Literal[TRANSPARENCIES] = "white"  # type: ignore[valid-type]
 
@@ -220,16 +224,18 @@ def request_of(body: ChatRequest, prompt: str, pictures: list[bytes], limits: Li
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return Request(
         tuple(pictures), prompt, body.max_completion_tokens or body.max_tokens,
-        sampling_of(body), (seed, *([seed, i] for i in range(1, choices))), stops, bool(body.logprobs),
-        body.top_logprobs or 0, bool(body.stream), transparency=body.transparency, timeout_s=limits.request_s,
+        sampling_of(body), (seed, *([seed, i] for i in range(1, choices))), stops, body.constrain,
+        bool(body.logprobs), body.top_logprobs or 0, bool(body.stream), transparency=body.transparency,
+        timeout_s=limits.request_s,
     )  # fmt: skip
 
 
 def answer_request_of(fields: AnswerRequest, prompt: str, pictures: list[bytes], limits: Limits) -> Request:
     """What a worker is asked for a prompt of a form."""
     return Request(
-        tuple(pictures), prompt, fields.max_new_tokens, sampling_of(fields), (fields.seed,), as_json=True,
-        boxes=fields.boxes, transparency=fields.transparency, timeout_s=limits.request_s,
+        tuple(pictures), prompt, fields.max_new_tokens, sampling_of(fields), (fields.seed,),
+        constrain=fields.constrain, as_json=True, boxes=fields.boxes,
+        transparency=fields.transparency, timeout_s=limits.request_s,
     )  # fmt: skip
 
 

@@ -5,26 +5,30 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from numpy_ref import answer as answering
 from numpy_ref import cli
-from numpy_ref.answer import Answer
+from numpy_ref.answer import Answer, Picture
 from numpy_ref.errors import PaliGemmaError, explained
 from numpy_ref.generate import Timings
+from numpy_ref.grammar import Grammar
+from numpy_ref.grammar import State as GrammarState
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer, beginnings
 
 from ..session import Session
 from . import pictures
-from .pictures import Picture, PictureCache
+from .pictures import PictureCache
 from .scheduler import FAILED, GAP_S, LENGTH, STOP, Answering, End, Piece, Scheduler
 from .slots import Slots
 from .text import StoppingText
 
 PREPARING = 2  # threads that decode pictures: the engine needs the cores too
+GRAMMARS = 32  # that are kept
 BROKEN_AFTER = 5  # failures in a row, from which on it is the engine that is broken and not the requests
 
 
@@ -48,6 +52,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seeds: tuple[Any, ...] = (0,)
     stops: tuple[str, ...] = ()
+    constrain: str | None = None  # one of the grammars of grammar.HELP
     logprobs: bool = False  # whether the texts of single tokens are wanted
     top: int = 0  # of how many of the likeliest ids beside
     streamed: bool = False  # whether tokens are sent as they come
@@ -113,6 +118,26 @@ class State:
     picture_hits: int = 0
     picture_misses: int = 0
     picture_bytes: int = 0
+    encodes: int = 0
+
+
+class Constraint:
+    """A grammar, and how far an answer of at most so many tokens has come in it."""
+
+    def __init__(self, grammar: Grammar, new_tokens: int):
+        self.grammar, self.left, self.state = grammar, new_tokens, GrammarState()
+
+    def allowed(self) -> np.ndarray:
+        """Which ids may come next: [V] bool."""
+        return self.grammar.allowed(self.state, self.left)
+
+    def accept(self, token: int) -> bool:
+        """Take the next token; whether nothing can follow it. Raises PaliGemmaError if it may not come there."""
+        following = self.grammar.advance(self.state, token)
+        if following is None:
+            raise PaliGemmaError("a token was drawn that the grammar does not allow")
+        self.state, self.left = following, self.left - 1
+        return self.grammar.is_complete(following)
 
 
 class Worker:
@@ -131,7 +156,7 @@ class Worker:
     ):
         engine.max_length = min(engine.max_length, settings.positions)
         self.engine, self.tokenizer, self.settings, self.load_s = engine, tokenizer, settings, load_s
-        self.cache = PictureCache(settings.picture_bytes)
+        self.cache = PictureCache(engine, settings.picture_bytes)
         slots = Slots(engine, settings.slots, engine.max_length)
         self.scheduler = Scheduler(
             slots, tokenizer.known(), engine.config.ends, settings.gap_s, after_round=self._after_round
@@ -142,6 +167,7 @@ class Worker:
         self._preparing: set[int] = set()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(PREPARING)
+        self._grammar = lru_cache(GRAMMARS)(lambda spec: Grammar(spec, tokenizer))
         self.thread = threading.Thread(target=self.scheduler.run, daemon=True)
 
     def start(self) -> None:
@@ -174,7 +200,7 @@ class Worker:
         scheduler, cache = self.scheduler, self.cache
         return State(
             len(scheduler.live), len(scheduler.waiting), scheduler.steps, scheduler.prefills, cache.hits, cache.misses,
-            cache.size,
+            cache.size, scheduler.encodes,
         )  # fmt: skip
 
     def _after_round(self):
@@ -215,14 +241,17 @@ class Worker:
             pictures.read(self.engine, contents, f"picture {i + 1}", request.transparency, self.cache)
             for i, contents in enumerate(request.pictures)
         ]
-        pixel_values = np.concatenate([each.pixel_values for each in found])
+        grammar = self._grammar(request.constrain) if request.constrain else None
+        if grammar:
+            grammar.check_start((), new_tokens)
         made = []
         for choice, seed in enumerate(request.seeds):
             text = StoppingText(self.tokenizer, request.stops) if request.streamed or request.stops else None
             emitter = _Emitter(self, number, choice, request, found[0], began)
             emitter.answer = Answering(
-                prompt, pixel_values, new_tokens, emitter, request.sampling, seed, request.top, text, deadline=deadline
-            )
+                prompt, found, new_tokens, emitter, request.sampling, seed, request.top, text,
+                Constraint(grammar, new_tokens) if grammar else None, deadline,
+            )  # fmt: skip
             made.append(emitter.answer)
         return made
 
