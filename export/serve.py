@@ -9,10 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedReader
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -28,7 +32,7 @@ HOSTS = Path(__file__).parent / "hosts"
 LIBRARIES = ("node_modules/onnxruntime-web/dist", "node_modules/@huggingface/tokenizers/dist")
 PAGE = "/web/"
 PAGE_FILES = ("index.html", "style.css", "page.mjs", "engines.mjs", "browser.mjs", "pictures.mjs", "worker.mjs")
-_HEADERS = {
+HEADERS = {
     # What a browser asks of a page that uses threads.
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
@@ -96,8 +100,8 @@ class Served:
 def files_of(bundle: bundles.Bundle) -> dict[str, Served]:
     """Every path that is served -> what is."""
     files = {f"/{file.relative_to(HOSTS).as_posix()}": file for file in [*HOSTS.glob("common/*.mjs"), *_page_files()]}
-    for folder in LIBRARIES:
-        libraries = (file for file in (HOSTS / folder).iterdir() if file.suffix in (".mjs", ".wasm"))
+    for folder in LIBRARIES:  # which are not there before they were fetched
+        libraries = (file for file in (HOSTS / folder).glob("*") if file.suffix in (".mjs", ".wasm"))
         files |= {f"/{folder}/{file.name}": file for file in libraries}
     files |= {PAGE: HOSTS / "web" / "index.html", "/example.png": checkpoints.SHIPPED / "example.png"}
     served = {path: Served(file, _TYPES[file.suffix]) for path, file in files.items()}
@@ -109,6 +113,33 @@ def files_of(bundle: bundles.Bundle) -> dict[str, Served]:
 
 def _page_files():
     return (HOSTS / "web" / name for name in PAGE_FILES)
+
+
+@contextmanager
+def opened_served(served: Served) -> Iterator[tuple[BufferedReader, int]]:
+    """A served file to read, and its size. Raises OSError or PaliGemmaError if it is not the one that it was."""
+    if served.bundled:
+        within(served.file.parent, served.file.name)  # still: it may have become a link
+    with opened(served.file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if served.size not in (None, size):
+            raise OSError(errno.ESTALE, "another file by now")
+        yield stream, size
+
+
+def headers_of(served: Served, size: int) -> dict[str, str]:
+    """The headers of a file that is sent."""
+    headers = {**HEADERS, "Content-Type": served.kind, "Content-Length": str(size)}
+    return headers | (_FROM_BUNDLE if served.bundled else {})
+
+
+def may_have(served: Served, headers: Mapping[str, str] | Message) -> bool:
+    """Whether whoever sends these headers may have a file.
+
+    A bundle's is for a page that asks for data, and not for a document, a script, a style or a service worker.
+    """
+    kind = headers.get("Sec-Fetch-Dest", "empty")  # older browsers, and all other programs, say nothing
+    return not served.bundled or (kind == "empty" and "Service-Worker" not in headers)
 
 
 class _Server(ThreadingHTTPServer):
@@ -147,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(HTTPStatus.FOUND, {"Location": PAGE, "Content-Length": "0"})
         elif path not in self.files:
             self._refuse(HTTPStatus.NOT_FOUND)
-        elif self.files[path].bundled and not self._is_fetched():
+        elif not may_have(self.files[path], self.headers):
             self._refuse(HTTPStatus.FORBIDDEN)
         else:
             self._send(self.files[path], with_body)
@@ -155,15 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, served, with_body):
         sent = False
         try:
-            if served.bundled:
-                within(served.file.parent, served.file.name)  # still: it may have become a link
-            with opened(served.file) as stream:
-                size = os.fstat(stream.fileno()).st_size
-                if served.size not in (None, size):
-                    raise OSError(errno.ESTALE, "another file by now")
+            with opened_served(served) as (stream, size):
                 sent = True
-                headers = {"Content-Type": served.kind, "Content-Length": str(size)}
-                self._head(HTTPStatus.OK, headers | (_FROM_BUNDLE if served.bundled else {}))
+                self._head(HTTPStatus.OK, headers_of(served, size))
                 if with_body:
                     self._copy(stream, size)
         except (OSError, PaliGemmaError) as error:
@@ -184,14 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _head(self, status, headers):
         self.send_response(status)
-        for name, value in {**_HEADERS, **headers}.items():
+        for name, value in {**HEADERS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-
-    def _is_fetched(self):
-        """Whether it is a page that asks for data, and not for a document, a script, a style or a service worker."""
-        kind = self.headers.get("Sec-Fetch-Dest", "empty")  # older browsers, and all other programs, say nothing
-        return kind == "empty" and "Service-Worker" not in self.headers
 
     def _names(self):
         names, port = (ADDRESS, "localhost"), self.server.server_port

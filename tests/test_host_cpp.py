@@ -63,7 +63,11 @@ def build(tmp_path_factory):
     for name in ("libonnxruntime.so.1", "libonnxruntime.so"):  # what a program asks for, and what CMake does
         (folder / name).symlink_to(LIBRARY[-1])
     found = [f"-DONNXRUNTIME_INCLUDE_DIR={include}", f"-DONNXRUNTIME_LIBRARY={folder / 'libonnxruntime.so'}"]
-    built = ["-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror", "-DCMAKE_BUILD_TYPE=Debug", f"-DDRIVER={TESTS / 'host_cpp.cpp'}"]
+    built = [
+        "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        f"-DDRIVER={TESTS / 'host_cpp.cpp'}",
+    ]
     made = run("cmake", "-S", HOSTS / "cpp", "-B", folder, *found, *built)
     need(made.returncode == 0, f"libraries that CMake does not find here: {made.stderr[-500:]}")
     made = run("cmake", "--build", folder, "--parallel", "2")
@@ -132,7 +136,9 @@ def test_it_sees_what_pillow_sees(host, shipped, pictures):
         found = asked_of(host, shipped.path, file, "caption en", "--max-new-tokens", 4)
         assert found["tokens"] == expected.tokens, file.name
         # Decoders of JPEG differ in rounding.
-        assert found["logprobs"] == pytest.approx(expected.logprobs, abs=0.1 if file.suffix == ".jpg" else 1e-4), file.name
+        assert found["logprobs"] == pytest.approx(expected.logprobs, abs=0.1 if file.suffix == ".jpg" else 1e-4), (
+            file.name
+        )
 
 
 # --- its functions, one by one -----------------------------------------------------------------------------

@@ -43,16 +43,17 @@ def workers(job: Job, count: int = 1, threads: int = 0) -> Iterator[Answers]:
             ray.shutdown()
 
 
-def share_out(cores: Sequence[int], count: int, threads: int = 0) -> int:
+def share_out(cores: Sequence[int], count: int, threads: int = 0, option: str = "--workers") -> int:
     """Threads of each of `count` workers: as many as leave room for all on machines of so many cores.
 
-    `threads`, if given, is the most for all together. Raises PaliGemmaError if there are fewer cores than workers.
+    `threads`, if given, is the most for all together. Raises PaliGemmaError that names the option if there are fewer
+    cores than workers.
     """
     most = max(1, min(threads // count, max(cores))) if threads else max(cores)
     for share in range(most, 0, -1):
         if sum(each // share for each in cores) >= count:
             return share
-    raise PaliGemmaError(f"--workers {count}: Ray has {plural(sum(cores), 'core')}, and a worker takes one at least")
+    raise PaliGemmaError(f"{option} {count}: Ray has {plural(sum(cores), 'core')}, and a worker takes one at least")
 
 
 def _answers(ray, job, count, share, card, begins, size):

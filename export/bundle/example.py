@@ -77,7 +77,10 @@ def answered(example: Mapping, folder: Path, description: Description, tokenizer
         most = max(1, min(NEW_TOKENS, room))
         found = answer(host, tokenizer, scenes.draw(SCENE, SIZE), example["prompt"], max_new_tokens=most)
         masks = [
-            {**box.as_json(), **({} if mask is None else {"size": [*mask.shape], "counts": segmentation.run_lengths(mask)})}
+            {
+                **box.as_json(),
+                **({} if mask is None else {"size": [*mask.shape], "counts": segmentation.run_lengths(mask)}),
+            }
             for box, mask in zip(found.boxes, found.masks, strict=True)
             if box.codes
         ]
@@ -101,7 +104,12 @@ class _Host(Engine):
         self.graph, self.session = "", None
 
     def prefill(self, pixel_values, input_ids, lengths, capacity):
-        feeds = {"pixel_values": pixel_values, "input_ids": input_ids, "lengths": lengths, "capacity": np.int64(capacity)}
+        feeds = {
+            "pixel_values": pixel_values,
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "capacity": np.int64(capacity),
+        }
         return self._step("prefill", feeds)
 
     def decode(self, input_ids, lengths, cache):

@@ -116,9 +116,17 @@ class Session(Engine):
         return list(map(Features, pixel_values, self._encoded(self._opened_halves()["vision"], pixel_values)))
 
     def prefill(
-        self, pictures: Pictures, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+        self,
+        pictures: Pictures,
+        input_ids: np.ndarray,
+        lengths: np.ndarray,
+        capacity: int,
+        into: "Cache | None" = None,
     ) -> tuple[Any, "Cache"]:
-        """Pictures as any engine takes them, input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots."""
+        """Pictures as any engine takes them, input_ids [B, T], lengths [B] -> logits [B, V] and a cache of C slots.
+
+        `into` is the cache that is filled, of B rows and C slots; without one, it is made.
+        """
         check_room(input_ids.shape[1], capacity)
         if pictures_per_prompt(self.config, pictures, input_ids) > 1:
             self._check_several_pictures()
@@ -133,7 +141,7 @@ class Session(Engine):
             with self._room():
                 self._bind_features(binding, features)
         with self._room():
-            cache = self._cache(len(lengths), capacity)
+            cache = into or self._cache(len(lengths), capacity)
         feeds = {
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "lengths": np.ascontiguousarray(lengths, np.int32),
@@ -142,8 +150,7 @@ class Session(Engine):
         for key, array in feeds.items():
             binding.bind_cpu_input(key, array)
         binding.bind_ortvalue_output("logits", cache.logits)
-        for key, buffer in cache.buffers.items():
-            binding.bind_ortvalue_output(f"present.{key}", buffer)
+        cache.bind_present(binding)
         with self._errors_as_line(name):
             graph.run_with_iobinding(binding, RUN)
         return self._logits(cache), cache
@@ -416,10 +423,19 @@ class Cache:
         binding.bind_ortvalue_input("input_ids", input_ids)
         binding.bind_ortvalue_input("lengths", self.lengths)
         binding.bind_ortvalue_output("logits", logits)
+        self.bind_past(binding)
+        self.bind_present(binding)
+        return binding
+
+    def bind_past(self, binding: onnxruntime.IOBinding) -> None:
+        """Have a graph read keys and values from here."""
         for name, value in self.buffers.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+
+    def bind_present(self, binding: onnxruntime.IOBinding) -> None:
+        """Have a graph write keys and values here."""
+        for name, value in self.buffers.items():
             binding.bind_ortvalue_output(f"present.{name}", value)
-        return binding
 
     def extension(self, session: Session, size: int) -> "Extension":
         """What `size` tokens at once are fed by, and where their logits are; made when first asked for."""
@@ -430,6 +446,45 @@ class Cache:
     def numpy(self) -> dict[str, np.ndarray]:
         """Copies of the buffers by name, `{layer}.key` and `{layer}.value`, each [B, K, C, H]."""
         return {name: cuda.on_host(value) for name, value in self.buffers.items()}
+
+
+class Rows(Cache):
+    """`batch` rows of a cache from row `first` on, as a cache of its own in the same memory."""
+
+    def __init__(self, session: Session, whole: Cache, first: int, batch: int):
+        self.session, self.first, self.batch, self.capacity = session, first, batch, whole.capacity
+        self.buffers, self.draws, self.extensions = whole.buffers, {}, {}
+        self.input_ids, self.lengths = session.buffer([batch, 1], np.int64), session.buffer([batch], np.int32)
+        self.logits = session.buffer([batch, session.config.text.vocab], np.float32)
+
+    @cached_property
+    def binding(self) -> onnxruntime.IOBinding:
+        """Of a decode step over these rows; what is only filled needs none."""
+        return self.bind(self.session._decode, self.input_ids, self.logits)
+
+    def bind_past(self, binding: onnxruntime.IOBinding) -> None:
+        """Have a graph read keys and values from these rows."""
+        for name, rows in self._places():
+            binding.bind_input(f"past_key_values.{name}", *rows)
+
+    def bind_present(self, binding: onnxruntime.IOBinding) -> None:
+        """Have a graph write keys and values into these rows."""
+        for name, rows in self._places():
+            binding.bind_output(f"present.{name}", *rows)
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """Copies of these rows by name."""
+        rows = slice(self.first, self.first + self.batch)
+        return {name: array[rows] for name, array in super().numpy().items()}
+
+    def _places(self):
+        """Each buffer's name, and the device, its number, dtype, shape and address of these rows of it."""
+        dtype = int(stream_dtype(self.session.bundle.description.precision))
+        where = self.session.device, self.session.device_id, dtype
+        for name, value in self.buffers.items():
+            rows, *shape = value.shape()
+            row_bytes = value.tensor_size_in_bytes() // rows
+            yield name, (*where, [self.batch, *shape], value.data_ptr() + self.first * row_bytes)
 
 
 class Extension:
