@@ -346,16 +346,16 @@ def compare_stages(
         logits, buffers = session.decode(inputs.steps[step], inputs.lengths + step, buffers)
         rows.append(row(f"decode {step + 1} logits", {"logits": after}, {"logits": logits}))
     rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
-    if session.has_halves:
-        features = session.encode(inputs.pixel_values)
-        found = np.stack([each.value for each in features])
-        rows.append(row("vision image_features", {FEATURES: reference.features}, {FEATURES: found}))
-        rows += prefilled("prefill_text", features)[0]
     _, buffers = session.prefill(*inputs.prefill(np.float32))
     logits, buffers = session.extend(np.concatenate(inputs.steps, axis=1), inputs.lengths, buffers)
     stepped = np.stack([after for after, _ in steps], axis=1)
     rows.append(row("extend logits", {"logits": stepped}, {"logits": logits}))
     rows.append(row("extend cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
+    if session.has_halves:  # last: a session that has opened them takes them from then on
+        features = session.encode(inputs.pixel_values)
+        found = np.stack([each.value for each in features])
+        rows.append(row("vision image_features", {FEATURES: reference.features}, {FEATURES: found}))
+        rows += prefilled("prefill_text", features)[0]
     if session.masks:
         decode_masks = segmentation.decoder_of(checkpoint)
         assert decode_masks is not None, "a bundle's mask codec comes from its checkpoint"
