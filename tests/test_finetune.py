@@ -12,6 +12,7 @@ from PIL import Image
 from numpy_ref import detection
 from numpy_ref.answer import Answer
 from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.dataset import coco
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import example
@@ -300,19 +301,20 @@ def test_a_share_is_between_nothing_and_all(value, capsys):
 
 
 def test_the_example_is_annotated_as_drawn(tmp_path, capsys):
-    """Boxes hold arrows: there a picture differs from the same scene without them."""
+    """One arrow a picture, and its color in the middle of its box."""
     assert example.main(["--output", str(tmp_path / "arrows"), "--pictures", "3"]) == 0
     assert {file.name for file in (tmp_path / "arrows").iterdir()} == {"train", "train.json", "test", "test.json"}
     for part in example.PARTS:
         found = json.loads((tmp_path / "arrows" / f"{part}.json").read_text())
         assert len(found["images"]) == 3
-        assert {row["image_id"] for row in found["annotations"]} == {0, 1, 2}
+        assert [row["image_id"] for row in found["annotations"]] == [0, 1, 2]
         assert [row["name"] for row in found["categories"]] == ["arrow"]
-    rng = np.random.default_rng([0, 0])
-    scene = example.novel_scene(rng, "arrow")
-    drawn = np.asarray(Image.open(tmp_path / "arrows" / "train" / "000.png")).astype(int)
-    last = scene.things[-1]
-    if last.shape == "arrow":
-        x, y, side = (round(value * example.SIZE / 32) for value in (last.x, last.y, last.side))
-        centre = drawn[y + side // 2, x + side // 3]
-        assert np.abs(centre - last.rgb).max() < 40
+    rng, unit = np.random.default_rng([0, 0]), example.SIZE / 32
+    for i, row in enumerate(json.loads((tmp_path / "arrows" / "train.json").read_text())["annotations"]):
+        scene = example.novel_scene(rng, "arrow")
+        (place,) = (n for n, thing in enumerate(scene.things) if thing.shape == "arrow")
+        thing = scene.things[place]
+        assert row["bbox"] == [thing.x * unit, thing.y * unit, thing.side * unit, thing.side * unit]
+        drawn = np.asarray(Image.open(tmp_path / "arrows" / "train" / f"{i:03d}.png")).astype(int)
+        inside = coco.mask_of(row["segmentation"], example.SIZE, example.SIZE)
+        assert np.abs(np.median(drawn[inside], 0) - thing.rgb).max() <= 8
