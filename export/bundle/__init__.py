@@ -154,7 +154,7 @@ def prepare(
         tokens=_tokens(config, tokenizer),
         prompt="<image> * image_tokens a picture, bos, tokens of the prefix, newline",
         image=Image(config.vision.image_size, checkpoint.resize, mean=0.5, std=0.5),
-        opset=graphs.OPSET,
+        opset=graphs.opset_of(config, operators, weights.stream_dtype(precision)),
         graphs={name: _described(f"{name}.onnx", model) for name, model in models.items()},
         files={name: File(sizes[name], "0" * 64) for name in sorted(sizes)},
     )

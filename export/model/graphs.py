@@ -21,8 +21,11 @@ from numpy_ref.model.segmentation import CELLS, SIDE
 from . import fused, fused_half, image, paligemma, sampling, segmentation
 from .layers import HALF, PORTABLE, Op, cast_to
 
-OPSET = 24  # TensorScatter, the in-place cache write
-IR_VERSION = 11  # what onnxruntime 1.30 and later read
+# The lowest that have the operators: the older it is, the older the runtimes that read it (export/README.md).
+OPSET = 20  # Gelu, and the lowest that has what the graphs beside the two towers need
+OPSET_HALF = 23  # Attention
+OPSET_PORTABLE = 24  # TensorScatter, the cache write in place
+IR_VERSIONS = {OPSET: 9, OPSET_HALF: 11, OPSET_PORTABLE: 11}  # the versions of the file format that came with them
 Initializer = Callable[[str], Any]  # path -> tensor; or a weight of `quantized`
 
 
@@ -222,7 +225,7 @@ def trace(
     _walk(arguments, "in", lambda name, array: feeds.setdefault(name, array))
     double = any(array.dtype == np.float64 for array in feeds.values())
     residual = DataType.DOUBLE if double else DataType.FLOAT
-    builder = _builder(getattr(function, "__name__", "function"), residual=residual)
+    builder = _builder(getattr(function, "__name__", "function"), residual=residual, opset=OPSET_PORTABLE)
     for name, array in feeds.items():
         values[name] = builder.input(name, DataType.from_numpy(array.dtype), list(array.shape))
     keywords = _walk(arguments, "in", lambda name, array: values[name])
@@ -254,9 +257,21 @@ def _walk(tree, name, visit, leaf=np.ndarray):
     return tree
 
 
-def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None) -> GraphBuilder:
+def opset_of(config: PaliGemmaConfig, operators: str, dtype: DataType) -> int:
+    """The opset of prefill and decode with these operators, their cache in this dtype.
+
+    Runtimes before 1.24 count one key too many in GroupQueryAttention's windows. They do not read OPSET_PORTABLE.
+    """
+    text, longest = config.text, config.max_length
+    is_windowed = any(window is not None and window < longest for window in text.windows)
+    if operators == PORTABLE or text.head_dim % fused.HEADS or is_windowed:
+        return OPSET_PORTABLE
+    return OPSET_HALF if dtype in HALF else OPSET
+
+
+def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None, opset=OPSET) -> GraphBuilder:
     """A graph to add nodes to. Its `op` carries what `layers.Op` says."""
-    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": opset}, name=name))
     op = _op(builder)
     op.instead, op.residual, op.max_length, op.rounded = instead or {}, residual, max_length, {}
     op.paths, op.module = {}, ""
@@ -271,7 +286,8 @@ def _start(name, config, initializer, used, operators, dtype, residual):
     """A builder, and the parameters as initializers of its graph, each under its tensor's name."""
     instead = {} if operators == PORTABLE else fused_half.INSTEAD if dtype in HALF else fused.INSTEAD
     residual = residual or (DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT)
-    builder, found = _builder(name, instead, residual, config.max_length), {}
+    opset = OPSET_PORTABLE if name == "extend" else opset_of(config, operators, dtype)  # it has portable attention
+    builder, found = _builder(name, instead, residual, config.max_length, opset), {}
     for path in (parameter.path for parameter in parameters(config) if used(parameter.path)):
         weight = initializer(path)
         found[weight.name if isinstance(weight, ir.TensorProtocol) else path] = weight
@@ -325,7 +341,8 @@ def _model(builder) -> ir.Model:
     _name_nodes(builder.graph)
     for name in [name for name, value in builder.graph.initializers.items() if not value.uses()]:
         del builder.graph.initializers[name]  # packed into another
-    return ir.Model(builder.graph, ir_version=IR_VERSION, producer_name="paligemma-onnx")
+    version = IR_VERSIONS[builder.graph.opset_imports[""]]
+    return ir.Model(builder.graph, ir_version=version, producer_name="paligemma-onnx")
 
 
 def _name_nodes(graph):
