@@ -50,7 +50,7 @@ class Quantized(Protocol):
 Weight = Value | Quantized
 Mask = Any  # a Value, bool [B, T, S]; or what stands for it where other operators are chosen, as `fused.Padding`
 Rotary = tuple[Value, ...]  # what `rope_angles` makes for `rope`
-Pair = tuple[Value, Value]  # (cosine, sine) of the rotary embedding, (key, value) of a layer, (sum, norm of it)
+Pair = tuple[Value, Value]  # (key, value) of a layer, (sum, norm of it)
 Tap = Callable[[str, Value], Value]  # called with the name of an intermediate value and the value, which it returns
 Arguments = ParamSpec("Arguments")
 Added = TypeVar("Added")
