@@ -130,7 +130,7 @@ def prepare(
 ) -> Contents:
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
     config, operators = checkpoint.config, _operators(checkpoint.config, precision, operators)
-    residual, max_length = _residual(precision, operators, residual), _check_length(config, max_length)
+    residual, max_length = _residual(precision, operators, residual), checked_length(config, max_length)
     files = {name: within(checkpoint.folder, name) for name in TOKENIZER_FILES}
     copies = {name: file for name, file in files.items() if file.is_file()}
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
@@ -413,7 +413,8 @@ def _check_digest(file, digest) -> None:
         raise PaliGemmaError(f"{file}: contents differ from their SHA-256 in {DESCRIPTION}; copy it again")
 
 
-def _check_length(config, max_length) -> int:
+def checked_length(config: PaliGemmaConfig, max_length: int | None) -> int:
+    """How many positions a prompt and its answer may have, the model's own if not said; PaliGemmaError if it cannot."""
     least = config.vision.patches + 3  # the picture, bos, one token of a prompt, the newline
     if max_length is None:
         return config.max_length

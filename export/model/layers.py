@@ -271,6 +271,7 @@ def attend(
     return op.Reshape(context, op.Shape(query))
 
 
+@replaceable
 def write_cache(op: Op, cache: Value, update: Value, start: Value) -> Value:
     """cache [B, K, C, H], update [B, K, T, H] written at start [B] of each row -> [B, K, C, H].
 
