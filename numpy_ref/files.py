@@ -117,7 +117,8 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 def added_files(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder, whose files are moved into `folder`, which is there, if all goes well.
 
-    In the order of their names, those of inner folders first. Raises PaliGemmaError if another process is at work in it.
+    In the order of their names, those of inner folders first. Raises PaliGemmaError if another process is at work
+    in it.
     """
     folder = Path(folder)
     try:

@@ -127,10 +127,10 @@ def write(
     checkpoint: Checkpoint, output: str | Path, name: str, precision: str = "float32", max_length: int | None = None,
     verify: Verify | None = None, operators: str | None = None,
 ) -> None:  # fmt: skip
-    """Export a loaded checkpoint into the directory `output`: a new one, or another precision of one for transformers.js.
+    """Export a loaded checkpoint into the directory `output`.
 
-    `verify(layout, folder, checkpoint) -> table` is run before anything gets its name; RECORD keeps what it returns.
-    Raises PaliGemmaError if anything is wrong, and leaves `output` as it was.
+    It is a new one, or one for transformers.js that gets another precision. `verify(layout, folder, checkpoint) -> table` is run
+    before anything gets its name; RECORD keeps what it returns. Raises PaliGemmaError if anything is wrong, and leaves `output` as it was.
     """
     from . import transformers_js
 

@@ -132,7 +132,7 @@ def embedding_model(
     """Of other layouts: input_ids, image_features -> inputs_embeds, the features in the places of the image tokens."""
     builder, p = _start_growing("embedding", config, initializer, TABLE, operators, dtype)
     input_ids = builder.input("input_ids", DataType.INT64, [BATCH, "sequence_length"])
-    shape = ["pictures", config.vision.patches, config.text.width]
+    shape = ["pictures", "image_tokens", config.text.width]  # none of them behind the prompt
     features = builder.input(paligemma.FEATURES, DataType.FLOAT, shape)
     embeddings = merged.embed_with_features(_op(builder), p, config, input_ids, features, _tap(builder, taps))
     return _finish_in_float(builder, "inputs_embeds", embeddings, [BATCH, "sequence_length", config.text.width])

@@ -1,7 +1,7 @@
-"""Prefill and decode in one graph, as the loops of other libraries call a model: embeddings in, and a cache that grows.
+"""Prefill and decode in one graph, as the loops of other libraries call a model: embeddings in, a cache that grows.
 
-What stands in the cache is told by `attention_mask`, 1 for a token and 0 for padding, on whichever side. Without a cache
-all is prefix, and every token sees all of it; behind one, each sees what came before it, in its window.
+`attention_mask` tells what is a token, 1, and what is padding, 0, on whichever side. Without a cache all is prefix, and
+every token sees all of it; behind one, each sees what came before it, in its window.
 """
 
 from onnx_ir import DataType, Value
