@@ -1,8 +1,8 @@
 """python genai.py FOLDER < CASES > ANSWERS: onnxruntime-genai on a folder that `export-onnx --layout genai` wrote.
 
-By that library alone, with Pillow and NumPy for pictures, as a program of somebody else's would. One JSON object goes in,
-{"cases": [{"picture": path, "prompt": text} or {"pixels": [...], "size": [height, width], "ids": [...], "count": n}],
-"image_tokens": P}, and one comes out.
+By that library alone, with Pillow and NumPy for pictures, as a program of somebody else's would. One JSON object goes
+in, {"image_tokens": P, "cases": [...]}, and one comes out. A case is {"picture": path, "prompt": text}, or for models
+without a tokenizer {"pixels": [...], "size": [height, width], "ids": [...], "count": n}.
 """
 
 import json

@@ -129,8 +129,9 @@ def write(
 ) -> None:  # fmt: skip
     """Export a loaded checkpoint into the directory `output`.
 
-    It is a new one, or one for transformers.js that gets another precision. `verify(layout, folder, checkpoint) -> table` is run
-    before anything gets its name; RECORD keeps what it returns. Raises PaliGemmaError if anything is wrong, and leaves `output` as it was.
+    It is a new one, or one for transformers.js that gets another precision. `verify(layout, folder, checkpoint) ->
+    table` is run before anything gets its name; RECORD keeps what it returns. Raises PaliGemmaError if anything is
+    wrong, and leaves `output` as it was.
     """
     from . import transformers_js
 
