@@ -9,7 +9,7 @@ from onnx_ir import DataType, Value
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.model.layers import Params, identity, scoped
 
-from . import gemma, image, layers, paligemma
+from . import gemma, image, layers, paligemma, quantized
 from .layers import Op, Pair, Tap, cast_to
 
 
@@ -78,4 +78,7 @@ def append_cache(op: Op, cache: Value, update: Value, start: Value) -> Value:
 
 
 #: What takes the place of which function, whatever the operators.
-INSTEAD = {layers.write_cache: append_cache}
+INSTEAD = {
+    layers.write_cache: append_cache,
+    quantized.table_rows: quantized.table_rows_in_standard_operators,
+}

@@ -1,0 +1,50 @@
+/** transformers.js in headless Chromium: the input and output of node.mjs. Every file comes from this disk alone. */
+import { existsSync, readFileSync } from "node:fs";
+import { basename } from "node:path";
+import { fileURLToPath } from "node:url";
+
+import { open as openBrowser } from "../hosts/web/chromium.mjs";
+
+const ORIGIN = "http://localhost";
+const HERE = fileURLToPath(new URL(".", import.meta.url));
+const PLACES = {
+  "/library/": `${HERE}node_modules/@huggingface/transformers/dist/`,
+  "/runtime/": `${HERE}node_modules/onnxruntime-web/dist/`,
+  "/client/": HERE,
+};
+const TYPES = { js: "text/javascript", mjs: "text/javascript", wasm: "application/wasm", json: "application/json" };
+
+const { folder, dtype, cases = [], raw = [], tokens = 64 } = JSON.parse(readFileSync(0, "utf8"));
+const places = { ...PLACES, [`/models/${basename(folder)}/`]: `${folder}/` };
+const pictures = cases.map(({ picture }) => picture);
+const browser = await openBrowser();
+const page = await browser.newPage();
+const refused = [];
+await page.route("**/*", (route) => {
+  const url = new URL(route.request().url());
+  if (url.protocol === "blob:") return route.continue();
+  if (url.origin === ORIGIN && url.pathname === "/") return route.fulfill({ contentType: "text/html", body: "<!doctype html>" });
+  const place = Object.keys(places).find((place) => url.origin === ORIGIN && url.pathname.startsWith(place));
+  const picture = url.pathname.match(/^\/pictures\/(\d+)$/);
+  const file = picture ? pictures[picture[1]] : place && places[place] + url.pathname.slice(place.length);
+  if (!file) refused.push(url.href);
+  if (!file || !existsSync(file)) return route.fulfill({ status: 404, body: "" });
+  return route.fulfill({ path: file, contentType: TYPES[file.split(".").pop()] ?? "application/octet-stream" });
+});
+await page.goto(`${ORIGIN}/`);
+const asked = cases.map(({ prompt }, i) => ({ picture: `${ORIGIN}/pictures/${i}`, prompt }));
+const found = await page.evaluate(answers, [basename(folder), dtype, asked, raw, tokens]);
+await browser.close();
+console.log(JSON.stringify({ ...found, refused }));
+
+async function answers([folder, dtype, cases, raw, tokens]) {
+  const library = await import("/library/transformers.js");
+  const { ask, askIds, open } = await import("/client/ask.mjs");
+  Object.assign(library.env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: "/models/", useBrowserCache: false });
+  library.env.backends.onnx.wasm.wasmPaths = `${location.origin}/runtime/`;
+  const opened = await open(library, folder, dtype, { processor: cases.length > 0 });
+  const found = { answers: [], raw: [] };
+  for (const { picture, prompt } of cases) found.answers.push(await ask(opened, picture, prompt, tokens));
+  for (const { pixels, size, ids, count } of raw) found.raw.push(await askIds(opened, pixels, size, ids, count));
+  return found;
+}
