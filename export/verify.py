@@ -175,7 +175,9 @@ def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -
     config, inputs = checkpoint.config, example(checkpoint.config)
     feeds = dict(zip(("pixel_values", "input_ids", "lengths", "capacity"), inputs.prefill(np.float32), strict=True))
     prefill = Comparison.of_graph("prefill", config, bundle, provider, feeds)
-    decode = Comparison.of_graph("decode", config, bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths})
+    decode = Comparison.of_graph(
+        "decode", config, bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths}
+    )
     ids = np.concatenate(inputs.steps, axis=1)
     extend = Comparison.of_graph("extend", config, bundle, provider, {"input_ids": ids, "lengths": inputs.lengths})
     total = len(prefill.parts) + len(decode.parts) + len(extend.parts)

@@ -184,7 +184,7 @@ def write(
     contents = prepare(checkpoint, precision, max_length, operators, residual)
     with new_directory(output) as folder:
         needed = sum(contents.sizes.values()) * (4 if prepacked else 1)
-        _check_space(output, folder, needed)  # what a killed export left is gone by now
+        check_space(output, folder, needed)  # what a killed export left is gone by now
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(contents.placed)) as bar:
             sums = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
@@ -391,10 +391,11 @@ def _progress(label, total):
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None, delay=1)
 
 
-def _check_space(output, folder, needed) -> None:
+def check_space(output: Path, folder: Path, needed: int) -> None:
+    """Raise PaliGemmaError if the disk of a folder has not so many bytes free for what will be `output`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the bundle needs {_amount(needed)}")
+        raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the export needs {_amount(needed)}")
 
 
 def _amount(size) -> str:

@@ -1,13 +1,22 @@
 /** Questions for a folder that `export-onnx --layout transformers.js` wrote, asked as the library's own guide does. */
 
+/** All answers to a run: `cases` with pictures and prompts, `raw` with pixels and ids. `folder` is as `library` knows it. */
+export async function answers(library, { folder, dtype, cases = [], raw = [], tokens = 64 }, options = {}) {
+  const opened = await open(library, folder, dtype, { processor: cases.length > 0, ...options });
+  const found = { answers: [], raw: [] };
+  for (const { picture, prompt } of cases) found.answers.push(await ask(opened, picture, prompt, tokens));
+  for (const { pixels, size, ids, count } of raw) found.raw.push(await askIds(opened, pixels, size, ids, count));
+  return found;
+}
+
 /** The model in a folder, and its processor unless it has no tokenizer, by `library`, which is @huggingface/transformers. */
-export async function open(library, folder, dtype, { processor = true, ...options } = {}) {
+async function open(library, folder, dtype, { processor = true, ...options } = {}) {
   const model = await library.AutoModelForImageTextToText.from_pretrained(folder, { ...(dtype && { dtype }), ...options });
   return { library, model, processor: processor && (await library.AutoProcessor.from_pretrained(folder)) };
 }
 
 /** The greedy answer about a picture (a path or URL): ids without what ends them, those of the prompt, and seconds. */
-export async function ask({ library, model, processor }, picture, prompt, max_new_tokens) {
+async function ask({ library, model, processor }, picture, prompt, max_new_tokens) {
   const started = performance.now();
   const inputs = await processor(await library.RawImage.read(picture), `<image>${prompt}`);
   const { ids, times } = await generate(model, inputs, max_new_tokens);
@@ -22,7 +31,7 @@ export async function ask({ library, model, processor }, picture, prompt, max_ne
 }
 
 /** Ids for ids, and raw pixels 0 … 255 as [3, height, width]: for models without a tokenizer. */
-export async function askIds({ library, model }, pixels, [height, width], ids, max_new_tokens) {
+async function askIds({ library, model }, pixels, [height, width], ids, max_new_tokens) {
   const inputs = {
     pixel_values: new library.Tensor("float32", Float32Array.from(pixels), [1, 3, height, width]),
     input_ids: new library.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]),

@@ -1,6 +1,5 @@
 /** transformers.js in headless Chromium: the input and output of node.mjs. Every file comes from this disk alone. */
 import { existsSync, readFileSync } from "node:fs";
-import { basename } from "node:path";
 import { fileURLToPath } from "node:url";
 
 import { open as openBrowser } from "../hosts/web/chromium.mjs";
@@ -14,9 +13,13 @@ const PLACES = {
 };
 const TYPES = { js: "text/javascript", mjs: "text/javascript", wasm: "application/wasm", json: "application/json" };
 
-const { folder, dtype, cases = [], raw = [], tokens = 64 } = JSON.parse(readFileSync(0, "utf8"));
-const places = { ...PLACES, [`/models/${basename(folder)}/`]: `${folder}/` };
-const pictures = cases.map(({ picture }) => picture);
+const { runs } = JSON.parse(readFileSync(0, "utf8"));
+const places = { ...PLACES };
+const pictures = [];
+const asked = runs.map(({ folder, cases = [], ...run }, i) => {
+  places[`/models/${i}/`] = `${folder}/`;
+  return { folder: `${i}`, cases: cases.map(({ picture, prompt }) => ({ picture: address(picture), prompt })), ...run };
+});
 const browser = await openBrowser();
 const page = await browser.newPage();
 const refused = [];
@@ -32,19 +35,21 @@ await page.route("**/*", (route) => {
   return route.fulfill({ path: file, contentType: TYPES[file.split(".").pop()] ?? "application/octet-stream" });
 });
 await page.goto(`${ORIGIN}/`);
-const asked = cases.map(({ prompt }, i) => ({ picture: `${ORIGIN}/pictures/${i}`, prompt }));
-const found = await page.evaluate(answers, [basename(folder), dtype, asked, raw, tokens]);
+const found = await page.evaluate(inPage, asked);
 await browser.close();
-console.log(JSON.stringify({ ...found, refused }));
+console.log(JSON.stringify({ runs: found, refused }));
 
-async function answers([folder, dtype, cases, raw, tokens]) {
+/** Where the page finds a picture of this disk. */
+function address(picture) {
+  return `${ORIGIN}/pictures/${pictures.push(picture) - 1}`;
+}
+
+async function inPage(runs) {
   const library = await import("/library/transformers.js");
-  const { ask, askIds, open } = await import("/client/ask.mjs");
+  const { answers } = await import("/client/ask.mjs");
   Object.assign(library.env, { allowRemoteModels: false, allowLocalModels: true, localModelPath: "/models/", useBrowserCache: false });
   library.env.backends.onnx.wasm.wasmPaths = `${location.origin}/runtime/`;
-  const opened = await open(library, folder, dtype, { processor: cases.length > 0 });
-  const found = { answers: [], raw: [] };
-  for (const { picture, prompt } of cases) found.answers.push(await ask(opened, picture, prompt, tokens));
-  for (const { pixels, size, ids, count } of raw) found.raw.push(await askIds(opened, pixels, size, ids, count));
+  const found = [];
+  for (const run of runs) found.push(await answers(library, run));
   return found;
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -138,15 +139,14 @@ def write(
     layout, output = prepare(checkpoint, name, precision, max_length, operators), Path(output)
     arrays = checkpoints.flatten(checkpoint.params)
     mark = fingerprint(arrays)
-    if "tokenizer.json" not in layout.made:
-        note(f"export-onnx: warning: {checkpoint.path} has no tokenizer that {name} can read; it will know only ids")
     with _destination(output, layout, mark) as (folder, before):
+        bundles.check_space(output, folder, sum(weights.size(graph.placed) for graph in layout.graphs))
         sums = {}
         for graph in layout.graphs:
             (folder / graph.file).parent.mkdir(exist_ok=True)
             (folder / graph.file).write_bytes(graphs.serialize(graph.model()))
             sums[graph.data] = _write_weights(folder / graph.data, graph.placed, arrays)
-        entry = {"producer": f"paligemma-onnx {__version__}", "operators": layout.operators}
+        entry: dict[str, Any] = {"producer": f"paligemma-onnx {__version__}", "operators": layout.operators}
         if verify:
             entry["parity"] = verify(layout, folder, checkpoint)
         made = layout.made
@@ -161,6 +161,8 @@ def write(
         }
         record = {"layout": name, "checkpoint": mark, "precisions": {**before.get("precisions", {}), precision: entry}}
         (folder / RECORD).write_bytes(as_json(record))
+    if "tokenizer.json" not in layout.made:
+        note(f"export-onnx: warning: {checkpoint.path} has no tokenizer that {name} can read; it knows only ids")
 
 
 def _write_weights(file, placed, arrays: Mapping[str, Rows]) -> str:

@@ -68,7 +68,7 @@ class LayoutSession(Engine):
 
 
 class Cache:
-    """Keys and values so far, {`{layer}.key`: [B, K, S, H]}, and `mask` [B, S] of which are tokens and which padding."""
+    """Keys and values so far, {`{layer}.key`: [B, K, S, H]}, and `mask` [B, S]: 1 for tokens, 0 for padding."""
 
     def __init__(self, mask: np.ndarray, values: dict[str, np.ndarray]):
         self.mask, self.values = mask, values

@@ -1,8 +1,8 @@
 """Proof that a layout is the model, as `export/verify.py` has it for bundles: part by part, and end to end.
 
 The three graphs are compared one after the other with the reference, in prefill, whose cache is empty, and in a decode
-step behind it. What lies between the graphs, the features among the embeddings, is the client's work in transformers.js,
-and a graph's for onnxruntime-genai.
+step behind it. To put the features among the embeddings is the client's work in transformers.js, and a graph's for
+onnxruntime-genai.
 """
 
 from dataclasses import replace
@@ -63,7 +63,9 @@ def compare_parts(checkpoint: Checkpoint, layout: Layout, folder: Path, inputs: 
     fed = {"lengths": lengths, "input_ids": ids, "attention_mask": np.ones((1, size + 1), np.int64)}
     fed["none"] = np.zeros((1, 0, config.text.width))
     decode = Comparison("decode", _decode_parts(layout), layout.operators, run, fed)
-    with tqdm(total=len(prefill.parts) + len(decode.parts), desc="verifying", leave=False, disable=None, delay=1) as bar:
+    with tqdm(
+        total=len(prefill.parts) + len(decode.parts), desc="verifying", leave=False, disable=None, delay=1
+    ) as bar:
         prefill.progress = decode.progress = bar.update
         apart = "embed" if layout.name == GENAI else "embed_prefix"  # what no graph has as an output of its own
 

@@ -158,7 +158,7 @@ def merged_model(
         for i in range(config.text.depth)
     ]
     logits, cache = merged.decoder(_op(builder), p, config, embeddings, attention_mask, cache, _tap(builder, taps))
-    outputs = {"logits": (logits, [BATCH, 1, config.text.vocab])}
+    outputs: dict[str, tuple] = {"logits": (logits, [BATCH, 1, config.text.vocab])}
     for i, layer in enumerate(cache):
         outputs |= {
             f"present.{i}.{kind}": (value, shapes[1]) for kind, value in zip(("key", "value"), layer, strict=True)
