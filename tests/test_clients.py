@@ -167,7 +167,7 @@ def test_genai(genai, exported, questions, precision):
     found = asked(command, cases=questions["cases"], image_tokens=patches)["answers"]
     ends = checkpoint.load().config.ends
     assert [each["prompt"] for each in found] == questions["ids"]
-    answers = [[token for token in each["ids"] if token not in ends] for each in found]
+    answers = [[token for token in each["tokens"] if token not in ends] for each in found]
     assert differing(questions["tokens"], answers) <= MAY_DIFFER[precision]
     if precision == "float32":
         assert [each["text"] for each in found] == questions["texts"]
@@ -177,7 +177,7 @@ def test_golden_models_in_genai(genai, goldens):
     for each in goldens:
         command = [genai, CLIENTS / "genai.py", each["folder"] / GENAI]
         found = asked(command, cases=each["raw"], image_tokens=each["patches"])["answers"]
-        assert [answer["ids"] for answer in found] == each["tokens"]
+        assert [answer["tokens"] for answer in found] == each["tokens"]
 
 
 # --- the folders -------------------------------------------------------------------------------------------
