@@ -18,6 +18,7 @@ with interrupts.while_loading():
     from numpy_ref.model.sampling import Sampling
 
     from . import bundle as bundles
+    from . import layouts
     from .model.layers import OPERATORS
     from .stopping import leave, stoppable
 
@@ -35,6 +36,11 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     )  # fmt: skip
     cli.add_adapter_option(options)
     options.add_argument("--output", type=Path, metavar="DIR", help="the new directory to write")
+    options.add_argument(
+        "--layout", choices=layouts.LAYOUTS, default=layouts.BUNDLE,
+        help="for whom: this project's hosts (bundle), or the libraries transformers.js and onnxruntime-genai; the "
+        "same command again adds another --precision to a directory for transformers.js",
+    )  # fmt: skip
     options.add_argument(
         "--precision", choices=bundles.weights.PRECISIONS, default="float32",
         help="precision of the weights (float32): float32, int8 and int4 for the CPU, the others for CUDA; "
@@ -67,6 +73,8 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     arguments = options.parse_args(argv)
     if not arguments.output and not arguments.plan:
         options.error("--output DIR is required (or --plan, to see what would be written)")
+    if arguments.layout != layouts.BUNDLE:
+        return _export_layout(options, arguments)
     checkpoint = checkpoints.load(arguments.checkpoint, arguments.adapter)
     if arguments.plan:
         wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual, arguments.prepack
@@ -85,11 +93,31 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     return 0
 
 
+def _export_layout(options, arguments) -> int:
+    """What export-onnx does for other libraries."""
+    for name in ("prepack", "residual"):
+        if getattr(arguments, name):
+            options.error(f"argument --{name}: not with --layout {arguments.layout}")
+    checkpoint = checkpoints.load(arguments.checkpoint, arguments.adapter)
+    wanted = arguments.layout, arguments.precision, arguments.max_length
+    if arguments.plan:
+        return _print_plan(layouts.plan(checkpoint, *wanted, arguments.operators))
+    verify = None
+    if arguments.verify:
+        from .layouts import verify as verification
+
+        verify = verification.verify
+    layouts.write(checkpoint, arguments.output, *wanted, verify, arguments.operators)
+    print(one_line(f"wrote {arguments.output}"))
+    return 0
+
+
 def _print_plan(plan):
+    width = max(20, *(len(name) + 2 for name in plan["files"]))
     for name, size in plan["files"].items():
-        print(f"{name:<20}{size:>18,} bytes")
-    print(f"{'in all':<20}{sum(plan['files'].values()):>18,} bytes")
-    print(f"{'memory':<20}{plan['memory']:>18,} bytes beside the mapped checkpoint")
+        print(f"{name:<{width}}{size:>18,} bytes")
+    print(f"{'in all':<{width}}{sum(plan['files'].values()):>18,} bytes")
+    print(f"{'memory':<{width}}{plan['memory']:>18,} bytes beside the mapped checkpoint")
     return 0
 
 

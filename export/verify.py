@@ -9,9 +9,11 @@ cache are compared.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.adapter import in_memory
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.engine import NumpyEngine
+from numpy_ref.engine import Engine, NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
 from numpy_ref.model import paligemma, segmentation
@@ -85,35 +87,51 @@ class Part:
     inputs: dict[str, str]  # name of the model's input -> the tap, or input of the whole graph, that it is
 
 
+Run = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]  # a model and its inputs -> its outputs
+
+
 def verify(bundle: Bundle, checkpoint: Checkpoint) -> list[dict]:
     """Compare an opened bundle with the checkpoint it was made from. Prints the table and returns its rows.
 
     Raises PaliGemmaError if a budget is exceeded, a tap is absent, or this machine cannot run the precision.
     """
-    budget = BUDGETS[bundle.description.precision]
-    compared = rows(bundle, checkpoint)
+    precision, compared = bundle.description.precision, rows(bundle, checkpoint)
+    # Products and cache outgrow float16, and so does a residual stream that is in it.
+    advice = "--residual float32" if bundle.description.residual == "float16" else "bfloat16 or float32"
+    results = judge(compared, precision, notes(compared, bundle), advice)
+    if precision not in DIVERGENCES:
+        return results
+    provider = "cuda" if precision.endswith("bfloat16") else "cpu"  # which has no kernels for it
+    return [*results, judge_drift(Session(bundle, provider), checkpoint, precision)]
+
+
+def judge(compared: list[Row], precision: str, remarks: Sequence[str] = (), instead: str = "float32") -> list[dict]:
+    """Print the table and what there is to say about it, and give the rows as they are kept.
+
+    Raises PaliGemmaError if one exceeds the budget; `instead` is what to export where it is float16 that overflows.
+    """
+    budget = BUDGETS[precision]
     print(table(compared, budget))
-    for line in notes(compared, bundle):
+    for line in remarks:
         print(line)
     failed = [
         f"{row.stage} {row.part} {row.trouble or f'{row.error:.1e}'}" for row in compared if not row.error <= budget
     ]
     if failed:
-        # Products and cache outgrow float16, and so does a residual stream that is in it.
-        half = weights.stream_dtype(bundle.description.precision) == ir.DataType.FLOAT16
-        other = "--residual float32" if bundle.description.residual == "float16" else "bfloat16 or float32"
-        overflow = half and any(row.trouble for row in compared)
-        advice = f"; float16 ends at {np.finfo(np.float16).max}, export {other}" if overflow else ""
+        overflow = weights.stream_dtype(precision) == ir.DataType.FLOAT16 and any(row.trouble for row in compared)
+        advice = f"; float16 ends at {np.finfo(np.float16).max}, export {instead}" if overflow else ""
         difference = f"the bundle differs from the reference by more than {budget:.0e}"
         raise PaliGemmaError(f"{difference}: {'; '.join(failed)}{advice}")
-    results = [{**row.figures(), "budget": budget} for row in compared]
-    if (precision := bundle.description.precision) in DIVERGENCES:
-        found = drift_of(bundle, checkpoint)
-        print(drift.table(precision, found))
-        if not found["kl_mean"] <= DIVERGENCES[precision]:
-            raise PaliGemmaError(f"the bundle drifts by {found['kl_mean']} nats, more than {DIVERGENCES[precision]}")
-        results.append({"stage": "drift", "part": "distributions", **found})
-    return results
+    return [{**row.figures(), "budget": budget} for row in compared]
+
+
+def judge_drift(engine: Engine, checkpoint: Checkpoint, precision: str) -> dict:
+    """Print how far a quantized engine drifts, and give that as it is kept; PaliGemmaError if it is too far."""
+    found = drift_of(engine, checkpoint)
+    print(drift.table(precision, found))
+    if not found["kl_mean"] <= DIVERGENCES[precision]:
+        raise PaliGemmaError(f"the bundle drifts by {found['kl_mean']} nats, more than {DIVERGENCES[precision]}")
+    return {"stage": "drift", "part": "distributions", **found}
 
 
 def check(checkpoint: Checkpoint, precision: str) -> None:
@@ -156,10 +174,12 @@ def compare_parts(checkpoint: Checkpoint, bundle: Bundle, provider: str = CPU) -
     """One row a part of prefill, of a decode step and of extend; and what the reference answered to the first two."""
     config, inputs = checkpoint.config, example(checkpoint.config)
     feeds = dict(zip(("pixel_values", "input_ids", "lengths", "capacity"), inputs.prefill(np.float32), strict=True))
-    prefill = Comparison("prefill", config, bundle, provider, feeds)
-    decode = Comparison("decode", config, bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths})
+    prefill = Comparison.of_graph("prefill", config, bundle, provider, feeds)
+    decode = Comparison.of_graph(
+        "decode", config, bundle, provider, {"input_ids": inputs.steps[0], "lengths": inputs.lengths}
+    )
     ids = np.concatenate(inputs.steps, axis=1)
-    extend = Comparison("extend", config, bundle, provider, {"input_ids": ids, "lengths": inputs.lengths})
+    extend = Comparison.of_graph("extend", config, bundle, provider, {"input_ids": ids, "lengths": inputs.lengths})
     total = len(prefill.parts) + len(decode.parts) + len(extend.parts)
     with tqdm(total=total, desc="verifying", unit="part", leave=False, disable=None, delay=1) as bar:
         prefill.progress = decode.progress = extend.progress = bar.update
@@ -182,15 +202,21 @@ class Comparison:
     A part is given the reference's values, in float64, where it is cut off. They are dropped when no part takes them.
     """
 
-    def __init__(self, stage: str, config: PaliGemmaConfig, bundle: Bundle, provider: str, inputs: dict[str, Any]):
-        self.stage, self.values = stage, dict(inputs)
-        # Without a device nothing but ONNX's own evaluator multiplies bfloat16, and it has standard operators alone.
-        self.by_evaluator = bundle.description.precision == "bfloat16" and provider != CUDA
-        self.operators = PORTABLE if self.by_evaluator else bundle.operators
-        self.parts = cut(tapped_model(config, bundle, stage, self.operators))
-        self.bundle, self.provider, self.progress = bundle, provider, lambda: None
+    def __init__(self, stage: str, parts: list[Part], operators: str, run: Run, inputs: dict[str, Any]):
+        self.stage, self.parts, self.operators, self.run, self.values = stage, parts, operators, run, dict(inputs)
+        self.progress = lambda: None
         self.lengths, self.size = inputs["lengths"], inputs["input_ids"].shape[1]
         self.rows, self.cache, self.recorded = [], {}, {}
+
+    @classmethod
+    def of_graph(cls, stage: str, config: PaliGemmaConfig, bundle: Bundle, provider: str, inputs: dict[str, Any]):
+        """Of a graph of a bundle, by the name of the stage."""
+        # Without a device nothing but ONNX's own evaluator multiplies bfloat16, and it has standard operators alone.
+        by_evaluator = bundle.description.precision == "bfloat16" and provider != CUDA
+        operators = PORTABLE if by_evaluator else bundle.operators
+        parts = cut(tapped_model(config, bundle, stage, operators))
+        run = partial(_evaluate if by_evaluator else run_unoptimised, directory=bundle.path, provider=provider)
+        return cls(stage, parts, operators, run, inputs)
 
     def __call__(self, name: str, value: np.ndarray) -> np.ndarray:
         """Take in a value of the reference, and run the next part if there now is all that it is compared with."""
@@ -205,26 +231,27 @@ class Comparison:
         """The rows of all parts, and one of what they wrote into the cache, each row up to its length."""
         if self.parts:
             raise PaliGemmaError(f"{self.stage}: the graph has taps that the reference lacks: {self.parts[0].taps}")
-        return [*self.rows, _row(self.stage, "cache", self.operators, *_caches(cache, self.cache, lengths))]
+        return [*self.rows, compared_row(self.stage, "cache", self.operators, *both_caches(cache, self.cache, lengths))]
 
     def _compare(self, part):
         unseen = tuple(_within(part.name, name) for name in self.recorded if name not in part.taps)
         if unseen and self.operators == PORTABLE:
             raise PaliGemmaError(f"{self.stage} {part.name}: the graph lacks the taps {', '.join(unseen)}")
         feeds = {value.name: (self.values[part.inputs[value.name]], value.dtype) for value in part.model.graph.inputs}
-        run = _evaluate if self.by_evaluator else _run
-        found = run(part.model, _cast(feeds), self.bundle.path, self.provider)
+        found = self.run(part.model, _cast(feeds))
         expected, actual = {}, {}
         for name in part.taps:
             value, reference = found[f"tap.{name}"], self.recorded[name]
             token = is_token(reference.shape, self.lengths, self.size)
+            if name.endswith("attention.scores") and reference.shape[-1] == self.size:  # before the mask
+                token = token & (np.arange(self.size) < self.lengths[:, None])[:, None, None]
             self.values[name], token = (
                 as_in_graph(array, value.shape, self.lengths, self.size) for array in (reference, token)
             )
             expected[_within(part.name, name)] = np.where(token, self.values[name], 0)
             actual[_within(part.name, name)] = np.where(token, value, 0).astype(np.float64)
         self.cache |= {name.removeprefix("present."): array for name, array in found.items() if "present." in name}
-        self.rows.append(_row(self.stage, part.name, self.operators, expected, actual, unseen))
+        self.rows.append(compared_row(self.stage, part.name, self.operators, expected, actual, unseen))
         needed = {name for later in self.parts for name in later.inputs.values()}
         self.values = {name: value for name, value in self.values.items() if name in needed}
 
@@ -296,7 +323,7 @@ def is_token(shape: Sequence[int], lengths: np.ndarray, size: int) -> np.ndarray
     return np.broadcast_to(token, (len(lengths), math.prod(shape[1:-1]) // size, size, shape[-1])).reshape(shape)
 
 
-def _run(model, feeds, directory, provider) -> dict:
+def run_unoptimised(model: ir.Model, feeds: dict[str, np.ndarray], directory: Path, provider: str = CPU) -> dict:
     """Run a model whose weights lie in `directory`, unoptimised."""
     entries = {
         "session.model_external_initializers_file_folder_path": str(directory), "session.disable_prepacking": "1",
@@ -313,7 +340,7 @@ def _run(model, feeds, directory, provider) -> dict:
     return {name: cuda.on_host(value) for name, value in zip(names, found, strict=True)}
 
 
-def _evaluate(model, feeds, directory, provider) -> dict:
+def _evaluate(model, feeds, directory, provider=CPU) -> dict:
     """The same in the slow evaluator of the onnx package."""
     proto = onnx.load_from_string(graphs.serialize(model))
     onnx.load_external_data_for_model(proto, str(directory))
@@ -334,23 +361,23 @@ def compare_stages(
     (expected, cache), *steps = reference.steps
 
     def row(part, *values, operators=bundle.operators):
-        return _row("end to end", part, operators, *values)
+        return compared_row("end to end", part, operators, *values)
 
     def prefilled(graph, pictures):
         logits, buffers = session.prefill(pictures, *inputs.prompts)
         compared = [row(f"{graph} logits", {"logits": expected}, {"logits": logits})]
-        return [*compared, row(f"{graph} cache", *_caches(cache, buffers.numpy(), inputs.lengths))], buffers
+        return [*compared, row(f"{graph} cache", *both_caches(cache, buffers.numpy(), inputs.lengths))], buffers
 
     rows, buffers = prefilled("prefill", inputs.pixel_values)
     for step, (after, _) in enumerate(steps):
         logits, buffers = session.decode(inputs.steps[step], inputs.lengths + step, buffers)
         rows.append(row(f"decode {step + 1} logits", {"logits": after}, {"logits": logits}))
-    rows.append(row(f"decode {STEPS} cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
+    rows.append(row(f"decode {STEPS} cache", *both_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     _, buffers = session.prefill(*inputs.prefill(np.float32))
     logits, buffers = session.extend(np.concatenate(inputs.steps, axis=1), inputs.lengths, buffers)
     stepped = np.stack([after for after, _ in steps], axis=1)
     rows.append(row("extend logits", {"logits": stepped}, {"logits": logits}))
-    rows.append(row("extend cache", *_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
+    rows.append(row("extend cache", *both_caches(steps[-1][1], buffers.numpy(), inputs.lengths + STEPS)))
     if session.has_halves:  # last: a session that has opened them takes them from then on
         features = session.encode(inputs.pixel_values)
         found = np.stack([each.value for each in features])
@@ -377,15 +404,14 @@ def complete(checkpoint: Checkpoint, inputs: "Example", reference: Reference | N
     return Reference(reference.features, found)
 
 
-def drift_of(bundle: Bundle, checkpoint: Checkpoint) -> dict:
-    """How far a quantized bundle's distributions are from the reference's, over the answers to a few examples."""
+def drift_of(engine: Engine, checkpoint: Checkpoint) -> dict:
+    """How far an engine's distributions are from the reference's, over the answers to a few examples."""
     found, config = drift.Drift(), checkpoint.config
-    provider = "cuda" if bundle.description.precision.endswith("bfloat16") else "cpu"  # which has no kernels for it
-    reference, session, known = NumpyEngine(checkpoint), Session(bundle, provider), known_ids(config)
+    reference, known = NumpyEngine(checkpoint), known_ids(config)
     for seed in range(EXAMPLES):
         inputs = example(config, seed)
         prompts = [row[:length].tolist() for row, length in zip(inputs.input_ids, inputs.lengths, strict=True)]
-        drift.follow(reference, session, inputs.pixel_values, prompts, known, found, STEPS + 1)
+        drift.follow(reference, engine, inputs.pixel_values, prompts, known, found, STEPS + 1)
     return found.figures()
 
 
@@ -470,7 +496,7 @@ def _cast(feeds) -> dict:
         return {name: np.asarray(array).astype(dtype.numpy()) for name, (array, dtype) in feeds.items()}
 
 
-def _caches(cache, written, lengths):
+def both_caches(cache: list[Pair], written: dict[str, np.ndarray], lengths: np.ndarray) -> tuple[dict, dict]:
     """Both caches by name, each row up to its length: what lies behind has no meaning."""
     reference = {
         f"{i}.{kind}": array
@@ -488,7 +514,11 @@ def _caches(cache, written, lengths):
     )
 
 
-def _row(stage, part, operators, reference, values, unseen=()) -> Row:
+def compared_row(
+    stage: str, part: str, operators: str, reference: dict[str, np.ndarray], values: dict[str, np.ndarray],
+    unseen: tuple[str, ...] = (),
+) -> Row:  # fmt: skip
+    """The row of a part: its values by tap, and the reference's. PaliGemmaError unless they have the same taps."""
     if reference.keys() != values.keys():
         names = ", ".join(sorted(reference.keys() ^ values.keys()))
         raise PaliGemmaError(f"{stage} {part}: graph and reference do not have the same values: {names}")

@@ -113,6 +113,26 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
         os.replace(folder / path.name, path)
 
 
+@contextmanager
+def added_files(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder, whose files are moved into `folder`, which is there, if all goes well.
+
+    In the order of their names, those of inner folders first. Raises PaliGemmaError if another process is at work
+    in it.
+    """
+    folder = Path(folder)
+    try:
+        with claimed(folder), _sibling(folder) as temporary:
+            yield temporary
+            made = [file for file in temporary.rglob("*") if file.is_file()]
+            for file in sorted(made, key=lambda file: (file.parent == temporary, file.name)):
+                target = folder / file.relative_to(temporary)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+    except OSError as error:
+        raise PaliGemmaError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
 def absent(path: str | Path, kind: str) -> Path:
     """The path, if nothing is there yet; PaliGemmaError if there is."""
     path = Path(path)

@@ -85,7 +85,7 @@ def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(bundle.shutil, "disk_usage", lambda path: usage(10, 5, 5))
     monkeypatch.setattr(bundle.weights, "write", lambda *arguments: pytest.fail("wrote"))
-    with pytest.raises(PaliGemmaError, match=r"the disk has 0\.0 MB free, the bundle needs 0\.\d MB"):
+    with pytest.raises(PaliGemmaError, match=r"the disk has 0\.0 MB free, the export needs 0\.\d MB"):
         bundle.write(checkpoint.load(GOLDEN / "paligemma1"), tmp_path / "new" / "out")
     assert not list(tmp_path.iterdir())
 

@@ -130,7 +130,7 @@ def prepare(
 ) -> Contents:
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
     config, operators = checkpoint.config, _operators(checkpoint.config, precision, operators)
-    residual, max_length = _residual(precision, operators, residual), _check_length(config, max_length)
+    residual, max_length = _residual(precision, operators, residual), checked_length(config, max_length)
     files = {name: within(checkpoint.folder, name) for name in TOKENIZER_FILES}
     copies = {name: file for name, file in files.items() if file.is_file()}
     tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
@@ -154,7 +154,7 @@ def prepare(
         tokens=_tokens(config, tokenizer),
         prompt="<image> * image_tokens a picture, bos, tokens of the prefix, newline",
         image=Image(config.vision.image_size, checkpoint.resize, mean=0.5, std=0.5),
-        opset=graphs.OPSET,
+        opset=graphs.opset_of(config, operators, weights.stream_dtype(precision)),
         graphs={name: _described(f"{name}.onnx", model) for name, model in models.items()},
         files={name: File(sizes[name], "0" * 64) for name in sorted(sizes)},
     )
@@ -184,7 +184,7 @@ def write(
     contents = prepare(checkpoint, precision, max_length, operators, residual)
     with new_directory(output) as folder:
         needed = sum(contents.sizes.values()) * (4 if prepacked else 1)
-        _check_space(output, folder, needed)  # what a killed export left is gone by now
+        check_space(output, folder, needed)  # what a killed export left is gone by now
         arrays = checkpoints.flatten(checkpoint.params)
         with _progress("weights", weights.size(contents.placed)) as bar:
             sums = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
@@ -391,10 +391,11 @@ def _progress(label, total):
     return tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None, delay=1)
 
 
-def _check_space(output, folder, needed) -> None:
+def check_space(output: Path, folder: Path, needed: int) -> None:
+    """Raise PaliGemmaError if the disk of a folder has not so many bytes free for what will be `output`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the bundle needs {_amount(needed)}")
+        raise PaliGemmaError(f"{output}: the disk has {_amount(free)} free, the export needs {_amount(needed)}")
 
 
 def _amount(size) -> str:
@@ -413,7 +414,8 @@ def _check_digest(file, digest) -> None:
         raise PaliGemmaError(f"{file}: contents differ from their SHA-256 in {DESCRIPTION}; copy it again")
 
 
-def _check_length(config, max_length) -> int:
+def checked_length(config: PaliGemmaConfig, max_length: int | None) -> int:
+    """How many positions a prompt and its answer may have, the model's own if not said; PaliGemmaError if it cannot."""
     least = config.vision.patches + 3  # the picture, bos, one token of a prompt, the newline
     if max_length is None:
         return config.max_length

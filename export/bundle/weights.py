@@ -96,8 +96,13 @@ def forms(parameter: Parameter, precision: str) -> list[Form]:
     return [Channels(shape), Blocks(shape, bits, dtype)] if precision == "int4" and fits else [Channels(shape)]
 
 
-def plan(config: PaliGemmaConfig, precision: str = "float32", operators: str = PORTABLE) -> dict[str, Stored]:
-    """Place every tensor of a model: name -> Stored, in the order in which they are written.
+def plan(
+    config: PaliGemmaConfig, precision: str = "float32", operators: str = PORTABLE, used: tuple[str, ...] = ("",),
+    one_form: bool = False,
+) -> dict[str, Stored]:  # fmt: skip
+    """Place the tensors of a model: name -> Stored, in the order in which they are written.
+
+    All of them, or those whose paths begin with one of `used`; with `one_form` a weight of several forms has the last.
 
     Kernels in blocks that read the same input lie side by side, values and scales apart, so that a graph can take them
     as one. For fused operators in half precision whole kernels of queries, keys and values are joined by their columns,
@@ -105,7 +110,7 @@ def plan(config: PaliGemmaConfig, precision: str = "float32", operators: str = P
     """
     placed, offset = {}, 0
     joins = operators == FUSED and stream_dtype(precision) != DataType.FLOAT
-    for group in _groups(config, precision, joins):
+    for group in _groups(config, precision, joins, used, one_form):
         for part in range(len(group[0][2].parts)):
             offset = -(-offset // ALIGNMENT) * ALIGNMENT
             for path, members, form in group:
@@ -118,14 +123,14 @@ def plan(config: PaliGemmaConfig, precision: str = "float32", operators: str = P
 _Weight = tuple[str, tuple[str, ...], Form]  # as in Stored: path, members, form
 
 
-def _groups(config, precision, joins) -> list[list[_Weight]]:
+def _groups(config, precision, joins, used, one_form) -> list[list[_Weight]]:
     """What is placed together: a weight alone, or several that read the same input."""
     groups: list[list[_Weight]] = []
     waiting: dict[tuple, list[_Weight]] = {}
-    for parameter in parameters(config):
+    for parameter in (parameter for parameter in parameters(config) if parameter.path.startswith(used)):
         path = parameter.path
         layer, names, leaf = _partners(path)
-        for form in forms(parameter, precision):
+        for form in forms(parameter, precision)[-1 if one_form else 0 :]:
             is_joined = joins and names == ATTENTION and isinstance(form, Whole)
             if not is_joined and not (names and isinstance(form, Blocks)):
                 groups.append([(path, (path,), form)])
@@ -231,7 +236,9 @@ def _encoded(placed, arrays) -> Iterator[tuple[Stored, np.ndarray]]:
                 waiting[stored.path, stored.form, part].append(piece)
 
 
-def initializer(placed: dict[str, Stored], directory: str | Path = "", graph: str = "prefill") -> Initializer:
+def initializer(
+    placed: dict[str, Stored], directory: str | Path = "", graph: str = "prefill", file: str = FILE
+) -> Initializer:
     """path -> the weight as a graph takes it: tensors that refer into the weights file.
 
     Of a weight that is stored in two forms decode and extend take the second. One that is joined to others is that
@@ -245,7 +252,7 @@ def initializer(placed: dict[str, Stored], directory: str | Path = "", graph: st
     def reference(path):
         found = by_path[path]
         form = found[0 if graph == "prefill" else -1].form
-        return form.take([_external(stored, directory) for stored in found if stored.form == form])
+        return form.take([_external(stored, directory, file) for stored in found if stored.form == form])
 
     return reference
 
@@ -267,8 +274,8 @@ def apart(config: PaliGemmaConfig, placed: dict[str, Stored], directory: str | P
     return tensor
 
 
-def _external(stored, directory):
+def _external(stored, directory, file):
     return ir.ExternalTensor(
-        FILE, stored.offset, stored.length, stored.dtype, shape=ir.Shape(stored.shape), name=stored.name,
+        file, stored.offset, stored.length, stored.dtype, shape=ir.Shape(stored.shape), name=stored.name,
         base_dir=directory,
     )  # fmt: skip

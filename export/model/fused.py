@@ -7,6 +7,7 @@ attention in prefill   MultiHeadAttention without a mask goes through the keys i
                        Padding is told by one more column: 1 in every query, 0 or -1e9 in the keys.
 attention in decode    GroupQueryAttention writes into the cache where it lies, and reads only what is filled.
 attention in extend    the portable one, since that operator takes several tokens behind a cache from one row alone.
+rotary embedding       ONNX Runtime's own, which runtimes from before opset 23 have too.
 kernels in few bits    those that read the same input, side by side in the weights file, are taken as one.
 """
 
@@ -24,9 +25,10 @@ from numpy_ref.config import GemmaConfig, SiglipConfig
 from numpy_ref.model.layers import Params, identity, scoped
 
 from . import gemma, layers, paligemma, siglip
-from .layers import Mask, Op, Pair, Tap, Weight
+from .layers import Mask, Op, Pair, Rotary, Tap, Weight
 from .quantized import CONTRIB, Blocks, Channels
 
+HEADS = 8  # what divides the head sizes that GroupQueryAttention takes
 _MASKED = -1e9  # a score that leaves a weight of zero
 
 
@@ -46,10 +48,22 @@ def gelu(op: Op, x: Value) -> Value:
     return op.Gelu(x, approximate="tanh")
 
 
-def rope(op: Op, x: Value, cos: Value, sin: Value) -> Value:
-    """Rotate x [B, N, T, H] by the angles [B, 1, T, H/2], pairing the two halves."""
-    cos, sin = (op.Squeeze(angles, [1]) for angles in (cos, sin))
-    return like(op.RotaryEmbedding(x, cos, sin), x)
+def rope_angles(op: Op, positions: Value, head_dim: int, base: float, dtype: DataType) -> Rotary:
+    """What RotaryEmbedding takes: positions [B, T] -> themselves, and two tables [positions there are, H/2]."""
+    return op.Clip(positions, 0, op.max_length - 1), *rotary_tables(op, head_dim, base, dtype)
+
+
+def rotary_tables(op: Op, head_dim: int, base: float, dtype: DataType) -> Pair:
+    """Cosine and sine at every position that the model has: two [positions, H/2], made when the graph is loaded."""
+    positions = op.Unsqueeze(op.Range(0, op.max_length, 1), [0])
+    angles = layers.rope_angles.portable(op, positions, head_dim, base, DataType.FLOAT)
+    cos, sin = (layers.cast_to(op, op.Squeeze(table, [0, 1]), dtype) for table in angles)
+    return cos, sin
+
+
+def rope(op: Op, x: Value, positions: Value, cos: Value, sin: Value) -> Value:
+    """Rotate x [B, N, T, H] by the angles of `rope_angles`, pairing the two halves."""
+    return like(op.RotaryEmbedding(x, positions, cos, sin, _domain=CONTRIB, _version=1), x)
 
 
 def flatten_rows(op: Op, x: Value, rows: str) -> Value:
@@ -136,8 +150,8 @@ def _padding(op, config, mask, dtype):
 
 @layers.named
 def prefix_attention(
-    op: Op, p: Params, config: GemmaConfig, asking: Value, x: Value, there: Pair, rotary: Pair, padding: Padding,
-    tap: Tap = identity,
+    op: Op, p: Params, config: GemmaConfig, asking: Value, x: Value, there: Rotary, rotary: Rotary,
+    padding: Padding, tap: Tap = identity,
 ) -> tuple[Value, Pair]:  # fmt: skip
     """What the tokens `asking` [1, B * A, D], at the angles `there`, take from all of x [1, B * T, D].
 
@@ -147,7 +161,7 @@ def prefix_attention(
         layers.linear(op, each, **p[name]) for each, name in ((asking, "query"), (x, "key"), (x, "value"))
     )
     query, key = (
-        _rotate(op, each, op.Squeeze(angles[0], [1]), op.Squeeze(angles[1], [1]), heads)
+        _rotate(op, each, angles, heads)
         for each, angles, heads in ((query, there, config.heads), (key, rotary, config.kv_heads))
     )
     by_head(op, tap, config.heads, padding.batch, config.query_scale)("query", query)
@@ -188,7 +202,7 @@ def _in_tiles(op, config, query, key, value, padding):
 
 
 def attention(
-    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Padding | Window | Value,
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Rotary, mask: Padding | Window | Value,
     cache: Pair | None = None, start: Value | None = None, tap: Tap = identity,
 ) -> tuple[Value, Pair]:  # fmt: skip
     """Grouped-query attention: [B, T, D] -> [B, T, D] and its (key, value).
@@ -200,11 +214,10 @@ def attention(
     if isinstance(mask, Value):
         parts = project(op, x, p, ("query", "key", "value"))
         return attend_behind(op, p, config, parts, rotary, mask, cache, start, tap)
-    if config.head_dim % 8:  # GroupQueryAttention takes no others
+    if config.head_dim % HEADS:
         return gemma.attention.portable(op, p, config, x, rotary, mask.built(), cache, start, tap)
     query, key, value = project(op, x, p, ("query", "key", "value"))
-    cos, sin = (op.Squeeze(angles, [1]) for angles in rotary)
-    query, key = (_rotate(op, each, cos, sin, heads) for each, heads in ((query, config.heads), (key, config.kv_heads)))
+    query, key = (_rotate(op, each, rotary, heads) for each, heads in ((query, config.heads), (key, config.kv_heads)))
     by_head(op, tap, config.heads, factor=config.query_scale)("query", query)
     for name, each in (("key", key), ("value", value)):
         by_head(op, tap, config.kv_heads)(name, each)
@@ -222,7 +235,7 @@ def attention(
 
 
 def attend_behind(
-    op: Op, p: Params, config: GemmaConfig, parts: Sequence[Value], rotary: Pair, mask: Value, cache: Pair,
+    op: Op, p: Params, config: GemmaConfig, parts: Sequence[Value], rotary: Rotary, mask: Value, cache: Pair,
     start: Value, tap: Tap = identity,
 ) -> tuple[Value, Pair]:  # fmt: skip
     """Queries, keys and values of several tokens, each [B, T, heads * H], behind a cache: the portable attention."""
@@ -237,9 +250,9 @@ def attend_behind(
     return layers.linear(op, layers.merge_heads(op, context), **p["output"]), (key, value)
 
 
-def _rotate(op, x, cos, sin, heads):
-    """Rotate x [B, T, N*H] by the angles [B, T, H/2]."""
-    return like(op.RotaryEmbedding(x, cos, sin, num_heads=heads), x)
+def _rotate(op, x, rotary, heads):
+    """Rotate x [B, T, N*H] by the angles of `rope_angles`."""
+    return like(op.RotaryEmbedding(x, *rotary, num_heads=heads, _domain=CONTRIB, _version=1), x)
 
 
 def mlp(op: Op, p: Params, x: Value) -> Value:
@@ -378,6 +391,7 @@ INSTEAD = {
     layers.layer_norm: layer_norm,
     layers.rms_norm: rms_norm,
     layers.rope: rope,
+    layers.rope_angles: rope_angles,
     siglip.attention: patch_attention,
     siglip.block: patch_block,
     gemma.attention: attention,

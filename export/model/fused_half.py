@@ -19,7 +19,7 @@ from numpy_ref.config import GemmaConfig, SiglipConfig
 from numpy_ref.model.layers import Params, identity, scoped
 
 from . import gemma, layers, paligemma, siglip
-from .fused import attend_behind, by_head, gelu, like, project
+from .fused import attend_behind, by_head, gelu, like, project, rotary_tables
 from .layers import Op, Pair, Tap
 from .quantized import CONTRIB
 
@@ -144,7 +144,7 @@ def decoder(
 ) -> tuple[Value, list[Pair]]:  # fmt: skip
     """All layers and the final norm; each sum is taken together with the norm behind it, be it of the next layer."""
     if all(isinstance(mask, Lengths) for mask in masks.values()):
-        rotary = rotary_tables(op, config, p["norm"]["scale"].dtype)
+        rotary = rotary_tables(op, config.head_dim, config.rope_base, p["norm"]["scale"].dtype)
     else:
         rotary = layers.rope_angles(op, positions, config.head_dim, config.rope_base, DataType.FLOAT)
     caches = []
@@ -169,14 +169,6 @@ def decoder(
         x = tap(f"blocks.{i}", x)
         caches.append(layer)
     return tap("norm", normed), caches
-
-
-def rotary_tables(op: Op, config: GemmaConfig, dtype: DataType) -> Pair:
-    """Cosine and sine at every position that the model has: two [positions, H/2], made when the graph is loaded."""
-    positions = op.Unsqueeze(op.Range(0, op.max_length, 1), [0])
-    angles = layers.rope_angles(op, positions, config.head_dim, config.rope_base, DataType.FLOAT)
-    cos, sin = (layers.cast_to(op, op.Squeeze(table, [0, 1]), dtype) for table in angles)
-    return cos, sin
 
 
 #: What takes the place of which function.

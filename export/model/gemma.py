@@ -11,6 +11,7 @@ from .layers import (
     Mask,
     Op,
     Pair,
+    Rotary,
     Tap,
     add_rms_norm,
     attend,
@@ -44,7 +45,7 @@ def embed(op: Op, p: Params, config: GemmaConfig, ids: Value, dtype: DataType) -
 
 @replaceable
 def attention(
-    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Mask, cache: Pair | None = None,
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Rotary, mask: Mask, cache: Pair | None = None,
     start: Value | None = None, tap: Tap = identity,
 ) -> tuple[Value, Pair]:  # fmt: skip
     """Grouped-query attention, rotary positions: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""
@@ -67,7 +68,7 @@ def mlp(op: Op, p: Params, x: Value) -> Value:
 
 @named
 def block(
-    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Pair, mask: Mask, cache: Pair | None = None,
+    op: Op, p: Params, config: GemmaConfig, x: Value, rotary: Rotary, mask: Mask, cache: Pair | None = None,
     start: Value | None = None, tap: Tap = identity,
 ) -> tuple[Value, Pair]:  # fmt: skip
     """One decoder layer: x [B, T, D] -> [B, T, D] and its (key, value), each [B, K, S, H]."""

@@ -18,11 +18,18 @@ from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.model.layers import Params, identity
 from numpy_ref.model.segmentation import CELLS, SIDE
 
-from . import fused, fused_half, image, paligemma, sampling, segmentation
+from . import fused, fused_half, image, merged, paligemma, sampling, segmentation
 from .layers import HALF, PORTABLE, Op, cast_to
 
-OPSET = 24  # TensorScatter, the in-place cache write
-IR_VERSION = 11  # what onnxruntime 1.30 and later read
+# The lowest that have the operators: the older it is, the older the runtimes that read it (export/README.md).
+OPSET = 20  # Gelu, and the lowest that has what the graphs beside the two towers need
+OPSET_HALF = 23  # Attention
+OPSET_PORTABLE = 24  # TensorScatter, the cache write in place
+IR_VERSIONS = {OPSET: 9, OPSET_HALF: 11, OPSET_PORTABLE: 11}  # the versions of the file format that came with them
+BATCH = "batch_size"  # what other layouts' clients call it
+#: How the paths of the weights begin that their graphs read; of the decoder by whether its head is the table.
+VISION, TABLE = ("vision.", "projector."), ("text.embedding",)
+DECODER = {True: ("text.",), False: ("text.blocks.", "text.norm.", "text.head.")}
 Initializer = Callable[[str], Any]  # path -> tensor; or a weight of `quantized`
 
 
@@ -94,6 +101,69 @@ def _further_model(name, function, size, config, initializer, dtype, taps, opera
     ]
     logits, cache = function(_op(builder), p, config, input_ids, lengths, cache, _tap(builder, taps))
     return _finish(builder, _logits_and_cache(config, logits, cache, ["B", *([] if size == 1 else [size])]))
+
+
+def vision_encoder_model(
+    config: PaliGemmaConfig, initializer: Initializer, resize: str, dtype: DataType = DataType.FLOAT,
+    taps: bool = False, operators: str = PORTABLE,
+) -> ir.Model:  # fmt: skip
+    """Of other layouts: pixel_values, pictures of one size in 0 … 255 -> image_features. It resizes them."""
+    builder, p = _start_growing("vision_encoder", config, initializer, VISION, operators, dtype)
+    pictures = builder.input("pixel_values", DataType.FLOAT, [BATCH, 3, "height", "width"])
+    features = merged.encode_picture(_op(builder), p, config, pictures, resize, _tap(builder, taps))
+    return _finish_in_float(builder, paligemma.FEATURES, features, [BATCH, config.vision.patches, config.text.width])
+
+
+def embed_tokens_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE,
+) -> ir.Model:  # fmt: skip
+    """Of other layouts: input_ids -> inputs_embeds, without pictures."""
+    builder, p = _start_growing("embed_tokens", config, initializer, TABLE, operators, dtype)
+    input_ids = builder.input("input_ids", DataType.INT64, [BATCH, "sequence_length"])
+    embeddings = merged.embed(_op(builder), p, config, input_ids, _tap(builder, taps))
+    return _finish_in_float(builder, "inputs_embeds", embeddings, [BATCH, "sequence_length", config.text.width])
+
+
+def embedding_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE,
+) -> ir.Model:  # fmt: skip
+    """Of other layouts: input_ids, image_features -> inputs_embeds, the features in the places of the image tokens."""
+    builder, p = _start_growing("embedding", config, initializer, TABLE, operators, dtype)
+    input_ids = builder.input("input_ids", DataType.INT64, [BATCH, "sequence_length"])
+    shape = ["pictures", "image_tokens", config.text.width]  # none of them behind the prompt
+    features = builder.input(paligemma.FEATURES, DataType.FLOAT, shape)
+    embeddings = merged.embed_with_features(_op(builder), p, config, input_ids, features, _tap(builder, taps))
+    return _finish_in_float(builder, "inputs_embeds", embeddings, [BATCH, "sequence_length", config.text.width])
+
+
+def merged_model(
+    config: PaliGemmaConfig, initializer: Initializer, dtype: DataType = DataType.FLOAT, taps: bool = False,
+    operators: str = PORTABLE,
+) -> ir.Model:  # fmt: skip
+    """Of other layouts: inputs_embeds, attention_mask, past_key_values.{i}.key/value -> logits, present.{i}.key/value.
+
+    Names of sizes are the clients': the first cache is empty, and they set every size to 0 but that of BATCH.
+    """
+    builder, p = _start_growing("decoder", config, initializer, DECODER[config.text.tied], operators, dtype)
+    embeddings = builder.input("inputs_embeds", DataType.FLOAT, [BATCH, "sequence_length", config.text.width])
+    attention_mask = builder.input("attention_mask", DataType.INT64, [BATCH, "total_sequence_length"])
+    shapes = [
+        [BATCH, config.text.kv_heads, size, config.text.head_dim]
+        for size in ("past_sequence_length", "total_sequence_length")
+    ]
+    cache = [
+        tuple(builder.input(f"past_key_values.{i}.{kind}", dtype, shapes[0]) for kind in ("key", "value"))
+        for i in range(config.text.depth)
+    ]
+    logits, cache = merged.decoder(_op(builder), p, config, embeddings, attention_mask, cache, _tap(builder, taps))
+    outputs: dict[str, tuple] = {"logits": (logits, [BATCH, 1, config.text.vocab])}
+    for i, layer in enumerate(cache):
+        outputs |= {
+            f"present.{i}.{kind}": (value, shapes[1]) for kind, value in zip(("key", "value"), layer, strict=True)
+        }
+    return _finish(builder, outputs)
 
 
 def masks_model(params: Params) -> ir.Model:
@@ -222,7 +292,7 @@ def trace(
     _walk(arguments, "in", lambda name, array: feeds.setdefault(name, array))
     double = any(array.dtype == np.float64 for array in feeds.values())
     residual = DataType.DOUBLE if double else DataType.FLOAT
-    builder = _builder(getattr(function, "__name__", "function"), residual=residual)
+    builder = _builder(getattr(function, "__name__", "function"), residual=residual, opset=OPSET_PORTABLE)
     for name, array in feeds.items():
         values[name] = builder.input(name, DataType.from_numpy(array.dtype), list(array.shape))
     keywords = _walk(arguments, "in", lambda name, array: values[name])
@@ -254,9 +324,21 @@ def _walk(tree, name, visit, leaf=np.ndarray):
     return tree
 
 
-def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None) -> GraphBuilder:
+def opset_of(config: PaliGemmaConfig, operators: str, dtype: DataType) -> int:
+    """The opset of prefill and decode with these operators, their cache in this dtype.
+
+    Runtimes before 1.24 count one key too many in GroupQueryAttention's windows. They do not read OPSET_PORTABLE.
+    """
+    text, longest = config.text, config.max_length
+    is_windowed = any(window is not None and window < longest for window in text.windows)
+    if operators == PORTABLE or text.head_dim % fused.HEADS or is_windowed:
+        return OPSET_PORTABLE
+    return OPSET_HALF if dtype in HALF else OPSET
+
+
+def _builder(name, instead=None, residual=DataType.FLOAT, max_length=None, opset=OPSET) -> GraphBuilder:
     """A graph to add nodes to. Its `op` carries what `layers.Op` says."""
-    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name))
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": opset}, name=name))
     op = _op(builder)
     op.instead, op.residual, op.max_length, op.rounded = instead or {}, residual, max_length, {}
     op.paths, op.module = {}, ""
@@ -267,15 +349,28 @@ def _op(builder: GraphBuilder) -> Op:
     return cast(Op, builder.op)  # to which `_builder` adds what the library's own type does not have
 
 
-def _start(name, config, initializer, used, operators, dtype, residual):
-    """A builder, and the parameters as initializers of its graph, each under its tensor's name."""
+def _start(name, config, initializer, used, operators, dtype, residual, replaced=None, opset=None):
+    """A builder, and the parameters as initializers of its graph, each under its tensor's name.
+
+    `replaced` are functions in whose place others stand, whatever the operators; `opset` is for graphs that need less.
+    """
     instead = {} if operators == PORTABLE else fused_half.INSTEAD if dtype in HALF else fused.INSTEAD
     residual = residual or (DataType.DOUBLE if dtype == DataType.DOUBLE else DataType.FLOAT)
-    builder, found = _builder(name, instead, residual, config.max_length), {}
+    if not opset:
+        opset = OPSET_PORTABLE if name == "extend" else opset_of(config, operators, dtype)  # it has portable attention
+    builder, found = _builder(name, instead | (replaced or {}), residual, config.max_length, opset), {}
     for path in (parameter.path for parameter in parameters(config) if used(parameter.path)):
         weight = initializer(path)
         found[weight.name if isinstance(weight, ir.TensorProtocol) else path] = weight
     return builder, _declare(builder, found)
+
+
+def _start_growing(name, config, initializer, used, operators, dtype):
+    """The same for the graphs of other layouts, of the weights whose paths begin with one of `used`."""
+    return _start(
+        name, config, initializer, lambda path: path.startswith(used), operators, dtype, None,
+        merged.INSTEAD, OPSET,
+    )  # fmt: skip
 
 
 def _declare(builder, weights):
@@ -325,7 +420,15 @@ def _model(builder) -> ir.Model:
     _name_nodes(builder.graph)
     for name in [name for name, value in builder.graph.initializers.items() if not value.uses()]:
         del builder.graph.initializers[name]  # packed into another
-    return ir.Model(builder.graph, ir_version=IR_VERSION, producer_name="paligemma-onnx")
+    version = IR_VERSIONS[builder.graph.opset_imports[""]]
+    return ir.Model(builder.graph, ir_version=version, producer_name="paligemma-onnx")
+
+
+def _finish_in_float(builder, name, value, shape) -> ir.Model:
+    """The model with one output, in float32."""
+    value = cast_to(_op(builder), value, DataType.FLOAT)
+    value.dtype = DataType.FLOAT
+    return _finish(builder, {name: (value, shape)})
 
 
 def _name_nodes(graph):

@@ -10,12 +10,12 @@ from .layers import Op
 
 
 def resize_bicubic(op: Op, image: Value, size: int) -> Value:
-    """uint8 [1, 3, H, W] -> float32 [1, 3, S, S] of whole numbers, as transformers resizes."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, S, S] of whole numbers, as transformers resizes."""
     return op.Cast(_resize(op, image, size, mode="cubic", cubic_coeff_a=-0.5), to=DataType.FLOAT)
 
 
 def resize_bilinear(op: Op, image: Value, size: int) -> Value:
-    """uint8 [1, 3, H, W] -> float32 [1, 3, S, S] of whole numbers, as big_vision resizes: cut off to bytes."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, S, S] of whole numbers, as big_vision resizes: cut off to bytes."""
     resized = _resize(op, op.Cast(image, to=DataType.FLOAT), size, mode="linear")
     return op.Floor(op.Clip(resized, 0.0, 255.0))
 
@@ -40,10 +40,10 @@ def _resize(op, image, size, **filter_settings):
 
     Pillow begins with the rows, unless the height shrinks by more than twice what the width does (since version 13).
     """
-    height, width = op.Shape(image, start=2, end=3), op.Shape(image, start=3, end=4)
+    batch, height, width = (op.Shape(image, start=axis, end=axis + 1) for axis in (0, 2, 3))
     down_first = op.Greater(op.Sub(height, [size]), op.Mul(op.Max(op.Sub(width, [size]), [0]), [2]))
     middle = op.Where(down_first, op.Concat([size], width, axis=0), op.Concat(height, [size], axis=0))
-    for target in (op.Concat([1, 3], middle, axis=0), [1, 3, size, size]):
+    for target in (op.Concat(batch, [3], middle, axis=0), op.Concat(batch, [3, size, size], axis=0)):
         image = op.Resize(
             image, None, None, target, antialias=1, exclude_outside=1,
             coordinate_transformation_mode="half_pixel", **filter_settings,

@@ -49,7 +49,8 @@ class Quantized(Protocol):
 
 Weight = Value | Quantized
 Mask = Any  # a Value, bool [B, T, S]; or what stands for it where other operators are chosen, as `fused.Padding`
-Pair = tuple[Value, Value]  # (cosine, sine) of the rotary embedding, (key, value) of a layer, (sum, norm of it)
+Rotary = tuple[Value, ...]  # what `rope_angles` makes for `rope`
+Pair = tuple[Value, Value]  # (key, value) of a layer, (sum, norm of it)
 Tap = Callable[[str, Value], Value]  # called with the name of an intermediate value and the value, which it returns
 Arguments = ParamSpec("Arguments")
 Added = TypeVar("Added")
@@ -221,6 +222,7 @@ def add_rms_norm(op: Op, x: Value, update: Value, scale: Value, eps: float) -> P
     return x, rms_norm(op, x, scale, eps)
 
 
+@replaceable
 def rope_angles(op: Op, positions: Value, head_dim: int, base: float, dtype: DataType) -> Pair:
     """Cosine and sine of the rotary embedding: positions [B, T] -> two [B, 1, T, H/2]."""
     steps = op.Cast(op.Constant(value_floats=[float(i) for i in range(0, head_dim, 2)]), to=dtype)
@@ -269,6 +271,7 @@ def attend(
     return op.Reshape(context, op.Shape(query))
 
 
+@replaceable
 def write_cache(op: Op, cache: Value, update: Value, start: Value) -> Value:
     """cache [B, K, C, H], update [B, K, T, H] written at start [B] of each row -> [B, K, C, H].
 

@@ -78,7 +78,7 @@ def hidden_states(
 ) -> tuple[Value, list[Pair]]:  # fmt: skip
     """The decoder's output everywhere: input_ids [B, T] -> [B, T, D] and (key, value)s, each [B, K, T, H]."""
     x = embed_prefix(op, p, config, pixel_values, input_ids, tap)
-    size = _length(op, input_ids, 1)
+    size = length_of(op, input_ids, 1)
     positions = op.Unsqueeze(op.Range(0, size, 1), [0])
     windows = dict.fromkeys([*config.text.windows] or [None])
     masks = {window: prefix_mask(op, prefix_lengths, lengths, size, window) for window in windows}
@@ -105,7 +105,7 @@ def last_position(op: Op, x: Value, lengths: Value) -> Value:
 
 def pad_cache(op: Op, array: Value, capacity: Value) -> Value:
     """array [B, K, T, H] -> [B, K, C, H] with zeros behind."""
-    behind = op.Unsqueeze(op.Sub(capacity, _length(op, array, 2)), [0])
+    behind = op.Unsqueeze(op.Sub(capacity, length_of(op, array, 2)), [0])
     shape = op.Concat(op.Shape(array, end=2), behind, op.Shape(array, start=3), axis=0)
     # Concatenated, since Pad has no bfloat16 kernel.
     return op.Concat(array, op.Expand(cast_like(op, op.Constant(value_float=0.0), array), shape), axis=2)
@@ -136,8 +136,8 @@ def further_states(
 ) -> tuple[Value, list[Pair]]:
     """The decoder's output behind what is cached: input_ids [B, T] -> [B, T, D] and the cache, each [B, K, C, H]."""
     lengths = op.Cast(lengths, to=DataType.INT64)
-    capacity = _length(op, cache[0][0], 2)
-    size = 1 if input_ids.shape[1] == 1 else _length(op, input_ids, 1)
+    capacity = length_of(op, cache[0][0], 2)
+    size = 1 if input_ids.shape[1] == 1 else length_of(op, input_ids, 1)
     x = tap("embed", gemma.embed(op, p["text"], config.text, input_ids, op.residual))
     windows = dict.fromkeys([*config.text.windows] or [None])
     masks = {window: decode_mask(op, lengths, capacity, window, size) for window in windows}
@@ -147,6 +147,6 @@ def further_states(
     return gemma.decoder(op, p["text"], config.text, x, positions, masks, cache, lengths, scoped(tap, "text"))
 
 
-def _length(op, array, axis):
+def length_of(op: Op, array: Value, axis: int) -> Value:
     """The size of one axis as a scalar int64 value."""
     return op.Squeeze(op.Shape(array, start=axis, end=axis + 1), [0])

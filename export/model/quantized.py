@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_ir import DataType, Value
 from onnxscript import GraphBuilder
 
-from .layers import Op, Pair
+from .layers import Op, Pair, replaceable
 
 CONTRIB = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
@@ -53,7 +53,7 @@ class Channels:
     def multiply_apart(self, op: Op, x: Value) -> Pair:
         """The product but for a factor a row, and the factors: [..., out] and [..., 1]."""
         rounded, factors = _round_rows(op, x)
-        middle = op.Constant(value=_scalar(MIDDLE, np.uint8))
+        middle = _byte(op, MIDDLE)
         y = op.MatMulIntegerToFloat(rounded, self.values, 1.0, self.scales, middle, _domain=CONTRIB, _version=1)
         y.dtype, y.shape = DataType.FLOAT, _with_last(x.shape, self.values.shape[1])
         return y, factors
@@ -94,12 +94,34 @@ class Blocks:
 
     def rows(self, op: Op, ids: Value) -> Value:
         """Rows of a table: ids [...] -> [..., in]."""
-        x = op.GatherBlockQuantized(
-            self.flat, ids, self.scales, bits=self.bits, block_size=self.block, gather_axis=0, quantize_axis=1,
-            _domain=CONTRIB, _version=1,
-        )  # fmt: skip
+        x = table_rows(op, self, ids)
         x.dtype, x.shape = self.dtype, ir.Shape([*ids.shape, self.values.shape[1] * self.block])
         return x
+
+
+@replaceable
+def table_rows(op: Op, table: Blocks, ids: Value) -> Value:
+    """Rows of a table in blocks: ids [...] -> [..., in]."""
+    return op.GatherBlockQuantized(
+        table.flat, ids, table.scales, bits=table.bits, block_size=table.block, gather_axis=0, quantize_axis=1,
+        _domain=CONTRIB, _version=1,
+    )  # fmt: skip
+
+
+def table_rows_in_standard_operators(op: Op, table: Blocks, ids: Value) -> Value:
+    """The same, for runtimes that do not have the operator on every provider, as ONNX Runtime's build for WebGPU."""
+    packed = op.Gather(table.values, ids)  # [..., blocks, bytes]
+    if table.bits == 4:
+        low, high = op.BitwiseAnd(packed, _byte(op, 15)), op.BitShift(packed, _byte(op, 4), direction="RIGHT")
+        pairs = op.Concat(op.Unsqueeze(low, [-1]), op.Unsqueeze(high, [-1]), axis=-1)
+        packed = op.Reshape(pairs, op.Concat(op.Shape(packed, end=-1), [table.block], axis=0))
+    scales = op.Unsqueeze(op.Gather(table.scales, ids), [-1])
+    steps = op.Sub(op.Cast(packed, to=table.dtype), float(2 ** (table.bits - 1)))
+    return op.Reshape(op.Mul(steps, scales), op.Concat(op.Shape(ids), [-1], axis=0))
+
+
+def _byte(op, value):
+    return op.Constant(value=_scalar(value, np.uint8))
 
 
 def _round_rows(op, x):
@@ -115,7 +137,7 @@ def _round_rows(op, x):
             along = op.Reshape(steps, [-1])
             rounded = op.QuantizeLinear(x, along, _middles(op, along, x.shape[rows[0]]), axis=rows[0])
         else:
-            rounded = op.QuantizeLinear(op.Div(x, steps), 1.0, op.Constant(value=_scalar(MIDDLE, np.uint8)))
+            rounded = op.QuantizeLinear(op.Div(x, steps), 1.0, _byte(op, MIDDLE))
         op.rounded[x] = rounded, steps
     return op.rounded[x]
 
@@ -124,7 +146,7 @@ def _middles(op, steps, size):
     """MIDDLE for each of the steps [R]; one node for all that have a size of this name."""
     key = getattr(size, "value", size) or steps  # a size without a name may be any
     if key not in op.rounded:
-        op.rounded[key] = op.Expand(op.Constant(value=_scalar(MIDDLE, np.uint8)), op.Shape(steps))
+        op.rounded[key] = op.Expand(_byte(op, MIDDLE), op.Shape(steps))
     return op.rounded[key]
 
 
