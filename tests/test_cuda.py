@@ -596,3 +596,52 @@ print(__import__("json").dumps(command.plain(command.check(settings))))
             assert part["status"] in ("ok", "differs", "not here"), part
     assert answers["placement"]["parts"]["float16 fused"]["wholly"]
     assert not answers["placement"]["parts"]["float32 fused"]["wholly"]
+
+
+# --- a search ----------------------------------------------------------------------------------------------
+
+SEARCH = """
+engine = open_bundle(sys.argv[1], **({"enable_cuda_graph": sys.argv[2]} if sys.argv[2] == "1" else {}))
+config, size = engine.config, engine.config.vision.image_size
+ids = np.array([[*[config.image_token] * config.vision.patches, config.bos, 5, 6]])
+lengths, known = np.array([ids.shape[1]], np.int32), np.ones(config.text.vocab, bool)
+ends, locations = np.array([config.eos]), np.arange(5, 1029)
+for turn in ("first ", ""):
+    logits, cache = engine.prefill(np.zeros((1, 3, size, size)), ids, lengths, ids.shape[1] + 8)
+    for step in range(4):
+        mark(f"{turn}rank {step}")
+        engine.likeliest(logits, known, 3, ends)
+        mark(f"{turn}spread {step}")
+        engine.location_spread(logits, locations)
+        mark(f"{turn}reorder {step}")
+        cache = engine.reorder(cache, np.array([2, 0, 0]) if step else np.array([0, 0, 0]))
+        mark(f"{turn}decode {step}")
+        logits, cache = engine.decode(np.full((3, 1), 7), lengths.repeat(3) + step, cache)
+    mark(f"{turn}repeat")
+    engine.repeat(logits, cache, 2)
+    mark("after")
+"""
+
+
+@pytest.mark.parametrize("kind", ON_CUDA, ids=" ".join)
+@pytest.mark.parametrize("capture", ["0", "1"])
+def test_a_search_stays_on_the_device(bundles, kind, capture):
+    """Of a step only the likeliest tokens come to the host; caches go from one place on the device to another."""
+    _, log = cuda_stub.run(BEGIN + SEARCH, bundles("shipped", *kind), capture)
+    layers = checkpoint.load_config(checkpoint.SHIPPED).text.depth
+    assert log.violations == []
+    for step in range(4):
+        rows = 3 if step else 1
+        assert log[f"rank {step}"].copied("D2H") == rows * (8 * 3 + 4 * 3 + 4)  # ids, log-probabilities, the end's
+        assert log[f"spread {step}"].copied("D2H") == 4 * rows
+        reorder = log[f"reorder {step}"]
+        assert reorder.copied("D2H") == 0
+        assert reorder.copied("H2D") == 8 * 3  # which rows
+        assert len(reorder.kernels) == 2 * layers
+        assert log[f"decode {step}"].copied("D2H") == 0
+        if capture == "1":  # each of the two caches that the search goes between has a graph of its own
+            assert len(log[f"decode {step}"].replays) == 1
+    assert log["repeat"].copied("D2H") == 0
+    if capture == "1":
+        first, second, third, fourth = (log[f"decode {step}"].replays[0].graph for step in range(4))
+        assert first == third != second == fourth

@@ -56,7 +56,8 @@ class DeviceSession(Session):
         self._shared: dict[str, onnxruntime.OrtValue] = {}
         self._stream, self._caches, self._options = 0, {}, {}
         self._owners = WeakKeyDictionary()  # logits -> a weak reference to the cache that they came with
-        self._among, self._spreads = None, {}
+        self._spreads: dict[bytes, onnxruntime.InferenceSession] = {}
+        self._among: tuple[np.ndarray, onnxruntime.OrtValue] | None = None
         super().__init__(bundle, provider, threads, provider_options, in_halves)
 
     def draw(
@@ -117,11 +118,12 @@ class DeviceSession(Session):
         self, logits: onnxruntime.OrtValue, among: np.ndarray, count: int, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As every engine's, from logits on the device; `count` and `ends` say how much comes back."""
-        if self._among is None or not np.array_equal(self._among.numpy(), among):
-            self._among = onnxruntime.OrtValue.ortvalue_from_numpy(among, self.device, self.device_id)
+        if self._among is None or not np.array_equal(self._among[0], among):
+            placed = onnxruntime.OrtValue.ortvalue_from_numpy(among, self.device, self.device_id)
+            self._among = among.copy(), placed  # what is there is not asked for
         binding = self._likeliest.io_binding()
         binding.bind_ortvalue_input("logits", logits)
-        binding.bind_ortvalue_input("among", self._among)
+        binding.bind_ortvalue_input("among", self._among[1])
         binding.bind_cpu_input("count", np.array([count], np.int64))
         binding.bind_cpu_input("ends", ends)
         ids, logprobs, ended = self._to_host(self._likeliest, binding, "ids", "logprobs", "ended")
