@@ -49,6 +49,9 @@ def test_commands(main, capsys):
     lines = printed(main, capsys, EXAMPLE, *PROMPTS, "--json").splitlines()
     assert [valid(line)["prompt"] for line in lines] == PROMPTS
     valid(printed(main, capsys, EXAMPLE, "caption en", "--score", "a red star", "--json"))
+    found = valid(printed(main, capsys, EXAMPLE, "detect star", "--beams", "2", "--json"))
+    assert len(found["candidates"]) == 2
+    assert [len(box["uncertainty"]) for box in found["boxes"]] == [4]
 
 
 def test_rows(tmp_path, capsys):

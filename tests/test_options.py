@@ -21,7 +21,7 @@ MAINS = [
     "export.benchmark:main", "export.benchmark.batch:main", "export.drift:main", "export.evaluate:main",
     "export.gallery:main", "export.gpu_check.command:main", "export.measure:main", "tests.calibrate:main",
     "numpy_ref.dataset.__main__:main", "numpy_ref.scenes.example:main",
-    "tests.faults:main", "tests.fuzz.__main__:main", "tests.install_sizes:main", "tests.soak:main",
+    "tests.faults:main", "tests.fuzz.__main__:main", "tests.install_sizes:main", "tests.make_beams:main", "tests.soak:main",
 ]  # fmt: skip
 VALUES = ["-1", "0", "1", "x", "", "1.5", "nan", "inf", "1e9", "99999999999", "9" * 5000, "a=b", "\udcff"]
 
