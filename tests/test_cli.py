@@ -245,7 +245,7 @@ def test_drawings_of_every_kind(tmp_path, name):
 
 def test_a_mask_by_every_command(tmp_path):
     """`segment` gives the same box, codes and painted mask everywhere, and a drawing that shows it."""
-    found, scores = [answer(command, EXAMPLE, f"segment {SUBJECT}") for command in ENGINES], []
+    found, scores, sides = [answer(command, EXAMPLE, f"segment {SUBJECT}") for command in ENGINES], [], []
     for each in found:
         (mask,) = each["masks"]
         assert mask["label"] == SUBJECT
@@ -255,6 +255,8 @@ def test_a_mask_by_every_command(tmp_path):
         assert 0.3 < inside / ((mask["x2"] - mask["x1"]) * (mask["y2"] - mask["y1"])) < 1
         scores.append([mask.pop(name) for name in ("score", "mask_score")])
         assert scores[-1] == pytest.approx(scores[0], abs=1e-4)  # engines round differently
+        sides.append(mask.pop("uncertainty"))
+        assert sides[-1] == pytest.approx(sides[0], rel=1e-3)
         assert each["masks"] == found[0]["masks"]
     result = call("run-onnx", EXAMPLE, f"segment {SUBJECT}", "--draw", tmp_path / "out.png")
     assert result.returncode == 0, result.stderr
