@@ -119,7 +119,7 @@ def test_look_up_changes_no_token_of_500_answers(written, asked, sampling):
     found, fewer, same = ask(engine, asked, TOKENIZER.pieces, sampling)
     assert found == expected
     assert same == tokens
-    assert fewer < 0.98 * passes
+    assert fewer < passes
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -153,6 +153,8 @@ def model_cases():
         ("hidden_states", {}, {"prefix_lengths": lengths - 2}),
         ("prefill", {}, {"capacity": 29}),
         ("decode", {"pixel_values"}, {"input_ids": input_ids[:, -1:], "cache": cached}),
+        ("extend", {"pixel_values"}, {"input_ids": input_ids[:, -3:], "cache": cached}),
+        ("further_states", {"pixel_values"}, {"input_ids": input_ids[:, -3:], "cache": cached}),
     ]:
         arguments = {key: value for key, value in batch.items() if key not in dropped} | added
         yield Case(name, "paligemma", name, lambda r, arguments=arguments: arguments, torch=f"PaliGemma.{name}")

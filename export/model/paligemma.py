@@ -122,7 +122,7 @@ def decode(
 def extend(
     op: Op, p: Params, config: PaliGemmaConfig, input_ids: Value, lengths: Value, cache: list[Pair], tap: Tap = identity
 ) -> tuple[Value, list[Pair]]:
-    """Several more tokens a row: input_ids [B, T] from lengths [B] on -> logits [B, T, V] and the cache."""
+    """Several more tokens a row: input_ids [B, T] from lengths [B] -> logits [B, T, V] and cache, each [B, K, C, H]."""
     x, cache = further_states(op, p, config, input_ids, lengths, cache, tap)
     rows = op.Reshape(x, [-1, config.text.width])  # the head is made for a row a token
     rows.dtype, rows.shape = x.dtype, ir.Shape(["tokens of all", config.text.width])

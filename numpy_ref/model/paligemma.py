@@ -138,7 +138,7 @@ def extend(
 ) -> tuple[Array, list[Pair]]:
     """Several more tokens a row, which are known already: the logits after each, and the new cache.
 
-    input_ids [B, T] from position lengths [B] on, cache (a key and a value a layer) each [B, K, C, H]
+    input_ids [B, T] from position lengths [B]; cache (a key and a value a layer) each [B, K, C, H]
     -> [B, T, V] and one (key, value) a layer, each [B, K, C, H]. `decode` is the case of one token.
     """
     x, cache = further_states(p, config, input_ids, lengths, cache, tap)
@@ -150,7 +150,7 @@ def further_states(
 ) -> tuple[Array, list[Pair]]:
     """The decoder's output at tokens behind what is cached, and the new cache.
 
-    input_ids [B, T] from position lengths [B] on, cache (a key and a value a layer) each [B, K, C, H]
+    input_ids [B, T] from position lengths [B]; cache (a key and a value a layer) each [B, K, C, H]
     -> [B, T, D] and one (key, value) a layer, each [B, K, C, H].
     """
     (capacity, dtype), size = (cache[0][0].shape[2], cache[0][0].dtype), input_ids.shape[1]

@@ -107,7 +107,7 @@ class PaliGemma(nn.Module):
     def extend(
         self, input_ids: Tensor, lengths: Tensor, cache: list[Pair], tap: Tap = identity
     ) -> tuple[Tensor, list[Pair]]:
-        """Several more tokens a row: input_ids [B, T] from lengths [B] on -> logits [B, T, V] and the cache."""
+        """Several tokens a row: input_ids [B, T] from lengths [B] -> logits [B, T, V] and cache, each [B, K, C, H]."""
         x, cache = self.further_states(input_ids, lengths, cache, tap)
         return tap("logits", self.text.logits(x)), cache
 
