@@ -12,7 +12,7 @@ import onnxruntime
 from numpy_ref import cli, memory, scenes
 from numpy_ref.answer import answer
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.engine import Engine
+from numpy_ref.engine import Engine, pixels_of
 from numpy_ref.errors import PaliGemmaError, explained
 from numpy_ref.scenes import Scene, Thing
 from numpy_ref.tokenizer import Tokenizer
@@ -96,8 +96,8 @@ class _Host(Engine):
         self.folder, self.description = folder, description
         self.opened: dict[str, onnxruntime.InferenceSession] = {}
 
-    def prefill(self, pixel_values, input_ids, lengths, capacity):
-        feeds = {"pixel_values": pixel_values, "input_ids": input_ids, "lengths": lengths}
+    def prefill(self, pictures, input_ids, lengths, capacity):
+        feeds = {"pixel_values": pixels_of(pictures), "input_ids": input_ids, "lengths": lengths}
         return self._step("prefill", {**feeds, "capacity": np.int64(capacity)})
 
     def decode(self, input_ids, lengths, cache):
