@@ -104,6 +104,9 @@ class _Host(Engine):
         past = {name.replace("present", "past_key_values"): array for name, array in cache.items()}
         return self._step("decode", {"input_ids": input_ids, "lengths": lengths, **past})
 
+    def reorder(self, cache, rows):
+        return {name: array[rows] for name, array in cache.items()}
+
     def _step(self, graph, feeds):
         found = self._run(graph, feeds)
         return found.pop("logits"), found
