@@ -7,6 +7,7 @@ its two halves, and several decode steps that feed on each other, then the same 
 cache are compared.
 """
 
+import base64
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import onnx.reference
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import DTypeLike
+from PIL import Image
 from tqdm import tqdm
 
 from numpy_ref import checkpoint as checkpoints
@@ -30,13 +32,15 @@ from numpy_ref.checkpoint.adapter import in_memory
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.engine import Engine, NumpyEngine
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.files import read_json
 from numpy_ref.generate import pad_prompts
 from numpy_ref.model import paligemma, segmentation
 from numpy_ref.model.layers import Pair
-from numpy_ref.tokenizer import known_ids
+from numpy_ref.tokenizer import Tokenizer, known_ids
 
 from . import drift
 from .bundle import Bundle, weights
+from .bundle.example import FILE, NEW_TOKENS
 from .model import graphs
 from .model.layers import PORTABLE
 from .model.paligemma import FEATURES
@@ -156,7 +160,7 @@ def rows(bundle: Bundle, checkpoint: Checkpoint) -> list[Row]:
     compared, reference = compare_parts(stored, bundle, provider)
     if precision != "bfloat16" or provider == CUDA:
         compared += compare_stages(stored, bundle, provider, reference)
-    return compared
+    return compared + compare_example(stored, bundle)
 
 
 # --- part by part ------------------------------------------------------------------------------------------
@@ -390,6 +394,38 @@ def compare_stages(
         expected = decode_masks(codes)
         rows.append(row("masks", {"masks": expected}, {"masks": session.masks(codes)}, operators=PORTABLE))
     return rows
+
+
+def compare_example(checkpoint: Checkpoint, bundle: Bundle) -> list[Row]:
+    """What example.json has the bundle answer, token by token, against the reference in float32; no row if nothing.
+
+    The error is by how much the reference prefers another token, relative to its largest logit: 0 where it is the same,
+    and where two are nearly as likely no more than the two may be off. The end of an answer counts like a token.
+    """
+    example = read_json(bundle.path / FILE)
+    if not example["answer"]:
+        return []
+    engine, answer = NumpyEngine(checkpoint), example["answer"]["tokens"]
+    picture = np.frombuffer(base64.b64decode(example["image"]["rgb"]), np.uint8)
+    image = Image.fromarray(picture.reshape(example["image"]["height"], example["image"]["width"], 3))
+    ids, size = np.array([example["input_ids"]]), len(example["input_ids"])
+    known = known_ids(checkpoint.config, Tokenizer.load(bundle.path, checkpoint.config).size)
+    most, ended = example_steps(checkpoint), len(answer) < NEW_TOKENS and size + len(answer) < bundle.max_length
+    expected = [[token] for token in answer] + [[*checkpoint.config.ends]] * ended
+    logits, cache = engine.prefill(engine.preprocess(image), ids, np.array([size], np.int32), size + len(answer))
+    errors = []
+    for step, tokens in enumerate(expected[:most]):
+        found = np.where(known, logits[0], -np.inf)
+        errors.append(float((found.max() - found[tokens].max()) / np.abs(logits).max()))
+        if step + 1 < len(expected[:most]):
+            logits, cache = engine.decode(np.array([tokens]), np.array([size + step], np.int32), cache)
+    worst = int(np.argmax(errors))
+    return [Row("example", "tokens", bundle.operators, len(errors), errors[worst], f"token {worst + 1}")]
+
+
+def example_steps(checkpoint: Checkpoint) -> int:
+    """How many tokens of the example the reference follows: of a large model only the first few."""
+    return NEW_TOKENS + 1 if _size(checkpoint) <= SMALL else STEPS + 1
 
 
 def complete(checkpoint: Checkpoint, inputs: "Example", reference: Reference | None = None) -> Reference:

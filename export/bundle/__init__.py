@@ -223,8 +223,9 @@ def _answer(folder, contents) -> None:
     try:
         found = example.answered(contents.asked, folder, contents.description, contents.tokenizer)
     except PaliGemmaError as error:
-        return _warn(f"{example.FILE} has no answer: {error}")
-    (folder / example.FILE).write_bytes(example.as_json(found))
+        _warn(f"{example.FILE} has no answer: {error}")
+    else:
+        (folder / example.FILE).write_bytes(example.as_json(found))
 
 
 def load(path: str | Path) -> Bundle:

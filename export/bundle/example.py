@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from numpy_ref import memory, scenes
+from numpy_ref import cli, memory, scenes
 from numpy_ref.answer import answer
 from numpy_ref.config import PaliGemmaConfig
-from numpy_ref.engine import Engine
+from numpy_ref.engine import Engine, pixels_of
 from numpy_ref.errors import PaliGemmaError, explained
-from numpy_ref.model import segmentation
 from numpy_ref.scenes import Scene, Thing
 from numpy_ref.tokenizer import Tokenizer
 
@@ -57,13 +56,14 @@ def question(config: PaliGemmaConfig, tokenizer: Tokenizer | None, has_masks: bo
 
 def as_json(example: Mapping) -> bytes:
     """The file's contents."""
-    return (json.dumps(example, indent=None) + "\n").encode()
+    return (json.dumps(example) + "\n").encode()
 
 
 def answered(example: Mapping, folder: Path, description: Description, tokenizer: Tokenizer | None) -> dict:
     """The file with the greedy answer of the bundle whose files, all but its description, are in `folder`.
 
-    It is what `run-onnx --json` prints. Raises PaliGemmaError that says why if this machine cannot run the bundle.
+    It is what `run-onnx --json` prints, but for the timings. Raises PaliGemmaError that says why if this machine cannot
+    run the bundle.
     """
     if tokenizer is None:
         raise PaliGemmaError("there is no tokenizer")
@@ -76,17 +76,10 @@ def answered(example: Mapping, folder: Path, description: Description, tokenizer
         room = host.max_length - len(example["input_ids"]) + 1
         most = max(1, min(NEW_TOKENS, room))
         found = answer(host, tokenizer, scenes.draw(SCENE, SIZE), example["prompt"], max_new_tokens=most)
-        masks = [
-            {
-                **box.as_json(),
-                **({} if mask is None else {"size": [*mask.shape], "counts": segmentation.run_lengths(mask)}),
-            }
-            for box, mask in zip(found.boxes, found.masks, strict=True)
-            if box.codes
-        ]
+        printed = cli.as_json(found, load_s=0)
     except Exception as error:  # the runtime's exceptions have no common class
         raise explained(error) from None
-    return {**example, "answer": {**found.as_json(), "masks": masks}}
+    return {**example, "answer": {name: value for name, value in printed.items() if name != "timings"}}
 
 
 class _Host(Engine):
@@ -101,20 +94,18 @@ class _Host(Engine):
         masks = self._paint if "masks" in description.graphs else None
         super().__init__(description.config, description.image.resize, masks, description.max_length)
         self.folder, self.description = folder, description
-        self.graph, self.session = "", None
+        self.opened: dict[str, onnxruntime.InferenceSession] = {}
 
-    def prefill(self, pixel_values, input_ids, lengths, capacity):
-        feeds = {
-            "pixel_values": pixel_values,
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "capacity": np.int64(capacity),
-        }
-        return self._step("prefill", feeds)
+    def prefill(self, pictures, input_ids, lengths, capacity):
+        feeds = {"pixel_values": pixels_of(pictures), "input_ids": input_ids, "lengths": lengths}
+        return self._step("prefill", {**feeds, "capacity": np.int64(capacity)})
 
     def decode(self, input_ids, lengths, cache):
         past = {name.replace("present", "past_key_values"): array for name, array in cache.items()}
         return self._step("decode", {"input_ids": input_ids, "lengths": lengths, **past})
+
+    def reorder(self, cache, rows):
+        return {name: array[rows] for name, array in cache.items()}
 
     def _step(self, graph, feeds):
         found = self._run(graph, feeds)
@@ -124,14 +115,12 @@ class _Host(Engine):
         return self._run("masks", {"codes": codes})["masks"]
 
     def _run(self, graph, feeds):
-        if graph != self.graph:
-            self.session = None  # before the next is opened
+        if graph not in self.opened:
+            self.opened.clear()  # before the next is opened
             mapped = {"session.disable_prepacking": "1"} if self.description.precision in weights.FLOATS else {}
-            file = self.folder / self.description.graphs[graph].file
-            self.session = onnxruntime.InferenceSession(
-                str(file), session_options(mapped), providers=["CPUExecutionProvider"]
-            )
-            self.graph = graph
-        names = [value.name for value in self.session.get_outputs()]
+            file = str(self.folder / self.description.graphs[graph].file)
+            options = session_options(mapped)
+            self.opened[graph] = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in self.opened[graph].get_outputs()]
         feeds = {name: np.asarray(array) for name, array in feeds.items()}
-        return dict(zip(names, self.session.run(names, feeds, run_options()), strict=True))
+        return dict(zip(names, self.opened[graph].run(names, feeds, run_options()), strict=True))

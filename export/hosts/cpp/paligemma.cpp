@@ -38,7 +38,7 @@ json open_bundle(const fs::path& folder) {
     FileSource(path.c_str(), true, new HashFilter(hash, new HexEncoder(new StringSink(digest), false)));
     if (digest != file.at("sha256")) fail(path.string() + ": another SHA-256 than in bundle.json; copy it again");
   }
-  return bundle;
+  return bundle.at("files").at("weights.bin"), bundle;  // throws if that has no checksum
 }
 
 struct Picture {
@@ -243,8 +243,8 @@ int main(int argc, char** argv) try {
                                      "       [--temperature T] [--top-p P] [--top-k K]\n", 2;
   const auto found = Model(argv[1]).answer(Picture(argv[2]), argv[3], given);
   std::cout << (is_json ? found.dump() : found["text"].get<std::string>()) << "\n";
-  return 0;
 } catch (const std::exception& error) {
-  std::cerr << "paligemma: error: " << std::regex_replace(error.what(), std::regex("\\s+"), " ") << "\n";
+  const auto about = dynamic_cast<const json::exception*>(&error) ? "bundle.json is damaged; export it again: " : "";
+  std::cerr << "paligemma: error: " << about << std::regex_replace(error.what(), std::regex("\\s+"), " ") << "\n";
   return 1;
 }
