@@ -26,7 +26,10 @@ def running(backend, options):
     async def main():
         nonlocal stop
         loop = asyncio.get_running_loop()
-        server = uvicorn.Server(uvicorn.Config(build(backend, options), log_config=None, lifespan="off"))
+        config = uvicorn.Config(
+            build(backend, options), http="h11", loop="asyncio", lifespan="off", log_config=None, log_level="critical"
+        )
+        server = uvicorn.Server(config)
 
         async def startup(*arguments, **keywords):
             await type(server).startup(server, *arguments, **keywords)

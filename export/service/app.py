@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -32,6 +33,7 @@ from .worker import Accepted, Done, Event, Refused, Token
 from .worker import Request as Question
 
 Result = TypeVar("Result")
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what is wrong with a form is answered
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 RETRY_S = 1  # when a worker was lost

@@ -1,5 +1,6 @@
 """The inputs that fuzzing starts from: small whole files, made here from tiny random models and the shipped one."""
 
+import base64
 import hashlib
 import io
 import json
@@ -302,3 +303,27 @@ def request() -> list[bytes]:
         b"GET /web/../%2e%2e/etc/passwd HTTP/1.0\r\n" + host + b"\r\n",
         b"POST / HTTP/1.1\r\n" + host + b"Content-Length: 3\r\n\r\nabcGET /example.png HTTP/1.1\r\n" + host + b"\r\n",
     ]
+
+
+SERVICE_PATHS = (b"/v1/chat/completions", b"/v1/answer")
+BOUNDARY = b"boundary"
+
+
+def service() -> list[bytes]:
+    """Requests to serve-onnx: a path, or raw, and what is sent there."""
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    parts = [{"type": "text", "text": "ab"}, {"type": "image_url", "image_url": {"url": url, "detail": "low"}}]
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": parts}], "max_tokens": 3}
+    drawn = {"temperature": 1.0, "top_p": 0.9, "top_k": 4, "seed": 7, "n": 2, "stop": ["a", "bc"]}
+    asked = {"logprobs": True, "top_logprobs": 3, "stream": True, "stream_options": {"include_usage": True}}
+    rest = {"constrain": "number", "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}}
+    bodies = [json.dumps({**chat, **more}).encode() for more in ({}, drawn, asked, {**drawn, **asked, **rest})]
+    fields = {"prompt": b"ab", "temperature": b"1", "max_new_tokens": b"3", "seed": b"1", "boxes": b"huggingface"}
+    line = b'--%s\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    form = line % (BOUNDARY, b"image", b'; filename="a.png"', file.getvalue())
+    form += b"".join(line % (BOUNDARY, name.encode(), b"", value) for name, value in fields.items())
+    raw = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\nConnection: close\r\n\r\n"
+    paths = [b"%s\n%s" % (SERVICE_PATHS[0], body) for body in bodies]
+    return [*paths, b"%s\n%s--%s--\r\n" % (SERVICE_PATHS[1], form, BOUNDARY), b"raw\n" + raw]

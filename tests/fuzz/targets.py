@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from . import corpus, mutate
 
 PICTURE = SHIPPED / "example.png"
 GRAPH_ROOM = 2**30  # bytes
+HANG = 30  # seconds until an answer of the service
 
 
 @dataclass(frozen=True)
@@ -460,6 +462,67 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + GRAPH_ROOM, resource.RLIM_INFINITY))
 
 
+def service(folder):
+    """Requests to serve-onnx, whose model is tiny: the first line says to which path, or that all else is sent raw.
+
+    Each has to be answered in JSON, by no fault of the service, and to leave no slot and no room in the queue taken.
+    """
+    from export.service.app import Options
+    from export.service.backend import Backend, Load, LocalLink
+    from export.service.limits import Limits
+    from export.service.worker import Settings
+
+    from ..served import running
+
+    bundled = bundle.load(corpus.bundle_folder(folder / "bundle"))
+    backend = Backend([LocalLink(Load(bundled, "cpu", threads=1, settings=Settings(2, 64)))])
+    context = running(backend, Options("tiny", Limits(body_bytes=2**20, body_s=5, request_s=20), logs=False))
+    port = int(context.__enter__().rpartition(":")[2])
+    scheduler = backend.links[0].worker.scheduler
+
+    def read(data):
+        line, _, body = data.partition(b"\n")
+        if line not in corpus.SERVICE_PATHS:
+            sent = body
+        else:
+            kind = (
+                b"multipart/form-data; boundary=%s" % corpus.BOUNDARY if line == b"/v1/answer" else b"application/json"
+            )
+            head = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
+            sent = head % (line, kind, len(body)) + body
+        with socket.create_connection(("127.0.0.1", port), timeout=HANG) as connection:
+            with contextlib.suppress(ConnectionError):  # it may answer, and close, before it was sent all
+                connection.sendall(sent)
+                if line not in corpus.SERVICE_PATHS:
+                    connection.shutdown(socket.SHUT_WR)
+            answered = b""
+            with contextlib.suppress(ConnectionError):
+                answered = connection.makefile("rb").read()
+        assert b"Traceback" not in answered
+        assert b"something went wrong in the service" not in answered, answered
+        assert b"could not be prepared" not in answered, answered
+        assert b"failed to answer" not in answered, answered
+        assert str(folder).encode() not in answered
+        if line in corpus.SERVICE_PATHS:
+            assert answered.startswith(b"HTTP/1.1 "), answered
+        end = time.monotonic() + HANG
+        while backend.busy or scheduler.live or scheduler.waiting:
+            assert time.monotonic() < end, "a slot is lost"
+            time.sleep(0.001)
+
+    read.service = context  # which would end with it
+    return read
+
+
+def service_change(data, rng):
+    """The first line stays, mostly."""
+    line, _, body = data.partition(b"\n")
+    if rng.random() < 0.05:
+        return mutate.raw(data, rng)
+    change = mutate.json_text if body[:1] == b"{" and rng.random() < 0.7 else mutate.raw
+    return line + b"\n" + change(body, rng)
+
+
 TARGETS = {
     "config": Target(config, corpus.config, mutate.json_text),
     "preprocessor": Target(preprocessor, corpus.preprocessor, mutate.json_text),
@@ -485,4 +548,5 @@ TARGETS = {
     "parquet": Target(data_set("rows.parquet"), corpus.parquet, mutate.raw),
     "shard": Target(data_set("rows.tar"), corpus.shard, mutate.raw),
     "sizes": Target(sizes, corpus.description, change_sizes),
+    "service": Target(service, corpus.service, service_change),
 }

@@ -20,7 +20,14 @@ except ImportError:
     atheris = None
 
 #: Where new ways through the code are looked for, if atheris is there to see them.
-INSTRUMENTED = ["numpy_ref", "export.bundle", "export.session", "export.serve", "torch_impl.train.data"]
+INSTRUMENTED = [
+    "numpy_ref",
+    "export.bundle",
+    "export.session",
+    "export.serve",
+    "export.service",
+    "torch_impl.train.data",
+]
 BAD = 77
 STARTED = time.monotonic()
 
