@@ -1,5 +1,7 @@
 """python -m tests.soak [BUNDLE] [--generations N] [--json]: memory over many generations with one loaded bundle.
 
+`python -m tests.soak serve` is for the service (soak_serve.py).
+
 The slope is that of the line of least squares through the second half of the samples, when all that is made once is made.
 """
 
@@ -72,4 +74,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        from . import soak_serve  # which imports this module
+
+        sys.exit(soak_serve.main(sys.argv[2:]))
     sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from export import cli as export_cli
+from export.service.command import serve_onnx
 from numpy_ref import __version__
 from numpy_ref.cli import Parser
 
@@ -63,7 +64,7 @@ def test_modules(module, option):
         assert re.fullmatch(rf"\S.* {re.escape(__version__)}\n", ended.stdout)
 
 
-@pytest.mark.parametrize("command", [export_cli.export_onnx, export_cli.run_onnx, export_cli.run_onnx_batch])
+@pytest.mark.parametrize("command", [export_cli.export_onnx, export_cli.run_onnx, export_cli.run_onnx_batch, serve_onnx])
 def test_console_commands(command, capsys):
     with pytest.raises(SystemExit) as ended:
         command(["--version"])

@@ -17,6 +17,7 @@ MAINS = [
     "numpy_ref.__main__:main", "numpy_ref.checkpoint.__main__:main", "numpy_ref.checkpoint.synthetic:main",
     "torch_impl.__main__:main", "torch_impl.train:main", "torch_impl.train.recipe:main",
     "torch_impl.train.pretrain:main", "export.cli:export_onnx", "export.cli:run_onnx", "export.cli:run_onnx_batch",
+    "export.service.command:serve_onnx", "export.benchmark.serve:main", "tests.soak_serve:main",
     "export.benchmark:main", "export.benchmark.batch:main", "export.drift:main", "export.evaluate:main",
     "export.gallery:main", "export.gpu_check.command:main", "export.measure:main", "tests.calibrate:main",
     "numpy_ref.dataset.__main__:main", "numpy_ref.scenes.example:main",

@@ -126,8 +126,8 @@ async def client(port: int, bodies: Sequence[bytes], run: Run) -> None:
 
 
 @contextmanager
-def service(bundle: Path | None, options: Sequence[object]) -> Iterator[int]:
-    """The port of a service in a process of its own."""
+def service(bundle: Path | None, options: Sequence[object]) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A service in a process of its own, and its port."""
     command = [sys.executable, "-c", SERVE, *([str(bundle)] if bundle else []), "--port", "0", "--no-log"]
     process = subprocess.Popen(
         [*command, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -138,7 +138,7 @@ def service(bundle: Path | None, options: Sequence[object]) -> Iterator[int]:
         line = process.stdout.readline()
         if not line:
             raise PaliGemmaError(f"the service does not start: {process.stderr.read().strip()}")
-        yield int(line.split("/v1")[0].rpartition(":")[2])
+        yield process, int(line.split("/v1")[0].rpartition(":")[2])
     finally:
         process.kill()
         process.communicate()
@@ -199,7 +199,7 @@ def main(argv=None):
             bundle = synthetic(folder, arguments.variant, arguments.layers, *with_prepack)
         passed_on = ("slots", "gap", "threads", "provider")
         settings = [part for name in passed_on for part in (f"--{name}", getattr(arguments, name))]
-        port = stack.enter_context(service(bundle, [*settings, "--timeout", 3600]))
+        _, port = stack.enter_context(service(bundle, [*settings, "--timeout", 3600]))
         runs = measure(
             port, sorted(arguments.clients), arguments.requests, arguments.rounds, arguments.prompt, arguments.tokens
         )

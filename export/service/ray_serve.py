@@ -57,7 +57,7 @@ def run(load: Load, options: Options, arguments: Namespace) -> int:
 def _deploy(ray, serve, load, options, arguments, host, port):
     """Have Ray Serve run the replicas, and wait until they are ready."""
     try:
-        scale = _scale(ray, load, arguments)
+        scale = scale_of(ray, load, arguments)
         load = replace(load, threads=scale["ray_actor_options"]["num_cpus"])
         deployment = serve.deployment(serve.ingress(maker(load, options))(), name=APP, **scale)
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": arguments.timeout + 60})
@@ -76,7 +76,7 @@ def maker(load: Load, options: Options) -> Any:
     return application
 
 
-def _scale(ray, load, arguments) -> dict:
+def scale_of(ray: Any, load: Load, arguments: Namespace) -> dict:
     """How many replicas, and what each takes of the cluster."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(machine.get("CPU", 0)) for machine in machines]
