@@ -77,5 +77,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         from . import soak_serve  # which imports this module
 
-        sys.exit(soak_serve.main(sys.argv[2:]))
+        sys.exit(soak_serve.main(sys.argv[1:]))
     sys.exit(main())

@@ -5,6 +5,7 @@ away in the middle. Every answer has to be the one that the bundle gives alone. 
 processes as it goes; the exit code is 1 if an answer was another, or an error.
 """
 
+import argparse
 import asyncio
 import io
 import json
@@ -134,6 +135,7 @@ async def soak(url, pid, arguments, expected, files):
 
 def main(argv=None):
     options = Parser(prog="python -m tests.soak serve", description=__doc__.splitlines()[0])
+    options.add_argument("what", choices=["serve"], help=argparse.SUPPRESS)
     options.add_argument("--seconds", type=real(1), default=600, metavar="S", help="(600)")
     options.add_argument("--clients", type=whole(1), default=16, metavar="N", help="(16)")
     options.add_argument("--slots", type=whole(1), default=8, metavar="N", help="of the service (8)")

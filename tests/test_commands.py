@@ -64,7 +64,9 @@ def test_modules(module, option):
         assert re.fullmatch(rf"\S.* {re.escape(__version__)}\n", ended.stdout)
 
 
-@pytest.mark.parametrize("command", [export_cli.export_onnx, export_cli.run_onnx, export_cli.run_onnx_batch, serve_onnx])
+@pytest.mark.parametrize(
+    "command", [export_cli.export_onnx, export_cli.run_onnx, export_cli.run_onnx_batch, serve_onnx]
+)
 def test_console_commands(command, capsys):
     with pytest.raises(SystemExit) as ended:
         command(["--version"])

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from export import bundle
-from export.service import command, running
+from export.service import address, command, running
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.cli import run
 from numpy_ref.errors import PaliGemmaError
@@ -236,7 +236,7 @@ def test_a_bundle_that_cannot_be_run_ends_it_in_one_line(copy):
 @pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True),
                                                 ("0.0.0.0", False), ("::", False), ("192.168.1.1", False), ("host", False)])  # fmt: skip
 def test_addresses_of_this_machine_alone(host, expected):
-    assert running.is_loopback(host) == expected
+    assert address.is_loopback(host) == expected
 
 
 def test_keys():

@@ -13,9 +13,7 @@ import openai
 import pytest
 
 from export import bundle
-from export.service import command
 from export.service.backend import Load
-from numpy_ref.cli import run
 
 from .test_batch_ray import processes
 from .test_serve_onnx import COMMAND, PNG, ROOT
@@ -85,18 +83,19 @@ def test_a_replica_is_killed_and_nobody_waits_in_vain():
             assert max(waits) < 60
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate(timeout=120)
-            assert (process.returncode, output) == (0, "")
+            assert process.returncode == 0
+            assert "Traceback" not in output  # Ray itself says that a process was lost
         finally:
             if process.poll() is None:
                 process.kill()
 
 
-def test_more_replicas_than_cores_are_refused(capsys):
+def test_more_replicas_than_cores_are_refused():
     bundle.shipped()
-    capsys.readouterr()
-    arguments = ["--engine", "ray", "--replicas", "1000", "--port", "0", "--provider", "cpu"]
-    assert run("serve-onnx", command.serve_onnx, arguments) == 1
-    assert "--replicas 1000: Ray has" in capsys.readouterr().err
+    options = ["--engine", "ray", "--replicas", "1000", "--port", "0", "--provider", "cpu"]
+    ended = subprocess.run([*COMMAND, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("serve-onnx: error: --replicas 1000: Ray has")
 
 
 def test_options_of_autoscaling_reach_ray():

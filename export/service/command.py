@@ -12,10 +12,10 @@ with interrupts.while_loading():
     from numpy_ref.errors import PaliGemmaError
 
     from ..stopping import leave
+    from .limits import TEXT_POSITIONS
 
 PROG = "serve-onnx"
 INSTALL = "serve-onnx needs more than is installed ({}): pip install 'paligemma-onnx[serve]'"
-TEXT_POSITIONS = 512  # of a row, beside those of a picture
 KEY_HELP = "ask every request for it, as OpenAI's clients send theirs; @FILE reads it from a file"
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+TEXT_POSITIONS = 512  # of a row of the cache, beside those of a picture
+
 
 @dataclass(frozen=True)
 class Limits:

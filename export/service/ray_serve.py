@@ -16,6 +16,7 @@ from typing import Any
 from numpy_ref.errors import PaliGemmaError, one_line
 
 from ..batch.ray_workers import OBJECT_STORE, share_out
+from .address import bind, url_of
 from .app import Options, build
 from .backend import Backend, Load, LocalLink
 
@@ -25,8 +26,6 @@ POLL_S = 0.2
 
 def run(load: Load, options: Options, arguments: Namespace) -> int:
     """Deploy, and wait for a signal; the exit code. Raises PaliGemmaError if Ray cannot, and KeyboardInterrupt."""
-    from .running import bind
-
     with bind(arguments.host, arguments.port) as found:  # a port that is free: Ray's proxies take no 0
         host, port = found.getsockname()[:2]
     stopped_by: list[int] = []
@@ -37,8 +36,7 @@ def run(load: Load, options: Options, arguments: Namespace) -> int:
         for number in before:
             signal.signal(number, lambda number, frame: stopped_by.append(number))
         _deploy(ray, serve, load, options, arguments, host, port)
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        print(one_line(f"http://{where}/v1 answers with the model {options.model}; Ctrl-C stops it"), flush=True)
+        print(one_line(f"{url_of(host, port)}/v1 answers with the model {options.model}; Ctrl-C stops it"), flush=True)
         waiting = threading.Event()
         while not stopped_by:
             waiting.wait(POLL_S)

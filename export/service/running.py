@@ -1,13 +1,12 @@
 """Running the service: on this machine until a signal, or on Ray Serve."""
 
 import asyncio
-import ipaddress
 import os
 import signal
 import socket
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
@@ -18,10 +17,10 @@ from numpy_ref.errors import PaliGemmaError, one_line
 
 from .. import bundle as bundles
 from ..session import CPU, place, shipped
+from .address import bind, is_loopback, url_of
 from .app import Options, build
 from .backend import Backend, Load, ProcessLink
-from .command import TEXT_POSITIONS
-from .limits import Limits
+from .limits import TEXT_POSITIONS, Limits
 from .worker import Settings
 
 SHIPPED_NAME = "shipped"
@@ -78,30 +77,6 @@ def read_key(given: str | None) -> str | None:
     return key
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket with an address, which does not listen yet. Raises PaliGemmaError if it cannot have it."""
-    with ExitStack() as stack:
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            found = stack.enter_context(socket.socket(family, kind))
-            if os.name == "posix":
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            found.bind(address)
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise PaliGemmaError(f"--host {host} --port {port}: cannot listen there ({reason})") from None
-        stack.pop_all()
-    return found
-
-
 async def serve(load: Load, options: Options, arguments: Namespace, listening: socket.socket) -> int:
     """Load the workers, and answer until a signal. Raises KeyboardInterrupt if that was Ctrl-C."""
     backend = Backend([ProcessLink(load) for _ in range(arguments.workers)])
@@ -114,9 +89,8 @@ async def serve(load: Load, options: Options, arguments: Namespace, listening: s
         )  # fmt: skip
         server = Server(config)
         listening.listen()  # whoever reads the line may ask at once
-        host, port = listening.getsockname()[:2]
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        print(one_line(f"http://{where}/v1 answers with the model {options.model}; Ctrl-C stops it"), flush=True)
+        where = url_of(*listening.getsockname()[:2])
+        print(one_line(f"{where}/v1 answers with the model {options.model}; Ctrl-C stops it"), flush=True)
         await server.serve(sockets=[listening])
     finally:
         await backend.stop()
