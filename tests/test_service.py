@@ -4,8 +4,10 @@ import base64
 import http.client
 import io
 import json
+import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import openai
@@ -33,6 +36,7 @@ from numpy_ref.image import open_image
 from numpy_ref.model.sampling import Sampling
 
 from .served import running
+from .test_hosts import need
 
 PNG = (SHIPPED / "example.png").read_bytes()
 SLOTS = 4
@@ -654,3 +658,23 @@ def test_health():
             assert (found.status_code, found.headers["retry-after"]) == (503, "1")
         finally:
             backend.links[0].alive = True
+
+
+# --- OpenAI's client for Node ------------------------------------------------------------------------------
+
+
+def test_openais_client_for_node(base, alone, tmp_path):
+    folder = Path(__file__).parent / "openai_client"
+    need(node := shutil.which("node"), "Node 20 or later (nodejs.org)")
+    need((folder / "node_modules" / "openai").is_dir(), f"npm ci --prefix {folder}")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(PNG)
+    command = [node, folder / "client.mjs", f"{base}/v1", tmp_path / "a.png", tmp_path / "b.png"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    found, text = json.loads(ended.stdout), alone("caption en").text
+    assert (found["text"], found["streamed"], "".join(found["tokens"])) == (text, text, text)
+    assert (found["several"], found["models"]) == (128 + 4, ["shipped"])
+    assert found["errors"] == [
+        ["BadRequestError", 400, "messages"], ["NotFoundError", 404, "model"], ["BadRequestError", 400, "n"],
+    ]  # fmt: skip

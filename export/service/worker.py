@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -244,7 +244,7 @@ class Worker:
         grammar = self._grammar(request.constrain) if request.constrain else None
         if grammar:
             grammar.check_start((), new_tokens)
-        made = []
+        made, request = [], replace(request, pictures=())  # its files may go
         for choice, seed in enumerate(request.seeds):
             text = StoppingText(self.tokenizer, request.stops) if request.streamed or request.stops else None
             emitter = _Emitter(self, number, choice, request, found[0], began)
@@ -281,6 +281,7 @@ class _Emitter:
                 self.worker._pool.submit(self._deliver_result, event)  # masks take their time
             else:
                 self._send(self._done(event))
+                self.answer = None  # which holds this emitter: neither has to wait for the garbage collector
             return
         self.first_s = self.first_s or time.monotonic() - self.began
         wanted = [event.token, *(token for token, _ in event.top)] if self.request.logprobs else []
@@ -309,6 +310,7 @@ class _Emitter:
             done = self._done(end, self._result(end))
         except Exception as error:
             done = Done(self.choice, FAILED, error=str(explained(error)))
+        self.answer = None
         self.worker._deliver([(self.number, done)])
 
     def _result(self, end) -> dict:
