@@ -93,7 +93,7 @@ def commands(folder, cases, precision, threads, patches) -> dict[str, Callable[[
         else:
             missing.append(f"{side} (npm ci --prefix {needs})")
     if importlib.util.find_spec("onnxruntime_genai"):
-        command = [sys.executable, CLIENTS / "genai.py", folder / "genai"]
+        command = [sys.executable, str(CLIENTS / "genai.py"), str(folder / "genai")]
         found[GENAI_PYTHON] = partial(_asked, command, **run, image_tokens=patches, threads=threads)
     else:
         missing.append(f"{GENAI_PYTHON} (pip install --no-deps onnxruntime-genai)")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from numpy_ref.engine import Engine
+from numpy_ref.engine import Engine, Pictures, pixels_of
 
 from ..bundle.weights import stream_dtype
 from ..runtime import run_options, session_options
@@ -33,10 +33,10 @@ class LayoutSession(Engine):
         )
 
     def prefill(
-        self, pixel_values: np.ndarray, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
+        self, pictures: Pictures, input_ids: np.ndarray, lengths: np.ndarray, capacity: int
     ) -> tuple[np.ndarray, "Cache"]:
         """As every engine; the cache has no capacity."""
-        (features,) = self._vision.run(None, {"pixel_values": in_bytes(pixel_values)}, RUN)
+        (features,) = self._vision.run(None, {"pixel_values": in_bytes(pixels_of(pictures))}, RUN)
         text = self.config.text
         empty = np.zeros((len(input_ids), text.kv_heads, 0, text.head_dim), self.dtype)
         past = {f"{i}.{kind}": empty for i in range(text.depth) for kind in ("key", "value")}
@@ -48,6 +48,10 @@ class LayoutSession(Engine):
         none = np.zeros((1, 0, self.config.text.width), np.float32)
         mask = np.concatenate([cache.mask, np.ones_like(input_ids)], axis=1)
         return self._step(self._embed(input_ids, none), Cache(mask, cache.values))
+
+    def reorder(self, cache: "Cache", rows: np.ndarray) -> "Cache":
+        """As every engine."""
+        return Cache(cache.mask[rows], {name: array[rows] for name, array in cache.values.items()})
 
     def _embed(self, input_ids, features):
         """What a client does with ids and features, in a graph or by itself."""
