@@ -295,7 +295,7 @@ def answer_all(
     steps, drawn, spread = [], [], []
     for tokens in generate(
         engine, pictures, prompts, known, new_tokens, sampling, timings, seeds, drawn, grammar, start,
-        tokenizer.pieces if lookup else None, spread, locations,
+        tokenizer.pieces if lookup or grammar else None, spread, locations,
     ):  # fmt: skip
         steps.append(tokens)
         if on_tokens:

@@ -310,11 +310,11 @@ def _guess(engine, rows, room, grammar, alike, patches) -> int:
         if row.given:
             row.guess = [*row.given]
         elif engine.extends_at_once:
-            row.guess = grammar.guess(row.state) if grammar else []
-            if not row.guess and alike is not None:
-                row.guess = look_up(row.prompt[patches:], row.ids, alike)
-        if grammar and not row.given:
-            row.guess = row.guess[: len([*row.states(grammar)]) - 1]  # what it does not allow is not worth a guess
+            forced = grammar.guess(row.state) if grammar else []
+            row.guess = [] if alike is None else look_up(row.prompt[patches:], row.ids, alike)
+            if grammar:
+                row.guess = row.guess[: len([*row.states(grammar)]) - 1]  # what it does not allow is not worth a guess
+            row.guess = max(forced, row.guess, key=len)
         row.guess = row.guess[: min(room - 1, row.most - len(row.ids) - 1, MOST_AT_ONCE - 1)]
     return 1 + max(len(row.guess) for row in rows)
 

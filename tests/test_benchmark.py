@@ -74,6 +74,20 @@ def test_a_second_question_alone(capsys, monkeypatch):
     assert 0 < float(re.search(r"takes (\d\.\d\d) of the first", line)[1]) < 1
 
 
+def test_answers_with_boxes_alone(capsys, monkeypatch):
+    """The guesses save passes, all the more the more objects there are, and the grammar more than the look-up."""
+    monkeypatch.setattr(benchmark, "written", lambda folder, arguments: (SHIPPED, bundle.shipped().path, 0.0))
+    assert benchmark.main(["--objects", "--rounds", "2", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "medians of 2 rounds" in lines[0]
+    numbers = [[int(number) for number in re.findall(r" (\d+)(?= )", line)[:2]] for line in lines[2:11]]
+    tokens, passes = np.array(numbers).reshape(3, 3, 2).transpose(2, 0, 1)
+    assert tokens[:, 0].tolist() == [7, 31, 79]
+    assert passes[:, 0].tolist() == [6, 30, 78]
+    assert passes[:, 1].tolist() == [6, 20, 44]
+    assert passes[:, 2].tolist() == [4, 16, 40]
+
+
 def test_the_first_token_and_the_further_ones_are_timed_apart(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])

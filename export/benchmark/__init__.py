@@ -7,7 +7,8 @@ is given the picture's features. Prints medians and ratios: the time from the pi
 further token, load time, and the peak of memory (proportional set size: a page that is mapped twice counts once; Linux
 only). What decoding reads, over the time it takes, is put beside the read bandwidth that plain dot products over large
 arrays reach, in turns with it; and a second question about a picture, which is the decoder's alone, beside a first one
-(`--questions`: nothing but that).
+(`--questions`: nothing but that). `--objects` times nothing but answers with boxes, with guesses and without
+(objects.py).
 """
 
 import argparse
@@ -39,13 +40,13 @@ from numpy_ref.errors import PaliGemmaError, plural
 
 from ..bundle.weights import PRECISIONS
 from ..measure import entry, module, watch
-from . import peers
+from . import objects, peers
 
 PROG = "python -m export.benchmark"
 OURS, PEER, ALONE = "ours", "transformers", "ours alone"
 ANSWER = 32  # tokens of the answer whose work outside of the graphs is timed
 FAR, PAIRS = 1000, 25  # cached positions of a late step; how often one thing is timed in turns with another
-STEP, BESIDE, SECOND = "step", "beside", "second"  # what a worker may be asked besides an answer
+STEP, BESIDE, SECOND, OBJECTS = "step", "beside", "second", "objects"  # what a worker may be asked besides an answer
 
 
 def measure(folder: Path, arguments: Namespace, threads: int) -> dict:
@@ -70,6 +71,21 @@ def questions(folder: Path, arguments: Namespace, threads: int) -> dict:
     with Worker(OURS, bundle, arguments.tokens, threads) as worker:
         worker.ask(SECOND)  # opens the graphs
         return {**settings(arguments, threads), "rounds": arguments.rounds, **second(worker, arguments.rounds)}
+
+
+def answers_with_boxes(folder: Path, arguments: Namespace, threads: int) -> dict:
+    """Answers with boxes, token by token and with guesses, by our bundle alone."""
+    _, bundle, _ = written(folder, arguments)
+    with Worker(OURS, bundle, arguments.rounds, threads) as worker:
+        return {**settings(arguments, threads), "rounds": arguments.rounds, OBJECTS: worker.ask(OBJECTS)}
+
+
+def objects_table(results: dict) -> str:
+    """What `answers_with_boxes` found, as text."""
+    layers = f" with {plural(results['layers'], 'layer')} a tower" if results["layers"] else ""
+    what = f"{results['variant']}{layers}, {results['precision']}{', prepacked' if results['prepack'] else ''}"
+    turns = f"{plural(results['threads'], 'thread')}, medians of {plural(results['rounds'], 'round')}"
+    return f"{what}, {turns}\n{objects.table(results[OBJECTS])}"
 
 
 def second(worker: "Worker", rounds: int) -> dict:
@@ -273,6 +289,8 @@ def work(side: str, folder: Path, tokens: int, threads: int, against: str) -> No
         **decoders,
     }
     answer, known = openers[side](folder, threads)
+    if OBJECTS in known:
+        known[OBJECTS] = partial(known[OBJECTS], tokens)  # as many rounds
     load_s = time.perf_counter() - started
     answer(2, lambda: None)
     print(json.dumps({"load_s": round(load_s, 2)}), flush=True)
@@ -320,7 +338,7 @@ def _ours(folder, threads):
             generate(features, 1, lambda: times.append(time.perf_counter()))
         return {"first_s": times[1] - times[0], "second_s": times[2] - times[1]}
 
-    return answer, {STEP: steps(engine), BESIDE: beside, SECOND: second}
+    return answer, {STEP: steps(engine), BESIDE: beside, SECOND: second, OBJECTS: partial(objects.measure, engine)}
 
 
 def decoding(engine: Engine, capacity: int) -> Callable[[int], float]:
@@ -454,6 +472,9 @@ def main(argv=None):
     options.add_argument(
         "--questions", action="store_true", help="only time a second question about a picture, by ours"
     )
+    options.add_argument(
+        "--objects", action="store_true", help="only time answers with boxes, token by token and with guesses, by ours"
+    )
     options.add_argument("--json", action="store_true", help="print one JSON object")
     options.add_argument("--worker", nargs=2, metavar=("SIDE", "DIR"), help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
@@ -465,7 +486,12 @@ def main(argv=None):
     if arguments.precision.endswith("bfloat16"):
         raise PaliGemmaError("a bfloat16 bundle needs CUDA; this benchmark is about the CPU")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing and not arguments.questions:
+    chosen, shown = measure, table
+    if arguments.questions:
+        chosen, shown = questions, second_line
+    elif arguments.objects:
+        chosen, shown = answers_with_boxes, objects_table
+    if missing and chosen is measure:
         raise PaliGemmaError(
             f"it compares with transformers, and {' and '.join(missing)} cannot be imported; install it"
         )
@@ -474,9 +500,8 @@ def main(argv=None):
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="paligemma-benchmark-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        results = (questions if arguments.questions else measure)(folder, arguments, threads)
+        results = chosen(folder, arguments, threads)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    shown = second_line if arguments.questions else table
     print(json.dumps(results) if arguments.json else shown(results))
     return 0
