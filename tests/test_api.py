@@ -334,10 +334,10 @@ def test_boxes_to_read():
     ],
 )
 def test_a_terminal_and_a_pipe(pieces, boxes, terminal, pipe, monkeypatch):
-    class Said:
+    class Given:
         text = "".join(pieces)
 
-    answer = Said()
+    answer = Given()
     answer.boxes = boxes
     for is_terminal, expected in ((True, terminal), (False, pipe)):
         written = []
@@ -351,7 +351,7 @@ def test_a_terminal_and_a_pipe(pieces, boxes, terminal, pipe, monkeypatch):
 
 
 def test_line_breaks_in_one_of_several():
-    class Said:
+    class Given:
         text, boxes = "a\nb", ()
 
-    assert one_of_several("q", Said(), False) == "a\\nb\n"
+    assert one_of_several("q", Given(), False) == "a\\nb\n"

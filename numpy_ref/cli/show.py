@@ -15,19 +15,19 @@ class Piecewise:
     """An answer, written as it comes. For a terminal location tokens are held back until they are boxes."""
 
     def __init__(self, write: Callable[[str], None], is_terminal: bool):
-        self.write, self.is_terminal, self.held, self.begun = write, is_terminal, "", False
+        self.write, self.is_terminal, self.held, self.started = write, is_terminal, "", False
 
     def push(self, text: str) -> None:
         """A piece of the text."""
         if self.is_terminal and (self.held or "<" in text):
             self.held += text
         else:
-            self.begun = self.begun or bool(text)
+            self.started = self.started or bool(text)
             self.write(text)
 
     def close(self, answer: Answer) -> None:
         """The whole answer, and a line break."""
-        boxes = "\n" * self.begun + lines(answer)
+        boxes = "\n" * self.started + lines(answer)
         self.write(f"{boxes if self.held and answer.boxes else self.held}\n")
 
 
