@@ -486,7 +486,8 @@ def main(argv=None):
     if arguments.precision.endswith("bfloat16"):
         raise PaliGemmaError("a bfloat16 bundle needs CUDA; this benchmark is about the CPU")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    chosen, shown = measure, table
+    chosen: Callable[[Path, argparse.Namespace, int], dict] = measure
+    shown: Callable[[dict], str] = table
     if arguments.questions:
         chosen, shown = questions, second_line
     elif arguments.objects:
