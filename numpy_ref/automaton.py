@@ -68,8 +68,11 @@ class Automaton:
 
 
 def literal(text: str) -> Concatenation:
-    """A text as it is, by its UTF-8 bytes."""
-    return Concatenation(tuple(OneOf(frozenset({byte})) for byte in text.encode()))
+    """A text as it is, by its UTF-8 bytes. Raises PaliGemmaError if it is not Unicode."""
+    try:
+        return Concatenation(tuple(OneOf(frozenset({byte})) for byte in text.encode()))
+    except UnicodeEncodeError:
+        raise PaliGemmaError(f"the text {text!r} is not valid Unicode; pass it as UTF-8") from None
 
 
 def sequence(*parts: Expression) -> Concatenation:

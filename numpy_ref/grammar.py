@@ -80,10 +80,7 @@ def expression(spec: str) -> Expression:
 def _text(text) -> Expression:
     if found := re.search("|".join(LOCATIONS + SEGMENTS), text):
         raise PaliGemmaError(f"the text {quote(text)} has {found[0]} in it, which only boxes and masks have")
-    try:
-        return literal(text)
-    except UnicodeEncodeError:
-        raise PaliGemmaError(f"the text {text!r} is not valid Unicode; pass it as UTF-8") from None
+    return literal(text)
 
 
 def _checked(spec, label) -> str:

@@ -69,6 +69,7 @@ def test_every_state_can_still_end(pattern):
         (r"\bword", r"\\b is not supported"),
         ("[é]", "takes ASCII alone"),
         ("[c-a]", "does not go up"),
+        ("a\udcb1", "not valid Unicode"),
         ("(" * (MOST_NESTED + 1) + ")" * (MOST_NESTED + 1), "inside one another"),
         ("a{\N{ARABIC-INDIC DIGIT TWO}}", "without a number"),
     ],

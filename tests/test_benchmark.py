@@ -85,7 +85,7 @@ def test_answers_with_boxes_alone(capsys, monkeypatch):
     assert tokens[:, 0].tolist() == [7, 31, 79]
     assert passes[:, 0].tolist() == [6, 30, 78]
     assert passes[:, 1].tolist() == [6, 20, 44]
-    assert passes[:, 2].tolist() == [4, 16, 40]
+    assert passes[:, 2].tolist() == [4, 17, 41]
 
 
 def test_the_first_token_and_the_further_ones_are_timed_apart(monkeypatch):

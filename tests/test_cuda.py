@@ -238,6 +238,46 @@ def test_products_of_float32_are_of_float32(run):
     assert precision != "float32" or all(product.math != TF32 for product in log.of(Product))
 
 
+@pytest.mark.parametrize("capture", ["0", "1"])
+@pytest.mark.parametrize("kind", [("shipped", "float32", "portable"), ("shipped", "float16", "fused"),
+                                  ("paligemma2", "bfloat16", "fused"), ("paligemma", "int4-float16", "fused")],
+                         ids=" ".join)  # fmt: skip
+def test_several_tokens_and_a_grammar_stay_on_the_device(bundles, kind, capture):
+    """Of several tokens at once, and of what each row may draw alone, the tokens are what comes back, in one copy."""
+    script = """
+engine = open_bundle(sys.argv[1], enable_cuda_graph=sys.argv[2])
+config, batch = engine.config, 3
+vocab, size = config.text.vocab, config.vision.image_size
+ids, lengths = pad_prompts([[config.image_token] * config.vision.patches + [config.bos, 5 + row] for row in range(3)], 0)
+for name in ("first ", ""):  # graphs and buffers are made when first wanted
+    logits, cache = engine.prefill(np.zeros((batch, 3, size, size)), ids, lengths, ids.shape[1] + 9)
+    for step in range(2):
+        given = np.full((batch, 4), 7 + step)
+        mark(f"{name}extend {step}")
+        logits, cache = engine.extend(given, lengths + 4 * step, cache)
+        mark(f"{name}draw {step}")
+        token, _ = engine.draw(logits, np.ones(vocab, bool), Sampling(1.0, 40), np.full(12, 0.5 + step / 9, np.float32))
+        allowed = np.arange(vocab) % (5 + step) == np.arange(12)[:, None] % 5
+        mark(f"{name}constrain {step}")
+        token, _ = engine.draw(logits, allowed, Sampling(1.0, 40), np.full(12, 0.5 + step / 9, np.float32))
+    mark("after")
+    logits, cache = engine.decode(token[:3, None], lengths + 8, cache)
+print(vocab)
+"""
+    printed, log = cuda_stub.run(BEGIN + script, bundles(*kind), capture)
+    vocab = int(printed.splitlines()[-1])
+    assert log.violations == []
+    extend = log["extend 1"]
+    assert extend.waits == extend.copies("D2H") == extend.captures == extend.replays == []
+    assert [copy.bytes for copy in extend.copies("H2D")] == [8 * 12, 4 * 3]  # tokens, lengths
+    for name, sent in (("draw 1", 4 * 12), ("constrain 1", 4 * 12 + 12 * vocab)):  # uniform numbers, what is allowed
+        drawn = log[name]
+        assert [copy.bytes for copy in drawn.copies("D2H")] == [(8 + 4) * 12]
+        assert len(drawn.waits) == 1
+        assert drawn.copied("H2D") == sent
+        assert drawn.captures == drawn.replays == drawn.allocations == []
+
+
 # --- how much is launched ----------------------------------------------------------------------------------
 
 

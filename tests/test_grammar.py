@@ -241,7 +241,7 @@ def test_text_without_a_choice_is_guessed(spec, text, guessed):
         ("regex:(", "cannot be read"),
     ],
 )
-def test_what_is_no_grammar_is_said_in_a_line(spec, words):
+def test_what_is_no_grammar_is_refused(spec, words):
     with pytest.raises(PaliGemmaError, match=words) as error:
         Grammar(spec, TOKENIZER)
     assert "\n" not in str(error.value)

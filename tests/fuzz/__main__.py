@@ -30,7 +30,7 @@ KEPT = Path(".fuzz")
 WORKER = (sys.executable, "-m", "tests.fuzz.worker")
 LIST = (
     "config", "preprocessor", "safetensors", "index", "npz", "vae", "tokenizer.model", "tokenizer.json", "bundle.json", "graph",
-    "picture", "prompt", "prompt_file", "json_lines", "request", "training", "prepacked", "options", "drawing", "sizes",
+    "picture", "prompt", "grammar", "prompt_file", "json_lines", "request", "training", "prepacked", "options", "drawing", "sizes",
     "coco", "voc", "parquet", "shard", "service",
 )  # fmt: skip
 

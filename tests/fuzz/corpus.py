@@ -231,6 +231,15 @@ def picture() -> list[bytes]:
     return seeds
 
 
+def grammar() -> list[bytes]:
+    """Of each kind; patterns with all that they may have."""
+    specs = [
+        "detect", "detect:red star;日本", "segment:cat", "choice:yes|no|maybe not", "number",
+        r"regex:([a-z]{2,5}|[^\dx]+)?\w*(\.\s\d{3}|é)+", "regex:.{0,20}", "regex:(a|b)*a(a|b){3}",
+    ]  # fmt: skip
+    return [spec.encode() for spec in specs]
+
+
 def prompt() -> list[bytes]:
     texts = [
         "caption en",

@@ -19,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 from export import bundle, serve, session
 from export.bundle import prepack
 from numpy_ref import checkpoint, cli, detection, image, tokenizer
+from numpy_ref import grammar as grammars
 from numpy_ref.checkpoint import SHIPPED, flatten
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import generate
@@ -246,6 +247,25 @@ def prompt(folder):
             speaker.decode(ids)
         boxes = detection.parse(text, 64, 64)
         detection.draw(canvas, boxes[:3], text[:200])
+
+    return read
+
+
+def grammar(folder):
+    """--constrain: read, compiled, and held against the tokens of a model; text that it takes ends where it may."""
+    speaker = tokenizer.Tokenizer.load(SHIPPED, checkpoint.load_config(SHIPPED))
+
+    def read(data):
+        found = grammars.Grammar(data.decode("utf-8", "surrogateescape"), speaker)
+        state, left = grammars.State(), found.shortest(grammars.State()) + 3
+        found.guess(state)
+        while left and not found.is_complete(state):
+            allowed = np.flatnonzero(found.allowed(state, left))
+            token = int(allowed[len(data) % len(allowed)])
+            if token in found.ends:
+                break
+            state, left = found.advance(state, token), left - 1
+        assert found.shortest(state) == 0
 
     return read
 
@@ -536,6 +556,7 @@ TARGETS = {
     "graph": Target(graph, corpus.graph, graph_change),
     "picture": Target(picture, corpus.picture, mutate.picture),
     "prompt": Target(prompt, corpus.prompt, mutate.raw),
+    "grammar": Target(grammar, corpus.grammar, mutate.raw),
     "prompt_file": Target(prompt_file, corpus.prompt_file, mutate.raw),
     "json_lines": Target(json_lines, corpus.json_lines, mutate.json_lines),
     "request": Target(request, corpus.request, mutate.raw),
