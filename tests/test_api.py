@@ -202,7 +202,7 @@ def test_an_album_is_bounded():
     made = []
 
     class Small(Engine):
-        prefill = decode = None
+        prefill = decode = reorder = None
 
         def __init__(self):
             from .models import CONFIGS
