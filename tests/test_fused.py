@@ -15,9 +15,10 @@ from export.model.layers import FUSED, PORTABLE
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import Checkpoint
+from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 
-from .models import CONFIGS, random_params, with_heads
+from .models import CONFIGS, random_batch, random_params, with_heads
 
 BUDGET = 1e-5  # of the largest value; measured 1.5e-6
 
@@ -46,6 +47,24 @@ def test_fused_graphs_keep_the_float32_budget(tmp_path, model, operators, capsys
     assert opened.description.operators == operators
     for row in verify.compare_stages(model, opened):
         assert row.error < BUDGET, row
+
+
+@pytest.mark.parametrize("operators", [PORTABLE, FUSED])
+def test_a_batch_may_have_more_tokens_than_the_model_has_positions(tmp_path, operators):
+    """All of them lie in one line in fused graphs, and tables of rotary positions are as long as one row may be."""
+    config = replace(with_heads("paligemma1"), max_length=30)
+    made = Checkpoint(Path("."), config, random_params(config, 5, np.float32), np.dtype("f4"))
+    bundle.write(made, tmp_path / "out", operators=operators)
+    pixels, ids, lengths = random_batch(config, (3, 7, 5, 6))
+    assert ids.size > config.max_length
+    session = Session(bundle.load(tmp_path / "out"), "cpu")
+    for engine in (session, Session(bundle.load(tmp_path / "out"), "cpu", in_halves=True)):
+        expected, cache = NumpyEngine(made).prefill(pixels, ids, lengths, 20)
+        found, buffers = engine.prefill(pixels, ids, lengths, 20)
+        assert np.abs(found - expected).max() < BUDGET * np.abs(expected).max()
+        more = np.array([[5], [6], [7], [8]])
+        expected, _ = NumpyEngine(made).decode(more, lengths, cache)
+        assert np.abs(engine.decode(more, lengths, buffers)[0] - expected).max() < BUDGET * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("residual", ["float32", "float16"])

@@ -251,8 +251,14 @@ def attend_behind(
 
 
 def _rotate(op, x, rotary, heads):
-    """Rotate x [B, T, N*H] by the angles of `rope_angles`."""
-    return like(op.RotaryEmbedding(x, *rotary, num_heads=heads, _domain=CONTRIB, _version=1), x)
+    """Rotate x [B, T, N*H] by the angles of `rope_angles`.
+
+    Each token is a row of its own: the operator takes none that is longer than its tables, as that of a batch may be.
+    """
+    positions, *tables = rotary
+    tokens, at = op.Reshape(x, [-1, 1, x.shape[-1]]), op.Reshape(positions, [-1, 1])
+    rotated = op.RotaryEmbedding(tokens, at, *tables, num_heads=heads, _domain=CONTRIB, _version=1)
+    return like(op.Reshape(rotated, op.Shape(x)), x)
 
 
 def mlp(op: Op, p: Params, x: Value) -> Value:
