@@ -213,7 +213,9 @@ class Comparison:
         self.rows, self.cache, self.recorded = [], {}, {}
 
     @classmethod
-    def of_graph(cls, stage: str, config: PaliGemmaConfig, bundle: Bundle, provider: str, inputs: dict[str, Any]):
+    def of_graph(
+        cls, stage: str, config: PaliGemmaConfig, bundle: Bundle, provider: str, inputs: dict[str, Any]
+    ) -> "Comparison":
         """Of a graph of a bundle, by the name of the stage."""
         # Without a device nothing but ONNX's own evaluator multiplies bfloat16, and it has standard operators alone.
         by_evaluator = bundle.description.precision == "bfloat16" and provider != CUDA

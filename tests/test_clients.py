@@ -56,7 +56,7 @@ def library(node):  # noqa: F811
 @pytest.fixture(scope="module")
 def genai():
     need(importlib.util.find_spec("onnxruntime_genai"), "pip install --no-deps onnxruntime-genai")
-    return sys.executable
+    return [sys.executable, "-m", "export.clients.genai"]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_transformers_js_in_a_browser(browser, library, exported, questions, gol
 @pytest.mark.parametrize("precision", layouts.PRECISIONS)
 def test_genai(genai, exported, questions, precision):
     patches = checkpoint.load().config.vision.patches
-    command = [genai, CLIENTS / "genai.py", exported / precision]
+    command = [*genai, exported / precision]
     found = asked(command, cases=questions["cases"], image_tokens=patches)["answers"]
     ends = checkpoint.load().config.ends
     assert [each["prompt"] for each in found] == questions["ids"]
@@ -175,7 +175,7 @@ def test_genai(genai, exported, questions, precision):
 
 def test_golden_models_in_genai(genai, goldens):
     for each in goldens:
-        command = [genai, CLIENTS / "genai.py", each["folder"] / GENAI]
+        command = [*genai, each["folder"] / GENAI]
         found = asked(command, cases=each["raw"], image_tokens=each["patches"])["answers"]
         assert [answer["tokens"] for answer in found] == each["tokens"]
 

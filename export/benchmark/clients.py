@@ -79,7 +79,9 @@ def summary(runs: list[list[dict]], ours: list[list[dict]], ends: tuple[int, ...
     }  # fmt: skip
 
 
-def commands(folder, cases, precision, threads, patches) -> dict[str, Callable[[], list[dict]]]:
+def commands(
+    folder: Path, cases: list[dict], precision: str, threads: int, patches: int
+) -> dict[str, Callable[[], list[dict]]]:
     """What answers all cases, by side; those that are installed."""
     run = {"cases": cases, "tokens": 64}
     command = module("export.benchmark.clients", "--worker", folder / "bundle", "--threads", threads)
@@ -93,10 +95,10 @@ def commands(folder, cases, precision, threads, patches) -> dict[str, Callable[[
         else:
             missing.append(f"{side} (npm ci --prefix {needs})")
     if importlib.util.find_spec("onnxruntime_genai"):
-        command = [sys.executable, str(CLIENTS / "genai.py"), str(folder / "genai")]
+        command = module("export.clients.genai", folder / "genai")
         found[GENAI_PYTHON] = partial(_asked, command, **run, image_tokens=patches, threads=threads)
     else:
-        missing.append(f"{GENAI_PYTHON} (pip install --no-deps onnxruntime-genai)")
+        missing.append(f"{GENAI_PYTHON} (export/README.md says how it is installed)")
     if missing:
         note(f"{PROG}: left out: {', '.join(missing)}")
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from tqdm import tqdm
 
 from numpy_ref import __version__, files
@@ -48,7 +49,7 @@ class Graph:
         """The path of the weights."""
         return f"{self.file}_data"
 
-    def model(self, taps: bool = False):
+    def model(self, taps: bool = False) -> ir.Model:
         """The model over its weights; with every tap as an output."""
         return self.build(weights.initializer(self.placed, file=Path(self.data).name), taps=taps)
 
@@ -108,7 +109,8 @@ def prepare(
         graph(names[0], vision, graphs.VISION),
         graph(names[1], module.embedding, graphs.TABLE),
         graph(names[2], graphs.merged_model, graphs.DECODER[config.text.tied]),
-        {**_tokenizer_files(checkpoint), **module.configuration(checkpoint, config)},
+        _tokenizer_files(checkpoint)
+        | {path: as_json(contents) for path, contents in module.configuration(checkpoint, config).items()},
     )  # fmt: skip
 
 
@@ -151,7 +153,9 @@ def write(
             entry["parity"] = verify(layout, folder, checkpoint)
         made = layout.made
         if name == TRANSFORMERS_JS:
-            made = made | {"config.json": transformers_js.with_precision(made["config.json"], layout, before)}
+            client = transformers_js.of_client([*before.get("precisions", {}), precision])
+            config = json.loads(made["config.json"]) | {transformers_js.CLIENT: client}
+            made = made | {"config.json": as_json(config)}
         for path, contents in made.items():
             (folder / path).write_bytes(contents)
         written = [path for graph in layout.graphs for path in (graph.file, graph.data)]

@@ -8,7 +8,6 @@ from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.config import PaliGemmaConfig
 
 from ..model import graphs
-from . import as_json
 
 NAMES = ("vision", "embedding", "model")
 SUFFIXES = dict.fromkeys(("float32", "float16", "int8", "int4"), "")
@@ -16,7 +15,7 @@ SUFFIXES = dict.fromkeys(("float32", "float16", "int8", "int4"), "")
 embedding = graphs.embedding_model
 
 
-def configuration(checkpoint: Checkpoint, config: PaliGemmaConfig) -> dict[str, bytes]:
+def configuration(checkpoint: Checkpoint, config: PaliGemmaConfig) -> dict[str, dict]:
     """genai_config.json."""
     text, ends = config.text, [*config.ends]
     caches = {
@@ -55,4 +54,4 @@ def configuration(checkpoint: Checkpoint, config: PaliGemmaConfig) -> dict[str, 
         },
     }
     search = {"do_sample": False, "max_length": config.max_length, "past_present_share_buffer": False}
-    return {"genai_config.json": as_json({"model": model, "search": search})}
+    return {"genai_config.json": {"model": model, "search": search}}

@@ -4,14 +4,13 @@ The picture is resized in onnx/vision_encoder.onnx, since the client's own resiz
 steps of 255; so its processor is told to leave pictures as they are.
 """
 
-import json
+from collections.abc import Sequence
 
 from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.hugging_face import resize_to_hf, to_hf
 from numpy_ref.config import PaliGemmaConfig
 
 from ..model import graphs
-from . import as_json
 
 NAMES = ("onnx/vision_encoder", "onnx/embed_tokens", "onnx/decoder_model_merged")
 #: What follows the names of a precision's files, and what the client calls the precision.
@@ -22,24 +21,23 @@ CLIENT = "transformers.js_config"  # the entry of config.json that is the client
 embedding = graphs.embed_tokens_model
 
 
-def configuration(checkpoint: Checkpoint, config: PaliGemmaConfig) -> dict[str, bytes]:
+def configuration(checkpoint: Checkpoint, config: PaliGemmaConfig) -> dict[str, dict]:
     """The JSON files beside the graphs."""
     untouched = {"do_resize": False, "do_rescale": False, "do_normalize": False}
     ends = {"eos_token_id": [*config.ends]} if config.ends else {}
     return {
-        "config.json": as_json(to_hf(config)),
-        "generation_config.json": as_json({"bos_token_id": config.bos, "pad_token_id": config.pad, **ends}),
-        "preprocessor_config.json": as_json(resize_to_hf(checkpoint.resize, config.vision) | untouched),
+        "config.json": to_hf(config),
+        "generation_config.json": {"bos_token_id": config.bos, "pad_token_id": config.pad, **ends},
+        "preprocessor_config.json": resize_to_hf(checkpoint.resize, config.vision) | untouched,
     }
 
 
-def with_precision(contents: bytes, layout, before: dict) -> bytes:
-    """config.json that tells the client about a precision, besides those that are there `before`.
+def of_client(precisions: Sequence[str]) -> dict:
+    """The client's entry of config.json, for what the folder has, in the order in which it was exported.
 
-    Which it takes unless told otherwise, that of the first export, and which graphs have weights in files of their own.
+    It says which precision is taken unless another is asked for, the first, and which graphs have weights in a file of
+    their own.
     """
-    precisions = [*before.get("precisions", {}), layout.precision]
     names = [name.removeprefix("onnx/") for name in NAMES]
     external = {f"{name}{SUFFIXES[precision]}.onnx": 1 for precision in precisions for name in names}
-    client = {"dtype": DTYPES[precisions[0]], "use_external_data_format": external}
-    return as_json(json.loads(contents) | {CLIENT: client})
+    return {"dtype": DTYPES[precisions[0]], "use_external_data_format": external}
