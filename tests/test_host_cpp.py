@@ -237,12 +237,12 @@ def one_line(ended, *words):
 
 def test_it_names_what_is_wrong(host, shipped, broken_bundles, tmp_path):
     picture = checkpoint.SHIPPED / "example.png"
-    said = {
+    words = {
         "version": "version 1", "evil.onnx": "lists no checksum for ../evil.onnx", "not JSON": "not a bundle",
         "lists no checksum": "weights.bin",
     }  # fmt: skip
     for word, path in broken_bundles.items():
-        one_line(host(path, picture, "segment star"), said.get(word, word))
+        one_line(host(path, picture, "segment star"), words.get(word, word))
     one_line(host(tmp_path, picture, "caption en"), str(tmp_path), "not a bundle")
     (tmp_path / "notes.png").write_text("not a picture")
     one_line(host(shipped.path, tmp_path / "notes.png", "caption en"), "notes.png", "not a picture")

@@ -62,8 +62,8 @@ def as_json(example: Mapping) -> bytes:
 def answered(example: Mapping, folder: Path, description: Description, tokenizer: Tokenizer | None) -> dict:
     """The file with the greedy answer of the bundle whose files, all but its description, are in `folder`.
 
-    It is what `run-onnx --json` prints, but for the timings. Raises PaliGemmaError that says why if this machine cannot
-    run the bundle.
+    It is what `run-onnx --json` prints and hosts in other languages too: without timings and the uncertainty of boxes.
+    Raises PaliGemmaError that says why if this machine cannot run the bundle.
     """
     if tokenizer is None:
         raise PaliGemmaError("there is no tokenizer")
@@ -79,7 +79,10 @@ def answered(example: Mapping, folder: Path, description: Description, tokenizer
         printed = cli.as_json(found, load_s=0)
     except Exception as error:  # the runtime's exceptions have no common class
         raise explained(error) from None
-    return {**example, "answer": {name: value for name, value in printed.items() if name != "timings"}}
+    del printed["timings"]
+    for box in [*printed["boxes"], *printed["masks"]]:
+        box.pop("uncertainty", None)
+    return {**example, "answer": printed}
 
 
 class _Host(Engine):
