@@ -563,7 +563,9 @@ print(json.dumps({name: placement.placed(opened.graph_file(name), True) for name
 TOTAL = """
 from onnx_ir import DataType
 mask = fused_half.decode_mask
-def on_the_device(op, lengths, capacity, window=None):
+def on_the_device(op, lengths, capacity, window=None, size=1):
+    if not isinstance(size, int):  # extend's, which has no such value
+        return mask(op, lengths, capacity, window, size)
     total = op.Cast(op.Add(op.ReduceMax(lengths, keepdims=0), 1), to=DataType.INT32)
     return fused_half.replace(mask(op, lengths, capacity, window), total=total)
 fused_half.replace = __import__("dataclasses").replace
