@@ -376,6 +376,17 @@ def test_several_tokens_behind_a_cache_are_causal(tmp_path):
         assert np.abs(at_once.numpy()[name] - array).max() < 1e-5 * np.abs(array).max()
 
 
+def test_an_image_token_that_was_drawn_is_no_picture(exported):
+    """Libraries draw from the whole vocabulary; such a token has its embedding, as in transformers.js."""
+    ids, options = np.array([[checkpoint.load().config.image_token]]), {"providers": ["CPUExecutionProvider"]}
+    alone = onnxruntime.InferenceSession(exported / "js" / "onnx" / "embed_tokens.onnx", **options)
+    with_features = onnxruntime.InferenceSession(exported / "float32" / "embedding.onnx", **options)
+    (expected,) = alone.run(None, {"input_ids": ids})
+    features = np.zeros((1, 0, expected.shape[-1]), np.float32)
+    (found,) = with_features.run(None, {"input_ids": ids, "image_features": features})
+    assert np.array_equal(found, expected)
+
+
 def test_pictures_of_one_size_may_come_together(exported):
     """As transformers.js gives several: their features are those of each alone."""
     file = exported / "float32" / "vision.onnx"

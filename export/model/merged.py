@@ -32,8 +32,12 @@ def embed(op: Op, p: Params, config: PaliGemmaConfig, input_ids: Value, tap: Tap
 def embed_with_features(
     op: Op, p: Params, config: PaliGemmaConfig, input_ids: Value, features: Value, tap: Tap = identity
 ) -> Value:
-    """The same with the features [N, P, D] in the places of the image tokens, of which there are N * P."""
-    places = op.Transpose(op.NonZero(op.Equal(input_ids, config.image_token)), perm=[1, 0])
+    """The same with the features [N, P, D] in the places of the image tokens, of which there are N * P.
+
+    Without features, behind the prompt, an image token is one that was drawn, and has its own embedding.
+    """
+    is_picture = op.And(op.Equal(input_ids, config.image_token), op.Greater(op.Size(features), 0))
+    places = op.Transpose(op.NonZero(is_picture), perm=[1, 0])
     rows = op.Reshape(features, [-1, config.text.width])
     return tap("embed_prefix", op.ScatterND(embed(op, p, config, input_ids), places, rows))
 
