@@ -178,8 +178,8 @@ def test_a_model_is_measured_as_it_answers(tmp_path):
     engine = ModuleEngine(model)
     lines = []
     for prefix, suffix in rows:
-        said = answer(engine, tokenizer, open_image(SHIPPED / "example.png"), prefix).text
-        lines.append({"image": str(SHIPPED / "example.png"), "prefix": prefix, "suffix": suffix or said})
+        found = answer(engine, tokenizer, open_image(SHIPPED / "example.png"), prefix).text
+        lines.append({"image": str(SHIPPED / "example.png"), "prefix": prefix, "suffix": suffix or found})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     read = data.JsonLines(tmp_path / "rows.jsonl", tokenizer, "bicubic", 0)
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_a_duration_in_words(seconds, text):
     assert loop.duration(seconds) == text
 
 
-def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
+def test_progress_without_a_terminal(monkeypatch, capsys):
     """Seconds apart at first, further and further apart in a long run."""
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])

@@ -120,4 +120,4 @@ def test_it_needs_ray_serve():
     code = f"import sys; sys.modules['ray'] = None; sys.argv[1:] = ['--engine', 'ray']; {COMMAND[-1]}"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].endswith("pip install 'paligemma-onnx[ray]'")
+    assert ended.stderr.splitlines()[-1].endswith("(the extra `ray`): pip install 'ray[serve]'")

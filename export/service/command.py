@@ -15,7 +15,10 @@ with interrupts.while_loading():
     from .limits import TEXT_POSITIONS
 
 PROG = "serve-onnx"
-INSTALL = "serve-onnx needs more than is installed ({}): pip install 'paligemma-onnx[serve]'"
+INSTALL = (
+    "serve-onnx needs more than is installed ({}; the extra `serve`): "
+    "pip install starlette uvicorn pydantic python-multipart prometheus_client httpx"
+)
 KEY_HELP = "ask every request for it, as OpenAI's clients send theirs; @FILE reads it from a file"
 
 

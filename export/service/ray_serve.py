@@ -105,7 +105,7 @@ def _import_ray():
         import ray
         from ray import serve
     except ImportError:
-        raise PaliGemmaError("--engine ray needs Ray Serve: pip install 'paligemma-onnx[ray]'") from None
+        raise PaliGemmaError("--engine ray needs Ray Serve (the extra `ray`): pip install 'ray[serve]'") from None
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # an error is raised as well
     return ray, serve
