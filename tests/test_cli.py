@@ -271,7 +271,7 @@ def test_verify_prints_and_keeps_the_table(tmp_path):
     assert result.returncode == 0, result.stderr
     description = json.loads((tmp_path / "out" / "bundle.json").read_text())
     rows = description["parity"]
-    assert {row["stage"] for row in rows} == {"prefill", "decode", "extend", "end to end"}
+    assert {row["stage"] for row in rows} == {"prefill", "decode", "extend", "end to end", "example"}
     assert all(row["error"] <= row["budget"] for row in rows)
     assert "text.blocks.0" in result.stdout
     assert {file.name for file in (tmp_path / "out").iterdir()} == {*description["files"], "bundle.json"}
