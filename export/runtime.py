@@ -4,12 +4,24 @@ Keys of `entries` are the runtime's own, as its onnxruntime_session_options_conf
 onnxruntime_run_options_config_keys.h list them.
 """
 
+from pathlib import Path
+
 import onnxruntime
+
+from numpy_ref.errors import PaliGemmaError
 
 from . import stopping
 
 LOGGED_FROM = 4  # of the runtime's levels of severity: fatal. What goes wrong is raised too, and becomes one line.
 onnxruntime.set_default_logger_severity(LOGGED_FROM)  # what belongs to no session, such as the folding of constants
+
+
+def check_path(path: Path) -> None:
+    """Raise PaliGemmaError unless the runtime can open files there: it takes paths in UTF-8 alone."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise PaliGemmaError(f"{path}: ONNX Runtime opens no path that is not UTF-8; rename the directory") from None
 
 
 def session_options(

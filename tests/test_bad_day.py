@@ -1,6 +1,7 @@
 """What goes wrong around a command: output that nobody takes, memory, Ctrl-C. One line on stderr, and no traceback."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from export import bundle
 from numpy_ref import cli
 from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.errors import PaliGemmaError, explained
@@ -68,8 +70,17 @@ def test_a_narrow_output_shows_escapes(encoding, tmp_path):
     target = os.fsencode(tmp_path) + b"/caf\xe9-\xe2\x98\x83"
     code, errors = call([*EXPORT, "--output"], target, stdout=subprocess.PIPE,
                         env=os.environ | {"PYTHONIOENCODING": encoding})  # fmt: skip
-    assert (code, errors) == (0, "")
+    assert code == 0
+    assert "example.json has no answer" in only_line(errors)  # the runtime cannot open it there
     assert os.path.isdir(target)
+
+
+def test_a_bundle_where_the_runtime_opens_nothing_is_refused_in_one_line(tmp_path):
+    target = os.fsencode(tmp_path) + b"/caf\xe9"
+    shutil.copytree(bundle.shipped().path, os.fsdecode(target))
+    code, errors = call(RUN, target, EXAMPLE, "caption en", stdout=subprocess.PIPE)
+    assert code == 1
+    assert "ONNX Runtime opens no path that is not UTF-8" in only_line(errors)
 
 
 @pytest.mark.parametrize("closed", [1, 2])

@@ -172,7 +172,8 @@ def test_answers_stop_where_the_model_does(tmp_path, rows):
     write(file, [{"image": str(rows.parent / "00.png"), "prompt": prompt} for prompt in prompts])
     results = answer(file, tmp_path / "out.jsonl", "--temperature", "5")  # hot, so that nothing ends early
     alone = answer(file, tmp_path / "alone.jsonl", "--temperature", "5", "--batch-size", "1")
-    assert results == alone
+    assert alike(results[:2], alone[:2])
+    assert results[2] == alone[2]
     assert 0 < len(results[0]["tokens"]) <= limit - len(tokenizer.prompt(long)) + 1 < len(results[1]["tokens"])
     assert "exceeds the capacity" in results[2]["error"]
 

@@ -331,3 +331,13 @@ def test_boxes_of_a_text_alone_have_no_scores():
     (box, _) = detection.parse(TEXT, 40, 20)
     assert (box.codes, box.score, box.mask_score) == (CODES, None, None)
     assert list(box.as_json()) == ["label", "x1", "y1", "x2", "y2", "codes"]
+
+
+def test_beginnings_behind_half_a_character(tokenizer):
+    """What is never completed is a character of its own: what comes behind it begins behind it."""
+    first, second = tokenizer.encode("é")
+    (place,) = tokenizer.encode("<loc0001>")
+    assert beginnings(tokenizer, [first, place, first, second, place]) == [0, 1, 10, 10, 11]
+    text = tokenizer.decode([first, *[place] * 4])
+    (box,) = detection.parse(text, 100, 100, logprobs=[(0, -9.0), *((begin, -0.5) for begin in (1, 10, 19, 28))])
+    assert box.score == pytest.approx(math.exp(-0.5))

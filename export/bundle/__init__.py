@@ -23,6 +23,7 @@ from numpy_ref.tokenizer.convert import convert
 
 from ..model import graphs
 from ..model.layers import FUSED, HALF, PORTABLE
+from ..runtime import check_path
 from . import digests, example, prepack, weights
 from .description import Description, File, Graph, Image, Tokens, Value
 
@@ -249,6 +250,7 @@ def load_but_weights(path: str | Path) -> Bundle:
         raise PaliGemmaError(f"{path}: an adapter, not a bundle: {advice}")
     if not path.is_dir():
         raise PaliGemmaError(f"{path}: no such bundle directory; export-onnx makes one")
+    check_path(path)
     file = within(path, DESCRIPTION)
     try:
         contents = read_json(file)

@@ -17,7 +17,7 @@ from numpy_ref.errors import PaliGemmaError, explained
 from numpy_ref.scenes import Scene, Thing
 from numpy_ref.tokenizer import Tokenizer
 
-from ..runtime import run_options, session_options
+from ..runtime import check_path, run_options, session_options
 from . import weights
 from .description import Description
 
@@ -65,6 +65,7 @@ def answered(example: Mapping, folder: Path, description: Description, tokenizer
     It is what `run-onnx --json` prints and hosts in other languages too: without timings and the uncertainty of boxes.
     Raises PaliGemmaError that says why if this machine cannot run the bundle.
     """
+    check_path(folder)
     if tokenizer is None:
         raise PaliGemmaError("there is no tokenizer")
     if description.precision.endswith("bfloat16"):

@@ -268,8 +268,11 @@ class Stream:
 
 def beginnings(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
     """Where in the text of ids each of them begins; tokens that share a character begin where it does."""
-    stream, found = Stream(tokenizer), []
-    for token in ids:
-        found.append(len(stream.shown))
-        stream.push(token)
+    ids = list(ids)
+    text, whole, found = tokenizer.decode(ids), 0, []
+    for i in range(len(ids)):
+        before = tokenizer.decode(ids[:i])
+        if text.startswith(before):  # or half a character ends it, which the next tokens complete
+            whole = len(before)
+        found.append(whole)
     return found

@@ -131,10 +131,11 @@ export class Stream {
 
 /** Where in the text of ids each of them begins; tokens that share a character begin where it does. */
 export function beginnings(tokenizer, ids) {
-  const stream = new Stream(tokenizer);
-  return ids.map((token) => {
-    const begin = stream.shown.length;
-    stream.push(token);
-    return begin;
+  const text = tokenizer.decode(ids);
+  let whole = 0;
+  return ids.map((_, i) => {
+    const before = tokenizer.decode(ids.slice(0, i));
+    if (text.startsWith(before)) whole = before.length; // or half a character ends it, which the next tokens complete
+    return whole;
   });
 }

@@ -203,12 +203,12 @@ struct Model {
     if (room < 1) fail("the prompt exceeds the capacity of " + bundle.at("max_length").dump() + "; shorten it");
     options["max-new-tokens"] = std::clamp(options["max-new-tokens"], 1.0, room);
     const auto [drawn, logprobs] = generate(picture, prompt, options);
-    std::string text;
+    const std::string text = tokenizer.decode(drawn);
     std::multimap<size_t, float> places;
-    for (size_t i = 0, shown = 0; i < drawn.size(); i++) {
-      places.emplace(shown, logprobs[i]);
-      text = tokenizer.decode({drawn.begin(), drawn.begin() + i + 1});
-      if (text.size() < 3 || text.substr(text.size() - 3) != "\uFFFD") shown = text.size();  // no open character
+    for (size_t i = 0, whole = 0; i < drawn.size(); i++) {
+      const std::string before = tokenizer.decode({drawn.begin(), drawn.begin() + i});
+      if (text.starts_with(before)) whole = before.size();  // or half a character ends it
+      places.emplace(whole, logprobs[i]);
     }
     json boxes = boxes_in(text, picture, places), masks = json::array();
     for (const auto& box : boxes)
