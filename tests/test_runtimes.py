@@ -20,8 +20,8 @@ from export.model.layers import FUSED, PORTABLE
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import Checkpoint
-from numpy_ref.engine import NumpyEngine
 from numpy_ref.generate import generate, pad_prompts
+from numpy_ref.image import preprocess
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
@@ -66,9 +66,9 @@ def questions(loaded):
     if loaded.folder == checkpoint.SHIPPED:
         tokenizer = Tokenizer.load(loaded.folder, loaded.config)
         asked = [question for task in ("caption", "detect", "answer") for question in evaluate.held_out(7, 2, task)]
-        prepared = [evaluate.prepare(NumpyEngine(loaded), tokenizer, question) for question in asked]
-        pixel_values = np.concatenate([question.pixel_values for question in prepared])
-        return pixel_values, [question.prompt for question in prepared]
+        size = loaded.config.vision.image_size
+        pixel_values = np.concatenate([preprocess(evaluate.picture(question), size) for question in asked])
+        return pixel_values, [tokenizer.prompt(question.prefix) for question in asked]
     config, rng = loaded.config, np.random.default_rng(2)
     size = config.vision.image_size
     image = [config.image_token] * config.vision.patches

@@ -255,6 +255,8 @@ def _rotate(op, x, rotary, heads):
 
     Each token is a row of its own: the operator takes none that is longer than its tables, as that of a batch may be.
     """
+    if x.shape[1] == 1:  # they are
+        return like(op.RotaryEmbedding(x, *rotary, num_heads=heads, _domain=CONTRIB, _version=1), x)
     positions, *tables = rotary
     tokens, at = op.Reshape(x, [-1, 1, x.shape[-1]]), op.Reshape(positions, [-1, 1])
     rotated = op.RotaryEmbedding(tokens, at, *tables, num_heads=heads, _domain=CONTRIB, _version=1)
