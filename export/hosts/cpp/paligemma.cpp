@@ -207,7 +207,7 @@ struct Model {
     std::multimap<size_t, float> places;
     for (size_t i = 0, whole = 0; i < drawn.size(); i++) {
       const std::string before = tokenizer.decode({drawn.begin(), drawn.begin() + i});
-      if (text.starts_with(before)) whole = before.size();  // or half a character ends it
+      if (text.rfind(before, 0) == 0) whole = before.size();  // or half a character ends it
       places.emplace(whole, logprobs[i]);
     }
     json boxes = boxes_in(text, picture, places), masks = json::array();
