@@ -272,8 +272,14 @@ def shape(value):
 
 
 def test_the_same_json_everywhere(node, shipped, used, page, expected):  # noqa: F811
-    """Of Python's command, of Node's, and of the library in Node and in a browser, which say nothing of loading."""
-    python = shape(json.loads(json.dumps(as_json(expected["segment star"], 0.5))))
+    """Of Python's command, of Node's, and of the library in Node and in a browser, which say nothing of loading.
+
+    How uncertain the sides of boxes are the hosts do not say.
+    """
+    printed = json.loads(json.dumps(as_json(expected["segment star"], 0.5)))
+    for box in [*printed["boxes"], *printed["masks"]]:
+        del box["uncertainty"]
+    python = shape(printed)
     command_ = json.loads(command(node, shipped.path, EXAMPLE, "segment star", "--json").stdout)
     assert shape(command_) == python
     del command_["timings"]["load_s"]
