@@ -91,13 +91,21 @@ def entry(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-c", f"from export.cli import {name}; {name}()", *map(str, arguments)]
 
 
+def synthetic(checkpoint: Path, variant: str, layers: int | None, *options: str, with_tokenizer: bool = False) -> None:
+    """Write a random checkpoint of a released shape, with so many layers of each tower if they are given.
+
+    It has no tokenizer of its own; the shipped model's may stand in, where only ids matter.
+    """
+    cut = ["--layers", layers] if layers else []
+    watch(module("numpy_ref.checkpoint.synthetic", variant, checkpoint, *options, *cut))
+    if with_tokenizer:
+        shutil.copyfile(SHIPPED / "tokenizer.model", checkpoint / "tokenizer.model")
+
+
 def measure(folder: Path, variant: str, layers: int | None, precisions: Sequence[str], runs: int) -> dict:
     """Everything, into one dict."""
     checkpoint, picture = folder / "checkpoint", SHIPPED / "example.png"
-    options = ["--layers", layers] if layers else []
-    watch(module("numpy_ref.checkpoint.synthetic", variant, checkpoint, *options))
-    # Random weights come without a tokenizer; the small one stands in, since only ids matter here.
-    shutil.copyfile(SHIPPED / "tokenizer.model", checkpoint / "tokenizer.model")
+    synthetic(checkpoint, variant, layers, with_tokenizer=True)
     results = {}
     for precision in precisions:
         bundle = folder / precision

@@ -39,7 +39,7 @@ from numpy_ref.engine import Engine, Features
 from numpy_ref.errors import PaliGemmaError, plural
 
 from ..bundle.weights import PRECISIONS
-from ..measure import entry, module, watch
+from ..measure import entry, module, synthetic, watch
 from . import objects, peers
 
 PROG = "python -m export.benchmark"
@@ -106,8 +106,7 @@ def written(folder: Path, arguments: Namespace) -> tuple[Path, Path, float]:
     """A random checkpoint and its bundle in a folder, and the seconds of the export."""
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     with tqdm(total=2, desc="checkpoint and bundle", leave=False, disable=None) as bar:
-        options = ["--layers", arguments.layers] if arguments.layers else []
-        watch(module("numpy_ref.checkpoint.synthetic", arguments.variant, checkpoint, "--dtype", "bfloat16", *options))
+        synthetic(checkpoint, arguments.variant, arguments.layers, "--dtype", "bfloat16")
         bar.update()
         options = ["--precision", arguments.precision, *(["--prepack"] if arguments.prepack else [])]
         export_s, _, _ = watch(entry("export_main", checkpoint, "--output", bundle, *options))

@@ -31,11 +31,10 @@ from numpy_ref.config import VARIANTS
 from numpy_ref.errors import PaliGemmaError, plural
 
 from ..bundle.weights import PRECISIONS
-from ..measure import entry, module, watch
+from ..measure import entry, synthetic, watch
 
 PROG = "python -m export.benchmark serve"
 SERVE = "from export.service.command import serve_main; serve_main()"
-TOKENIZER = "tokenizer.model"
 
 
 @dataclass
@@ -144,12 +143,10 @@ def service(bundle: Path | None, options: Sequence[object]) -> Iterator[tuple[su
         process.communicate()
 
 
-def synthetic(folder: Path, variant: str, layers: int | None, precision: str, prepack: bool) -> Path:
+def written(folder: Path, variant: str, layers: int | None, precision: str, prepack: bool) -> Path:
     """A bundle of a random checkpoint of a released shape, with the shipped model's tokenizer."""
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
-    cut = ["--layers", layers] if layers else []
-    watch(module("numpy_ref.checkpoint.synthetic", variant, checkpoint, "--dtype", "bfloat16", *cut))
-    shutil.copy(SHIPPED / TOKENIZER, checkpoint / TOKENIZER)
+    synthetic(checkpoint, variant, layers, "--dtype", "bfloat16", with_tokenizer=True)
     options = ["--precision", precision, *(["--prepack"] if prepack else [])]
     watch(entry("export_main", checkpoint, "--output", bundle, *options))
     shutil.rmtree(checkpoint)
@@ -196,7 +193,7 @@ def main(argv=None):
         if arguments.variant:
             folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with_prepack = arguments.precision, arguments.prepack
-            bundle = synthetic(folder, arguments.variant, arguments.layers, *with_prepack)
+            bundle = written(folder, arguments.variant, arguments.layers, *with_prepack)
         passed_on = ("slots", "gap", "threads", "provider")
         settings = [part for name in passed_on for part in (f"--{name}", getattr(arguments, name))]
         _, port = stack.enter_context(service(bundle, [*settings, "--timeout", 3600]))
