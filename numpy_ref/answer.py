@@ -200,7 +200,7 @@ def answer(
     sampling: Sampling | None = None,
     boxes: str = "big_vision",
     on_text: Callable[[str], None] | None = None,
-    constrain: str | None = None,
+    grammar: Grammar | None = None,
     start: str = "",
     lookup: bool = False,
     search: Search | None = None,
@@ -208,15 +208,14 @@ def answer(
     """Answer a prompt about a Pillow image, or about a list of them; boxes and masks are in pixels of the first.
 
     `on_text` is called with each piece of the text as it comes. `sampling` is greedy if left out, `boxes` one of
-    detection.CONVENTIONS, `constrain` one of the grammars of grammar.HELP. The text begins with `start`; with `lookup`
+    detection.CONVENTIONS; of a `grammar` only what it allows is drawn. The text begins with `start`; with `lookup`
     labels and words that come again are guessed, which changes the time alone. Raises PaliGemmaError if the prompt
-    does not fit, if there is no such grammar or no such answer in it, or if the logits are not finite.
+    does not fit, if the grammar has no such answer, or if the logits are not finite.
 
     A `search` takes the place of `sampling`, and of the last three; what it finds comes in one piece.
     """
-    found = Grammar(constrain, tokenizer) if constrain else None
     answer_questions = partial(
-        answer_all, engine, tokenizer, sampling=sampling, boxes=boxes, grammar=found, start=tokenizer.encode(start),
+        answer_all, engine, tokenizer, sampling=sampling, boxes=boxes, grammar=grammar, start=tokenizer.encode(start),
         lookup=lookup, search=search,
     )  # fmt: skip
     pictures = pictures_of(image)

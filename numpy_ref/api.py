@@ -6,7 +6,7 @@ The commands answer through it.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -19,7 +19,7 @@ from .answer import Album, Answer, Picture, Question
 from .detection import CONVENTIONS
 from .engine import Engine
 from .errors import PaliGemmaError
-from .grammar import Grammar
+from .grammar import GRAMMARS, Grammar
 from .image import open_image, to_rgb
 from .model.sampling import COLDEST, Sampling
 from .search import search_of
@@ -60,6 +60,7 @@ class PaliGemma:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, transparency: str = "white"):
         self.engine, self.tokenizer, self.transparency = engine, tokenizer, transparency
+        self._grammar = lru_cache(GRAMMARS)(partial(Grammar, tokenizer=tokenizer))
 
     def answer(
         self,
@@ -106,28 +107,32 @@ class PaliGemma:
 
     def _answer_one(self, pictures, prompt, stream, options) -> Answer:
         on_text = _print if stream is True else stream or None
-        how, most = _how(options), options.get("max_new_tokens")
         return answering.answer(
-            self.engine, self.tokenizer, pictures, prompt, max_new_tokens=most, on_text=on_text, **how,
-            constrain=options.get("constrain"), start=options.get("start", ""), lookup=options.get("lookup", False),
+            self.engine, self.tokenizer, pictures, prompt, max_new_tokens=options.get("max_new_tokens"),
+            on_text=on_text, start=options.get("start", ""), **self._how(options),
         )  # fmt: skip
 
     def _answer_batch(self, asked, options) -> list[Answer]:
         """(pictures, prompt) pairs -> answers; those with equally many pictures go through the model together."""
-        how, most = _how(options), options.get("max_new_tokens")
+        how, most = self._how(options), options.get("max_new_tokens")
         questions = [
             Question(*answering.fit(self.engine, self.tokenizer, prompt, most, len(pictures)), pictures)
             for pictures, prompt in asked
         ]
-        constrain, start = options.get("constrain"), self.tokenizer.encode(options.get("start", ""))
-        how |= {"grammar": Grammar(constrain, self.tokenizer) if constrain else None, "start": start}
-        how |= {"lookup": options.get("lookup", False)}
+        how["start"] = self.tokenizer.encode(options.get("start", ""))
         found: dict[int, Iterator[Answer]] = {}
         for count in {len(each.pictures) for each in questions}:
             same = [each for each in questions if len(each.pictures) == count]
             seeds = [how["sampling"].seed] * len(same)
             found[count] = iter(answering.answer_all(self.engine, self.tokenizer, same, **how, seeds=seeds))
         return [next(found[len(each.pictures)]) for each in questions]
+
+    def _how(self, options) -> dict:
+        """Options as the functions of `answer` take them. Raises PaliGemmaError where one has no such value."""
+        constrain = options.get("constrain")
+        return _checked(options) | {
+            "grammar": self._grammar(constrain) if constrain else None, "lookup": options.get("lookup", False),
+        }  # fmt: skip
 
 
 class AboutPicture:
@@ -213,8 +218,8 @@ class _Same:
         return isinstance(other, _Same) and self.value is other.value
 
 
-def _how(options: Options) -> dict:
-    """Options as the functions of `answer` take them. Raises PaliGemmaError where one has no such value."""
+def _checked(options: Options) -> dict:
+    """Sampling, boxes and search. Raises PaliGemmaError where an option has no such value."""
     if unknown := options.keys() - Options.__annotations__.keys():
         names = ", ".join(Options.__annotations__)
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}; there are {names}")

@@ -48,6 +48,7 @@ from .tokenizer import LOCATIONS, SEGMENTS, Tokenizer
 HELP = "detect[:A;B], segment[:A;B], choice:A|B, number or regex:PATTERN"
 LONGEST_RUN = 32  # tokens that are guessed at once
 KEPT = 256  # masks of states that are remembered
+GRAMMARS = 32  # that whoever answers with several remembers: one takes time to make, with a large vocabulary
 FAR = np.iinfo(np.int32).max
 
 

@@ -16,6 +16,7 @@ from numpy_ref.checkpoint import SHIPPED
 from numpy_ref.engine import NumpyEngine
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import Timings, answers, generate, look_up
+from numpy_ref.grammar import Grammar
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.scenes import evaluate
@@ -199,13 +200,23 @@ def test_a_start_counts_among_the_tokens(float32):
 
 def test_a_start_has_to_fit_the_grammar(float32):
     engine, picture = Session(bundle.load(float32), "cpu"), open_image(EXAMPLE)
-    found = answer(engine, TOKENIZER, picture, "detect star", start="<loc0100>", constrain="detect:star")
+    found = answer(
+        engine, TOKENIZER, picture, "detect star", start="<loc0100>", grammar=Grammar("detect:star", TOKENIZER)
+    )
     assert found.text.startswith("<loc0100>")
     assert found.boxes[0].label == "star"
     with pytest.raises(PaliGemmaError, match="no such answer begins with 'a star'"):
-        answer(engine, TOKENIZER, picture, "detect star", start="a star", constrain="detect:star")
+        answer(engine, TOKENIZER, picture, "detect star", start="a star", grammar=Grammar("detect:star", TOKENIZER))
     with pytest.raises(PaliGemmaError, match="the shortest such answer has 5 tokens, and --max-new-tokens is 4"):
-        answer(engine, TOKENIZER, picture, "detect star", start="<loc0100>", constrain="detect:star", max_new_tokens=4)
+        answer(
+            engine,
+            TOKENIZER,
+            picture,
+            "detect star",
+            start="<loc0100>",
+            grammar=Grammar("detect:star", TOKENIZER),
+            max_new_tokens=4,
+        )
 
 
 def test_the_score_of_an_answer_is_that_of_its_tokens(float32):
@@ -259,10 +270,14 @@ def test_the_commands_print_it(capsys, float32):
 
 def test_an_older_bundle_decodes_one_by_one(older):
     picture, session = open_image(EXAMPLE), Session(older, "cpu")
-    expected = answer(NumpyEngine(checkpoint.load()), TOKENIZER, picture, "detect star", constrain="detect:star")
+    expected = answer(
+        NumpyEngine(checkpoint.load()), TOKENIZER, picture, "detect star", grammar=Grammar("detect:star", TOKENIZER)
+    )
     for kind in (Session, HostSession):
         session = kind(older, "cpu")
-        found = answer(session, TOKENIZER, picture, "detect star", constrain="detect:star", lookup=True)
+        found = answer(
+            session, TOKENIZER, picture, "detect star", grammar=Grammar("detect:star", TOKENIZER), lookup=True
+        )
         assert found.tokens == expected.tokens
         assert found.timings.passes >= len(found.tokens)
         assert len(score(session, TOKENIZER, picture, "detect star", "a star")[1]) == 3
@@ -278,7 +293,7 @@ def test_an_older_bundle_on_a_device_says_what_it_needs(older):
     with pytest.raises(
         PaliGemmaError, match="no graph that draws what a grammar allows, as newer bundles have; export"
     ):
-        answer(engine, TOKENIZER, picture, "caption en", constrain="choice:yes|no")
+        answer(engine, TOKENIZER, picture, "caption en", grammar=Grammar("choice:yes|no", TOKENIZER))
 
 
 def test_the_graph_is_opened_when_it_is_needed(float32, tmp_path):

@@ -365,7 +365,9 @@ def test_grammars_are_kept_row_by_row(model, sampling, spec):
     """A constrained answer is the one alone, and its neighbours do not notice."""
     engine, tokenizer, pictures, alone = model
     image = open_image(SHIPPED / "example.png")
-    expected = answering.answer(engine, tokenizer, image, "caption en", sampling=sampling, constrain=spec)
+    expected = answering.answer(
+        engine, tokenizer, image, "caption en", sampling=sampling, grammar=Grammar(spec, tokenizer)
+    )
     scheduler = Scheduler(Slots(engine, 4, engine.max_length), tokenizer.known(), engine.config.ends)
     events, others = [], []
     constraint, ids = Constraint(Grammar(spec, tokenizer), 64), tokenizer.prompt("caption en")

@@ -32,6 +32,7 @@ from export.session import load
 from numpy_ref import answer as answering
 from numpy_ref import cli
 from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.grammar import Grammar
 from numpy_ref.image import open_image
 from numpy_ref.model.sampling import Sampling
 
@@ -91,8 +92,9 @@ def alone():
     engine, tokenizer = load(bundle.shipped().path, "cpu", 1)
     image = open_image(SHIPPED / "example.png")
 
-    def answer(prompt, sampling=None, image=image, **keywords):
-        return answering.answer(engine, tokenizer, image, prompt, sampling=sampling, **keywords)
+    def answer(prompt, sampling=None, image=image, constrain=None, **keywords):
+        grammar = Grammar(constrain, tokenizer) if constrain else None
+        return answering.answer(engine, tokenizer, image, prompt, sampling=sampling, grammar=grammar, **keywords)
 
     return answer
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy_ref import cli
 from numpy_ref.answer import Answer, Picture
 from numpy_ref.errors import PaliGemmaError, explained
 from numpy_ref.generate import Timings
-from numpy_ref.grammar import Grammar
+from numpy_ref.grammar import GRAMMARS, Grammar
 from numpy_ref.grammar import State as GrammarState
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.tokenizer import Tokenizer, beginnings
@@ -28,7 +28,6 @@ from .slots import Slots
 from .text import StoppingText
 
 PREPARING = 2  # threads that decode pictures: the engine needs the cores too
-GRAMMARS = 32  # that are kept
 BROKEN_AFTER = 5  # failures in a row, from which on it is the engine that is broken and not the requests
 
 
@@ -167,7 +166,7 @@ class Worker:
         self._preparing: set[int] = set()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(PREPARING)
-        self._grammar = lru_cache(GRAMMARS)(lambda spec: Grammar(spec, tokenizer))
+        self._grammar = lru_cache(GRAMMARS)(partial(Grammar, tokenizer=tokenizer))
         self.thread = threading.Thread(target=self.scheduler.run, daemon=True)
 
     def start(self) -> None:
