@@ -21,6 +21,7 @@ import numpy as np
 
 from numpy_ref.answer import Picture
 from numpy_ref.errors import PaliGemmaError, explained
+from numpy_ref.model import sampling as sampler
 from numpy_ref.model.sampling import Sampling
 
 #: Why an answer ended. The first two are OpenAI's names.
@@ -301,7 +302,7 @@ class Scheduler:
         """Row -> its likeliest ids with their log-probabilities, where they are wanted."""
         if not any(each.top for each in rows):
             return {}
-        values = self.slots.on_host(logits).astype(np.float32)
+        values = self.slots.on_host(logits)
         return {row: likeliest(values[row], each.top) for row, each in enumerate(rows) if each.top}
 
     def _free(self, row, reason, error=""):
@@ -322,9 +323,7 @@ class Scheduler:
 
 
 def likeliest(logits: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
-    """The likeliest ids of logits [V], each with its log-probability, as `sampling.log_probability` has it."""
-    shifted = logits - logits.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum())
-    best = np.argpartition(-logprobs, min(count, len(logprobs)) - 1)[:count]
-    best = best[np.lexsort((best, -logprobs[best]))]
-    return tuple((int(token), float(logprobs[token])) for token in best)
+    """The likeliest ids of logits [V], each with its log-probability, by `sampling.likeliest`."""
+    every, no_ends = np.ones(len(logits), bool), np.zeros(0, np.int64)
+    ids, logprobs, _ = sampler.likeliest(logits[None], every, min(count, len(logits)), no_ends)
+    return tuple(zip(ids[0].tolist(), logprobs[0].tolist(), strict=True))
