@@ -80,6 +80,11 @@ def read_json(file: Path) -> Any:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
+def json_bytes(value: Any) -> bytes:
+    """The contents of a JSON file, to be read by people too."""
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling that becomes `path` if all goes well, and vanishes if not.

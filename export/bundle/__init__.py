@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import Checkpoint, hub, kinds
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.errors import PaliGemmaError, note
-from numpy_ref.files import absent, new_directory, opened, read_json, within
+from numpy_ref.files import absent, json_bytes, new_directory, opened, read_json, within
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer, known_ids, read_contents
 from numpy_ref.tokenizer.convert import convert
@@ -96,7 +95,7 @@ class Contents:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file; of the description before `--verify` adds its table, of the example before its answer."""
         sizes = {name: file.bytes for name, file in self.description.files.items()}
-        return {**sizes, DESCRIPTION: len(_as_json(self.description))}
+        return {**sizes, DESCRIPTION: len(json_bytes(self.description.to_json()))}
 
 
 def plan(
@@ -207,7 +206,7 @@ def write(
         description = replace(description, files=files)
         if verify:
             description = replace(description, parity=verify(Bundle(folder, description), checkpoint))
-        (folder / DESCRIPTION).write_bytes(_as_json(description))
+        (folder / DESCRIPTION).write_bytes(json_bytes(description.to_json()))
     if prepacked:
         for graph in WITH_WEIGHTS:
             prepack.remember(output / description.graphs[graph].file, description.files[weights.FILE].sha256)
@@ -384,10 +383,6 @@ def _models(checkpoint, tokenizer, placed, dtype, operators, residual) -> dict:
 
 def _warn(message) -> None:
     note(f"export-onnx: warning: {message}")
-
-
-def _as_json(description) -> bytes:
-    return (json.dumps(description.to_json(), indent=1) + "\n").encode()
 
 
 def _progress(label, total):

@@ -110,7 +110,7 @@ def prepare(
         graph(names[1], module.embedding, graphs.TABLE),
         graph(names[2], graphs.merged_model, graphs.DECODER[config.text.tied]),
         _tokenizer_files(checkpoint)
-        | {path: as_json(contents) for path, contents in module.configuration(checkpoint, config).items()},
+        | {path: files.json_bytes(contents) for path, contents in module.configuration(checkpoint, config).items()},
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def write(
         if name == TRANSFORMERS_JS:
             client = transformers_js.of_client([*before.get("precisions", {}), precision])
             config = json.loads(made["config.json"]) | {transformers_js.CLIENT: client}
-            made = made | {"config.json": as_json(config)}
+            made = made | {"config.json": files.json_bytes(config)}
         for path, contents in made.items():
             (folder / path).write_bytes(contents)
         written = [path for graph in layout.graphs for path in (graph.file, graph.data)]
@@ -164,7 +164,7 @@ def write(
             for path in written
         }
         record = {"layout": name, "checkpoint": mark, "precisions": {**before.get("precisions", {}), precision: entry}}
-        (folder / RECORD).write_bytes(as_json(record))
+        (folder / RECORD).write_bytes(files.json_bytes(record))
     if "tokenizer.json" not in layout.made:
         note(f"export-onnx: warning: {checkpoint.path} has no tokenizer that {name} can read; it knows only ids")
 
@@ -209,7 +209,7 @@ def _tokenizer_files(checkpoint) -> dict[str, bytes]:
         contents = convert(read_contents(checkpoint.folder / "tokenizer.model"), checkpoint.config)
     if contents is None:
         return {}
-    described = found.get("tokenizer_config.json") or as_json(TOKENIZER)
+    described = found.get("tokenizer_config.json") or files.json_bytes(TOKENIZER)
     return {"tokenizer.json": contents, "tokenizer_config.json": described}
 
 
@@ -218,8 +218,3 @@ TOKENIZER = {
     "tokenizer_class": "GemmaTokenizer", "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>",
     "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "processor_class": "PaliGemmaProcessor",
 }  # fmt: skip
-
-
-def as_json(contents: object) -> bytes:
-    """The bytes of a JSON file."""
-    return (json.dumps(contents, indent=1) + "\n").encode()

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..config import PaliGemmaConfig, check
 from ..errors import PaliGemmaError, listed, note
-from ..files import new_directory, new_file, read_json, within
+from ..files import json_bytes, new_directory, new_file, read_json, within
 from . import adapter as adapters
 from . import hub, kinds
 from .blocks import dtypes
@@ -364,7 +364,7 @@ def companions(checkpoint: Checkpoint, tokenizer: str | Path | None = None) -> d
     files = {file.name: read_contents(file) for file in found}
     if from_npz:
         picture = resize_to_hf(checkpoint.resize, checkpoint.config.vision)
-        files["preprocessor_config.json"] = (json.dumps(picture, indent=1) + "\n").encode()
+        files["preprocessor_config.json"] = json_bytes(picture)
     if tokenizer:
         backend = Json if Path(tokenizer).suffix == ".json" else SentencePiece
         contents = read_contents(tokenizer)

@@ -1,6 +1,5 @@
 """Fine-tuning from the command line's arguments: what is loaded, trained and saved, and what `--plan` says of it."""
 
-import json
 import math
 import shutil
 from argparse import Namespace
@@ -16,6 +15,7 @@ from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.safetensors import map_safetensors
 from numpy_ref.engine import MaskDecoder
 from numpy_ref.errors import PaliGemmaError, note
+from numpy_ref.files import json_bytes
 from numpy_ref.model import segmentation
 from numpy_ref.tokenizer import Tokenizer
 
@@ -158,7 +158,7 @@ def save(arguments: Namespace, run: Run, curve: list, validation: Validation | N
     """Write a checkpoint, or an adapter, with the record of its training beside it."""
     written = record(arguments, run, curve, validation, tested)
     files = {
-        "training.json": (json.dumps(written, indent=1) + "\n").encode(),
+        "training.json": json_bytes(written),
         LOG: (state_folder(arguments.output) / LOG).read_bytes(),
     }
     for name, row in [("best validation", validation and validation.best()), ("test", tested)]:

@@ -26,7 +26,7 @@ from PIL.Image import Image
 from numpy_ref import checkpoint, cli, scenes
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
 from numpy_ref.errors import PaliGemmaError
-from numpy_ref.files import absent, claimed, read_json
+from numpy_ref.files import absent, claimed, json_bytes, read_json
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import SentencePiece, Tokenizer
@@ -162,7 +162,7 @@ def make(arguments: Namespace) -> int:
         "tokenizer.model": tokenizer_model,
         **tokenizer_training.foreign_files(tokenizer_model, model.config.vision),
         codec_file.name: codec_file.read_bytes(),
-        "training.json": (json.dumps(record, indent=1) + "\n").encode(),
+        "training.json": json_bytes(record),
         "example.png": png(example_picture()),
     }
     checkpoint.save(arguments.output, model.config, to_params(model), files)
