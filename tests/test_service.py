@@ -351,6 +351,16 @@ def test_what_is_no_form(base, body, kind, status):
     assert found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("left", [0, 20, 60, 200])
+def test_forms_that_are_cut_off(base, left):
+    picture = {"image": ("a.png", b"x" * 100), "max_new_tokens": (None, "3")}  # the last part is a field, or a file
+    for files in (picture, dict(reversed(picture.items()))):
+        whole = httpx.Request("POST", f"{base}/v1/answer", data={"prompt": "caption en"}, files=files)
+        body = whole.read()[: -left - 4]
+        found = httpx.post(whole.url, content=body, headers={"content-type": whole.headers["content-type"]})
+        assert (found.status_code, "last boundary" in found.json()["error"]["message"]) == (400, True)
+
+
 # --- what people send --------------------------------------------------------------------------------------
 
 

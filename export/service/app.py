@@ -314,6 +314,8 @@ class Service:
 
         async def once():
             yield body
+            if not parser.ended:  # raised here, the parser closes what it has opened
+                raise MultiPartException("it ends before its last boundary")
 
         try:
             parser = _FormParser(request.headers, once(), max_files=64, max_fields=64, max_part_size=2**20)
@@ -404,6 +406,10 @@ class Events(StreamingResponse):
 
 class _FormParser(MultiPartParser):
     spool_max_size = 2**30  # the body is in memory as it is
+    ended = False  # whether the last boundary was seen: without it, the last part would be left out in silence
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 def sse(event: dict) -> str:

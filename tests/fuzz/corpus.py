@@ -334,5 +334,7 @@ def service() -> list[bytes]:
     form = line % (BOUNDARY, b"image", b'; filename="a.png"', file.getvalue())
     form += b"".join(line % (BOUNDARY, name.encode(), b"", value) for name, value in fields.items())
     raw = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\nConnection: close\r\n\r\n"
+    forms = [form + b"--%s--\r\n" % BOUNDARY, form[: form.index(b"\r\n--")]]  # the second is cut off within its picture
     paths = [b"%s\n%s" % (SERVICE_PATHS[0], body) for body in bodies]
-    return [*paths, b"%s\n%s--%s--\r\n" % (SERVICE_PATHS[1], form, BOUNDARY), b"raw\n" + raw]
+    paths += [b"%s\n%s" % (SERVICE_PATHS[1], form) for form in forms]
+    return [*paths, b"raw\n" + raw]
