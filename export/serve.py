@@ -153,6 +153,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: ThreadingHTTPServer
     timeout = 30  # seconds that a silent connection is kept
+    disable_nagle_algorithm = True  # or a body waits for the browser's word that it has the headers
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "run-onnx", ""
 

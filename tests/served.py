@@ -1,27 +1,19 @@
 """The service on a free port of this machine, for tests."""
 
 import asyncio
-import socket
 import threading
 from contextlib import contextmanager
 
 import uvicorn
 
+from export.service.address import bind
 from export.service.app import build
-
-
-def listening(host="127.0.0.1"):
-    """A socket with a port of its own."""
-    found = socket.socket()
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    found.bind((host, 0))
-    return found
 
 
 @contextmanager
 def running(backend, options):
     """The base URL of a service over a backend, which is started and stopped with it."""
-    place, started, stop = listening(), threading.Event(), None
+    place, started, stop = bind("127.0.0.1", 0), threading.Event(), None
 
     async def main():
         nonlocal stop

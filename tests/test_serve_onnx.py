@@ -1,5 +1,6 @@
 """The command serve-onnx: how it starts and refuses to, how it stops, and what becomes of a worker that is killed."""
 
+import asyncio
 import json
 import os
 import signal
@@ -237,6 +238,26 @@ def test_a_bundle_that_cannot_be_run_ends_it_in_one_line(copy):
                                                 ("0.0.0.0", False), ("::", False), ("192.168.1.1", False), ("host", False)])  # fmt: skip
 def test_addresses_of_this_machine_alone(host, expected):
     assert address.is_loopback(host) == expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_tokens_are_sent_as_they_come(host):
+    """A second small part waits for 40 ms, until the first is acknowledged, unless the connection has no delay."""
+    found = []
+
+    async def main():
+        async def answered(_, writer):
+            found.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(answered, sock=address.bind(host, 0)) as server:
+            name = server.sockets[0].getsockname()
+            reader, writer = await asyncio.open_connection(*name[:2])
+            await reader.read()
+            writer.close()
+
+    asyncio.run(main())
+    assert found == [1]
 
 
 def test_keys():

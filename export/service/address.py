@@ -20,8 +20,9 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket with an address, which does not listen yet. Raises PaliGemmaError if it cannot have it."""
     with ExitStack() as stack:
         try:
-            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            found = stack.enter_context(socket.socket(family, kind))
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            # asyncio sends small parts at once, without waiting for acknowledgements, only if it is told that this is TCP
+            found = stack.enter_context(socket.socket(family, kind, protocol))
             if os.name == "posix":
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
