@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from export import benchmark, bundle, verify
+from export.benchmark import peer_service, serve
 from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED
@@ -168,3 +169,29 @@ def test_memory_of_this_process():
     block = np.ones(50_000_000)
     assert benchmark.proportional(os.getpid()) - before > 0.9 * block.nbytes
     assert benchmark.proportional(2**30) == 0
+
+
+def test_services_side_by_side(capsys):
+    serve.main(["--clients", "1", "2", "--requests", "4", "--rounds", "1", "--beside-transformers", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("same_answers") == 1
+    assert list(found) == ["serve-onnx", "transformers"]
+    for figures in found.values():
+        assert list(figures) == ["1", "2"]
+        assert all(figure > 0 for by_count in figures.values() for figure in by_count.values())
+
+
+def test_a_table_of_services():
+    run = serve.Run(seconds=2, requests=4, tokens=8, first=[0.1] * 4, gaps=[0.01] * 4)
+    lines = serve.table({"a": {1: run.figures(), 8: {**run.figures(), "requests_per_s": 5.0}}}).splitlines()
+    assert lines[2].split() == ["a", "1", "2", "1.00", "100.0", "100.0", "100.0", "10.0", "10.0", "10.0"]
+    assert lines[3].split()[:4] == ["a", "8", "5", "2.50"]
+
+
+def test_services_that_cannot_be_compared(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        serve.main([str(tmp_path), "--beside-transformers"])
+    assert "a bundle is no checkpoint" in capsys.readouterr().err
+    monkeypatch.setattr(peer_service, "NEEDED", ("no_such_package",))
+    with pytest.raises(PaliGemmaError, match="needs no_such_package: pip install"):
+        serve.main(["--beside-transformers"])

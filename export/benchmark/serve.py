@@ -2,7 +2,8 @@
 
 Starts the service, and lets so many clients ask it about a picture of their own each time, streamed, one request
 behind the other. The numbers of clients take turns, since the machine's speed drifts; one client is the same requests
-one after another. Prints requests a second, and the times to the first token and between tokens, in milliseconds.
+one after another. With --beside-transformers, so does `transformers serve` on the same weights. Prints requests a
+second, and the times to the first token and between tokens, in milliseconds.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ from numpy_ref.errors import PaliGemmaError, plural
 
 from ..bundle.weights import PRECISIONS
 from ..measure import entry, synthetic, watch
+from . import peer_service
 
 PROG = "python -m export.benchmark serve"
 SERVE = "from export.service.command import serve_main; serve_main()"
@@ -46,6 +49,7 @@ class Run:
     tokens: int = 0
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     def add(self, other: "Run") -> None:
         """Take in another run of as many clients."""
@@ -54,6 +58,7 @@ class Run:
         self.tokens += other.tokens
         self.first += other.first
         self.gaps += other.gaps
+        self.texts += other.texts
 
     def figures(self) -> dict:
         """Requests and tokens a second, and percentiles in milliseconds."""
@@ -66,19 +71,32 @@ class Run:
         return {**{name: round(value, 3) for name, value in rates.items()}, **times}
 
 
-def measure(port: int, counts: Sequence[int], requests: int, rounds: int, prompt: str, tokens: int) -> dict[int, Run]:
-    """Number of clients -> what they saw in all rounds. The first round of each warms up."""
-    runs, bodies = {count: Run() for count in counts}, bodies_of(prompt, tokens)
+def measure(
+    services: dict[str, tuple[int, str | None]],
+    counts: Sequence[int],
+    requests: int,
+    rounds: int,
+    bodies: Iterator[dict],
+) -> dict[str, dict[int, Run]]:
+    """Name of a service -> number of clients -> what they saw in all rounds. The first round of each warms up.
+
+    A service is its port, and what it calls the model, if a request must name it.
+    """
+    runs = {name: {count: Run() for count in counts} for name in services}
     for i in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
-        for count, run in runs.items():
-            each = max(1, requests // count)
-            found = asyncio.run(clients(port, count, each if i else 1, bodies))
-            if i:
-                run.add(found)
+        for count in counts:
+            each = max(1, requests // count) if i else 1
+            for name, (port, model) in services.items():
+                asked = [
+                    [json.dumps({**next(bodies), "model": model}).encode() for _ in range(each)] for _ in range(count)
+                ]
+                found = asyncio.run(clients(port, asked))
+                if i:
+                    runs[name][count].add(found)
     return runs
 
 
-def bodies_of(prompt: str, tokens: int) -> Iterator[bytes]:
+def bodies_of(prompt: str, tokens: int) -> Iterator[dict]:
     """Without end, requests about pictures that differ in a pixel: none is in the service's cache."""
     pixels = np.array(Image.open(SHIPPED / "example.png").convert("RGB"))
     for i in range(pixels.shape[0] * pixels.shape[1]):
@@ -88,14 +106,13 @@ def bodies_of(prompt: str, tokens: int) -> Iterator[bytes]:
         url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         parts = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": url}}]
         messages = [{"role": "user", "content": parts}]
-        yield json.dumps({"messages": messages, "stream": True, "max_tokens": tokens}).encode()
+        yield {"messages": messages, "stream": True, "max_tokens": tokens}
 
 
-async def clients(port: int, count: int, each: int, bodies: Iterator[bytes]) -> Run:
-    """So many clients that ask `each` times."""
-    run, mine = Run(requests=count * each), [[next(bodies) for _ in range(each)] for _ in range(count)]
-    started = time.perf_counter()
-    await asyncio.gather(*(client(port, asked, run) for asked in mine))
+async def clients(port: int, asked: Sequence[Sequence[bytes]]) -> Run:
+    """Clients at a time, each with the bodies of its requests."""
+    run, started = Run(requests=sum(map(len, asked))), time.perf_counter()
+    await asyncio.gather(*(client(port, each, run) for each in asked))
     run.seconds = time.perf_counter() - started
     return run
 
@@ -106,22 +123,33 @@ async def client(port: int, bodies: Sequence[bytes], run: Run) -> None:
     try:
         for body in bodies:
             began = time.perf_counter()
-            head = (
-                f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
+            fields = "Content-Type: application/json\r\nContent-Length"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{fields}: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
-            times = [began]
-            while (line := await reader.readline()) != b"data: [DONE]\n":
+            times, text = [], ""
+            if b" 200 " not in (status := await reader.readline()):
+                await reader.readuntil(b"\r\n\r\n")
+                reason = await reader.read(500)
+                raise PaliGemmaError(f"a service failed: {status.decode().strip()} {reason.decode(errors='replace')}")
+            while (line := await reader.readline()) != b"0\r\n":  # the length of the last chunk
                 if not line or b'"error"' in line:
-                    raise PaliGemmaError(f"the service failed: {line.decode(errors='replace').strip() or 'it is gone'}")
-                if line.startswith(b"data: ") and b'"content": ""' not in line and b'"delta": {}' not in line:
+                    raise PaliGemmaError(f"a service failed: {line.decode(errors='replace').strip() or 'it is gone'}")
+                if line.startswith(b"data: {") and (piece := text_of(line)):
                     times.append(time.perf_counter())
-            await reader.readuntil(b"\r\n0\r\n\r\n")
-            run.tokens += len(times) - 1
-            run.first.append(times[1] - began)
-            run.gaps += np.diff(times[1:]).tolist()
+                    text += piece
+            await reader.readline()
+            run.tokens += len(times)
+            run.texts.append(text)
+            run.first += [times[0] - began] if times else []
+            run.gaps += np.diff(times).tolist()
     finally:
         writer.close()
+
+
+def text_of(line: bytes) -> str:
+    """The piece of an answer that a server-sent event brings."""
+    choices = json.loads(line[len(b"data: ") :])["choices"]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
 @contextmanager
@@ -143,29 +171,39 @@ def service(bundle: Path | None, options: Sequence[object]) -> Iterator[tuple[su
         process.communicate()
 
 
-def written(folder: Path, variant: str, layers: int | None, precision: str, prepack: bool) -> Path:
-    """A bundle of a random checkpoint of a released shape, with the shipped model's tokenizer."""
+def written(folder: Path, variant: str, layers: int | None, precision: str, prepack: bool) -> tuple[Path, Path]:
+    """A random checkpoint of a released shape, with the shipped model's tokenizer, and its bundle."""
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     synthetic(checkpoint, variant, layers, "--dtype", "bfloat16", with_tokenizer=True)
     options = ["--precision", precision, *(["--prepack"] if prepack else [])]
     watch(entry("export_main", checkpoint, "--output", bundle, *options))
-    shutil.rmtree(checkpoint)
-    return bundle
+    return checkpoint, bundle
 
 
-def table(figures: dict[int, dict]) -> str:
-    """A line for each number of clients."""
-    one = figures[min(figures)]["requests_per_s"]
+def alike(runs: dict[str, dict[int, Run]]) -> float:
+    """The share of answers that all services gave alike, for one client: it asks all of the same pictures, nearly."""
+    one, *others = (Counter(by_count[min(by_count)].texts) for by_count in runs.values())
+    same = one
+    for other in others:
+        same = same & other
+    return same.total() / one.total()
+
+
+def table(figures: dict[str, dict[int, dict]]) -> str:
+    """A line for each service and number of clients; the ratio is to one client of the same service."""
     lines = [
-        f"{'':>8}{'requests':>10}{'':>7}{'first token, ms':>26}{'between tokens, ms':>27}",
-        f"{'clients':>8}{'a second':>10}{'ratio':>7}" + 2 * f"{'median':>10}{'p95':>8}{'p99':>8}",
+        f"{'':>25}{'requests':>10}{'':>7}{'first token, ms':>26}{'between tokens, ms':>27}",
+        f"{'':<16}{'clients':>9}{'a second':>10}{'ratio':>7}" + 2 * f"{'median':>10}{'p95':>8}{'p99':>8}",
     ]
-    for count, found in figures.items():
-        times = "".join(
-            f"{found[f'{name}_median']:>10.1f}{found[f'{name}_p95']:>8.1f}{found[f'{name}_p99']:>8.1f}"
-            for name in ("first_ms", "gap_ms")
-        )
-        lines.append(f"{count:>8}{found['requests_per_s']:>10.2f}{found['requests_per_s'] / one:>7.2f}{times}")
+    for service_name, by_count in figures.items():
+        one = by_count[min(by_count)]["requests_per_s"]
+        for count, found in by_count.items():
+            times = "".join(
+                f"{found[f'{name}_median']:>10.1f}{found[f'{name}_p95']:>8.1f}{found[f'{name}_p99']:>8.1f}"
+                for name in ("first_ms", "gap_ms")
+            )
+            rate = found["requests_per_s"]
+            lines.append(f"{service_name:<16}{count:>9}{rate:>10.3g}{rate / one:>7.2f}{times}")
     return "\n".join(lines)
 
 
@@ -185,26 +223,41 @@ def main(argv=None):
     options.add_argument("--gap", type=cli.real(0), default=0.25, help="of the service (0.25)")
     options.add_argument("--threads", type=on_cores(0), default=0, help="of the service, 0 for all (0)")
     options.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (auto)")
+    options.add_argument("--beside-transformers", action="store_true", help="measure `transformers serve` in turns")
     options.add_argument("--folder", type=Path, help="with --variant: a new folder to work in (a temporary one)")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = options.parse_args(argv)
+    if arguments.beside_transformers:
+        if arguments.bundle:
+            options.error("--beside-transformers: give --variant, or no BUNDLE: a bundle is no checkpoint")
+        peer_service.check_installed()
     with ExitStack() as stack:
-        bundle = arguments.bundle
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        checkpoint, bundle, dtype = SHIPPED, arguments.bundle, "float32"
         if arguments.variant:
-            folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             with_prepack = arguments.precision, arguments.prepack
-            bundle = written(folder, arguments.variant, arguments.layers, *with_prepack)
+            checkpoint, bundle = written(folder, arguments.variant, arguments.layers, *with_prepack)
+            dtype = "bfloat16"
         passed_on = ("slots", "gap", "threads", "provider")
         settings = [part for name in passed_on for part in (f"--{name}", getattr(arguments, name))]
         _, port = stack.enter_context(service(bundle, [*settings, "--timeout", 3600]))
-        runs = measure(
-            port, sorted(arguments.clients), arguments.requests, arguments.rounds, arguments.prompt, arguments.tokens
-        )
-    figures = {count: run.figures() for count, run in runs.items()}
+        services: dict[str, tuple[int, str | None]] = {"serve-onnx": (port, None)}
+        if arguments.beside_transformers:
+            peer_service.prepare(checkpoint, folder / "transformers")
+            serving = peer_service.serving(folder / "transformers", dtype, arguments.threads)
+            services["transformers"] = stack.enter_context(serving), str(folder / "transformers")
+        elif arguments.variant:
+            shutil.rmtree(checkpoint)
+        bodies = bodies_of(arguments.prompt, arguments.tokens)
+        runs = measure(services, sorted(arguments.clients), arguments.requests, arguments.rounds, bodies)
+    same = None if arguments.variant or not arguments.beside_transformers else alike(runs)
+    figures = {name: {count: run.figures() for count, run in found.items()} for name, found in runs.items()}
     if arguments.json:
-        print(json.dumps(figures))
+        print(json.dumps(figures if same is None else {**figures, "same_answers": same}))
     else:
         threads = arguments.threads or os.cpu_count() or 1
-        print(f"{plural(threads, 'thread')}, {plural(arguments.slots, 'slot')}, {arguments.rounds} rounds")
+        print(f"{plural(threads, 'thread')}, {plural(arguments.slots, 'slot')}, {plural(arguments.rounds, 'round')}")
         print(table(figures))
+        if same is not None:
+            print(f"{same:.1%} of the answers are the same")
     return 0

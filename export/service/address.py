@@ -21,7 +21,7 @@ def bind(host: str, port: int) -> socket.socket:
     with ExitStack() as stack:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            # asyncio sends small parts at once, without waiting for acknowledgements, only if it is told that this is TCP
+            # told that this is TCP, asyncio sends a small part without waiting until the last one is acknowledged
             found = stack.enter_context(socket.socket(family, kind, protocol))
             if os.name == "posix":
                 found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
