@@ -141,6 +141,24 @@ def test_a_worker_that_is_killed_loses_only_its_requests():
         assert errors == "serve-onnx: a worker stopped (exit code -9); another is started\n"
 
 
+def test_a_worker_that_hangs_is_stopped_and_another_takes_over():
+    with started("--no-log", "--timeout", "1") as (process, url):
+        assert ask(url).status_code == 200
+        hung = worker_of(process)
+        os.kill(hung, signal.SIGSTOP)
+        with ThreadPoolExecutor(3) as pool:
+            found = [each.result(90) for each in [pool.submit(ask, url) for _ in range(3)]]
+        assert {(each.status_code, each.json()["error"]["code"]) for each in found} == {(503, "worker_lost")}
+        end = time.monotonic() + 60
+        while ask(url).status_code != 200:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert worker_of(process) != hung
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        assert errors == "serve-onnx: a worker stopped (exit code -9); another is started\n"
+
+
 def test_workers_go_when_the_service_is_killed():
     with started("--no-log", "--workers", "2") as (process, url):
         assert ask(url).status_code == 200
