@@ -687,3 +687,56 @@ def test_a_search_stays_on_the_device(bundles, kind, capture):
     if capture == "1":
         first, second, third, fourth = (log[f"decode {step}"].replays[0].graph for step in range(4))
         assert first == third != second == fourth
+
+
+# --- a service ---------------------------------------------------------------------------------------------
+
+SERVICE = """
+from export.service.slots import Slots
+from numpy_ref.answer import Picture
+engine = open_bundle(sys.argv[1], enable_cuda_graph=sys.argv[2])
+config, size = engine.config, engine.config.vision.image_size
+slots, known = Slots(engine, 4, 80), np.ones(config.text.vocab, bool)
+prompt = [config.image_token] * config.vision.patches + [config.bos, 5]
+pictures = [Picture(np.zeros((1, 3, size, size), np.float32), size, size) for _ in range(3)]
+for each in pictures:
+    slots.encode(each)
+slots.prefill(0, pictures[:1], [prompt])
+for turn in ("first ", "", "again "):  # graphs are captured in the first
+    for rows in (1, 2, 3):
+        mark(f"{turn}prefill {rows}")
+        slots.prefill(rows - 1, pictures[rows - 1 : rows], [prompt])
+        mark(f"{turn}decode {rows}")
+        logits = slots.decode(np.full(rows, 7), np.full(rows, len(prompt)))
+        mark(f"{turn}draw {rows}")
+        slots.draw(logits, known, [Sampling()] * rows, np.full(rows, 0.5, np.float32), [None] * rows, np.zeros(rows))
+    mark(f"{turn}copy")
+    slots.copy(2, 0, len(prompt) + 1)
+    mark("after")
+"""
+
+
+@pytest.mark.parametrize("kind", ON_CUDA, ids=" ".join)
+@pytest.mark.parametrize("capture", ["0", "1"])
+def test_a_service_stays_on_the_device(bundles, kind, capture):
+    """Rows come and go without their keys and values; a captured step has as many rows as the next power of two."""
+    _, log = cuda_stub.run(BEGIN + SERVICE, bundles("shipped", *kind), capture)
+    layers = checkpoint.load_config(checkpoint.SHIPPED).text.depth
+    assert log.violations == []
+    for turn in ("", "again "):
+        for rows in (1, 2, 3):
+            size = {1: 1, 2: 2, 3: 4}[rows] if capture == "1" else rows
+            decode, draw = log[f"{turn}decode {rows}"], log[f"{turn}draw {rows}"]
+            assert log[f"{turn}prefill {rows}"].copied("D2H") == decode.copied("D2H") == 0
+            assert decode.copied("H2D") == 12 * size  # tokens and lengths
+            assert draw.copied("D2H") == (8 + 4) * size
+            assert len(draw.waits) == 1
+            assert decode.captures == []
+            assert len(decode.replays) == (capture == "1")
+        moved = log[f"{turn}copy"]
+        assert len(moved.copies("D2D")) == 2 * layers
+        assert moved.copied("D2H") == moved.copied("H2D") == 0
+    if capture == "1":
+        graphs = [[log[f"{turn}decode {rows}"].replays[0].graph for rows in (1, 2, 3)] for turn in ("", "again ")]
+        assert graphs[0] == graphs[1]
+        assert len(set(graphs[0])) == 3
