@@ -115,13 +115,15 @@ def patch_attention(op: Op, p: Params, config: SiglipConfig, x: Value, tap: Tap 
 class Padding:
     """What stands for the mask of prefill, where every token sees all of the prefix: which keys are padding.
 
-    A column more in every key, 0 or -1e9, which the 1 in that column of every query adds to the score.
+    A column more in every key, 0 or -1e9, which the 1 in that column of every query adds to the score. A soft cap makes
+    -1 of that, in its own units, so they are 1e9 for such a key.
     """
 
     mask: Value  # [B, 1, T], True = a token
     batch: Value  # [1], how many sequences lie in the line of rows
     column: Value  # [B, T, K, 1]
     ones: Value  # [B, queries of a key head, K, 1]
+    caps: Value | None  # [B, 1, 1, T], if there is a soft cap
 
     def part(self, op: Op, x: Value, heads: int, size: int) -> Value:
         """x [1, B * T, N * H] -> [B, T, N, H]."""
@@ -145,7 +147,10 @@ def _padding(op, config, mask, dtype):
     column = op.Unsqueeze(op.Transpose(op.Where(mask, none, score), perm=[0, 2, 1]), [3])
     ones = op.Reshape(op.Expand(op.Where(mask, one, one), [1, group, 1]), [0, -1, 1, 1])
     column, ones = (op.Expand(each, [1, 1, config.kv_heads, 1]) for each in (column, ones))
-    return Padding(mask, op.Shape(mask, end=1), column, ones)
+    caps = None
+    if config.attn_softcap is not None:
+        caps = op.Where(op.Unsqueeze(mask, [1]), config.attn_softcap, -_MASKED)
+    return Padding(mask, op.Shape(mask, end=1), column, ones, caps)
 
 
 @layers.named
@@ -170,11 +175,7 @@ def prefix_attention(
     if config.attn_softcap is None:
         context = _in_tiles(op, config, query, key, value, padding)
     else:  # the operator has none
-        query = op.Transpose(padding.part(op, query, config.heads, config.head_dim), perm=[0, 2, 1, 3])
-        query = op.Mul(query, config.query_scale)
-        context = layers.merge_heads(
-            op, layers.attend(op, query, cache[0], cache[1], padding.mask, config.attn_softcap, tap)
-        )
+        context = _with_softcap(op, config, query, cache, padding, tap)
     context = op.Reshape(context, [1, -1, config.heads * config.head_dim])
     context.dtype, context.shape = value.dtype, ir.Shape([1, asking.shape[1], config.heads * config.head_dim])
     context = by_head(op, tap, config.heads, padding.batch)("context", context)
@@ -199,6 +200,25 @@ def _in_tiles(op, config, query, key, value, padding):
     if heads > 1:
         context = op.Transpose(op.Reshape(context, [-1, group, heads, size]), perm=[0, 2, 1, 3])
     return context
+
+
+def _with_softcap(op, config, query, cache, padding, tap):
+    """query [1, B * A, N * H], key and value [B, K, T, H] -> [B, A, N * H]: scores whole, with few passes over them."""
+    key, value = cache
+    query = padding.part(op, op.Mul(query, config.query_scale / config.attn_softcap), config.heads, config.head_dim)
+    query = op.Transpose(query, perm=[0, 2, 1, 3])
+    stacked = op.Reshape(query, [0, config.kv_heads, -1, config.head_dim])
+    ones, column = (op.Transpose(each, perm=[0, 2, 1, 3]) for each in (padding.ones, padding.column))
+    keys = op.Transpose(op.Concat(key, column, axis=3), perm=[0, 1, 3, 2])
+    scores = op.MatMul(op.Concat(stacked, ones, axis=3), keys)  # in caps
+    if tap is not identity:
+        tap("scores", op.Mul(scores, config.attn_softcap))
+    weights = op.Softmax(op.Mul(op.Tanh(scores), padding.caps), axis=-1)
+    if tap is not identity:
+        by_query = op.Concat(op.Shape(query, end=3), op.Shape(weights, start=3), axis=0)
+        tap("weights", op.Reshape(weights, by_query))
+    context = op.Reshape(op.MatMul(weights, value), op.Shape(query))
+    return layers.merge_heads(op, context)
 
 
 def attention(
