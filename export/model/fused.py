@@ -203,22 +203,31 @@ def _in_tiles(op, config, query, key, value, padding):
 
 
 def _with_softcap(op, config, query, cache, padding, tap):
-    """query [1, B * A, N * H], key and value [B, K, T, H] -> [B, A, N * H]: scores whole, with few passes over them."""
-    key, value = cache
-    query = padding.part(op, op.Mul(query, config.query_scale / config.attn_softcap), config.heads, config.head_dim)
+    """query [1, B * A, N * H], key and value [B, K, T, H] -> [B, A, N * H], with few passes over the scores.
+
+    One key head after the other, so that the scores of one alone are held.
+    """
+    heads, size = config.kv_heads, config.head_dim
+    query = padding.part(op, op.Mul(query, config.query_scale / config.attn_softcap), config.heads, size)
     query = op.Transpose(query, perm=[0, 2, 1, 3])
-    stacked = op.Reshape(query, [0, config.kv_heads, -1, config.head_dim])
     ones, column = (op.Transpose(each, perm=[0, 2, 1, 3]) for each in (padding.ones, padding.column))
-    keys = op.Transpose(op.Concat(key, column, axis=3), perm=[0, 1, 3, 2])
-    scores = op.MatMul(op.Concat(stacked, ones, axis=3), keys)  # in caps
+    stacked = op.Concat(op.Reshape(query, [0, heads, -1, size]), ones, axis=3)
+    keys = op.Transpose(op.Concat(cache[0], column, axis=3), perm=[0, 1, 3, 2])
+    parts = zip(*(_by_key_head(op, each, heads) for each in (stacked, keys, cache[1])), strict=True)
+    scores, weights, contexts = [], [], []
+    for asking, key, value in parts:
+        scores.append(op.MatMul(asking, key))  # in caps
+        weights.append(op.Softmax(op.Mul(op.Tanh(scores[-1]), padding.caps), axis=-1))
+        contexts.append(op.MatMul(weights[-1], value))
     if tap is not identity:
-        tap("scores", op.Mul(scores, config.attn_softcap))
-    weights = op.Softmax(op.Mul(op.Tanh(scores), padding.caps), axis=-1)
-    if tap is not identity:
-        by_query = op.Concat(op.Shape(query, end=3), op.Shape(weights, start=3), axis=0)
-        tap("weights", op.Reshape(weights, by_query))
-    context = op.Reshape(op.MatMul(weights, value), op.Shape(query))
-    return layers.merge_heads(op, context)
+        by_query = op.Concat(op.Shape(query, end=3), op.Shape(keys, start=3), axis=0)
+        tap("scores", op.Mul(op.Concat(*scores, axis=1), config.attn_softcap))
+        tap("weights", op.Reshape(op.Concat(*weights, axis=1), by_query))
+    return layers.merge_heads(op, op.Reshape(op.Concat(*contexts, axis=1), op.Shape(query)))
+
+
+def _by_key_head(op, x, heads):
+    return op.Split(x, [1] * heads, axis=1, _outputs=heads) if heads > 1 else [x]
 
 
 def attention(
