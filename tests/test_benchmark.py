@@ -47,6 +47,24 @@ def test_both_sides_answer_on_the_shipped_model():
     json.dumps(results)
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_the_peer_runs_both_versions_and_answers_as_the_reference(tmp_path, kind):
+    """Version 2 with its soft caps and windows, which transformers runs eager."""
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    from . import make_goldens
+
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 0.5} if kind == "gemma2" else {}
+    make_goldens.build(kind, text=caps).save_pretrained(tmp_path)
+    model, loaded = benchmark.peers.load_transformers(tmp_path, "float32"), checkpoint.load(tmp_path)
+    towers = model.config.text_config, model.config.vision_config
+    decoder = {"gemma": "sdpa", "gemma2": "eager"}[kind]
+    assert [tower._attn_implementation for tower in towers] == [decoder, "sdpa"]
+    ids, pixels = benchmark.peers.prompt(loaded.config), make_goldens.pixels(model.config, 1)
+    logits, _ = make_goldens.answer(model, pixels[0], ids, 1)
+    expected, _ = paligemma.prefill(loaded.params, loaded.config, pixels, np.array([ids]), np.array([len(ids)]), 20)
+    assert np.abs(logits - expected[0]).max() < 1e-4 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("precision", ["float32", "int4"])
 def test_the_decoder_alone_answers_as_the_whole(tmp_path, precision):
     loaded = checkpoint.load()

@@ -1,13 +1,14 @@
 """python -m export.benchmark: this project's bundle against Hugging Face transformers, on this machine in one run.
 
 Writes a random checkpoint of the shape asked for, exports it, and lets two processes answer about a picture in turns,
-one with the bundle, one with transformers (SDPA) on the same weights. Where llama-cpp-python and gguf, or
-onnxruntime-genai, are installed, they run the decoder alone in four bits, and so does a process with the bundle, which
-is given the picture's features. Prints medians and ratios: the time from the picture to the first token, the time of a
-further token, load time, and the peak of memory (proportional set size: a page that is mapped twice counts once; Linux
-only). What decoding reads, over the time it takes, is put beside the read bandwidth that plain dot products over large
-arrays reach, in turns with it; and a second question about a picture, which is the decoder's alone, beside a first one
-(`--questions`: nothing but that). `--objects` times nothing but answers with boxes, with guesses and without
+one with the bundle, one with transformers on the same weights (SDPA, except in the decoder of PaliGemma 2, for which
+transformers has eager attention alone). Where llama-cpp-python and gguf, or onnxruntime-genai, are installed, they run
+the decoder alone in four bits, and so does a process with the bundle, which is given the picture's features. Prints
+medians and ratios: the time from the picture to the first token, the time of a further token, load time, and the peak
+of memory (proportional set size: a page that is mapped twice counts once; Linux only). What decoding reads, over the
+time it takes, is put beside the read bandwidth that plain dot products over large arrays reach, in turns with it; and a
+second question about a picture, which is the decoder's alone, beside a first one (`--questions`: nothing but that).
+`--objects` times nothing but answers with boxes, with guesses and without
 (objects.py).
 """
 

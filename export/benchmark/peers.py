@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -34,14 +36,30 @@ def prompt(config: PaliGemmaConfig) -> list[int]:
     return [config.image_token] * config.vision.patches + [config.bos, *range(10, 10 + PROMPT_TOKENS - 1)]
 
 
-def transformers(dtype: str, folder: Path, threads: int) -> tuple[Answer, dict]:
-    """Hugging Face transformers with SDPA and its own cache, on a checkpoint."""
+def attention(library: ModuleType, config: GemmaConfig) -> str | dict[str, str]:
+    """What transformers attends with: SDPA, but for a Gemma 2 decoder, where it has no other than eager.
+
+    The soft cap comes between the products that SDPA computes at once.
+    """
+    decoder = library.Gemma2PreTrainedModel if config.post_norms else library.GemmaPreTrainedModel
+    return "sdpa" if decoder._supports_sdpa else {"text_config": "eager", "vision_config": "sdpa"}
+
+
+def load_transformers(folder: Path, dtype: str) -> Any:
+    """A checkpoint as transformers' PaliGemma, in bfloat16 or float32, with the fastest attention it has on a CPU."""
     torch, library = (importlib.import_module(name) for name in ("torch", "transformers"))
+    model = library.PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention(library, load_config(folder).text)
+    )
+    return model.eval()
+
+
+def transformers(dtype: str, folder: Path, threads: int) -> tuple[Answer, dict]:
+    """Hugging Face transformers with its own cache, on a checkpoint."""
+    torch = importlib.import_module("torch")
     torch.set_num_threads(threads)
-    dtype = getattr(torch, dtype)
-    model = library.PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = load_transformers(folder, dtype)
     config, ids = load_config(folder), torch.tensor([prompt(load_config(folder))])
-    model.eval()
 
     @torch.inference_mode()
     def answer(count, first):
@@ -54,7 +72,7 @@ def transformers(dtype: str, folder: Path, threads: int) -> tuple[Answer, dict]:
         picture = preprocess(open_image(SHIPPED / "example.png"), config.vision.image_size)
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids),
-            pixel_values=torch.from_numpy(picture).to(dtype), do_sample=False, min_new_tokens=count,
+            pixel_values=torch.from_numpy(picture).to(model.dtype), do_sample=False, min_new_tokens=count,
             max_new_tokens=count, stopping_criteria=[criterion],
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint.blocks import bfloat16
 from numpy_ref.checkpoint.hugging_face import to_hf
 from numpy_ref.checkpoint.layouts import canonical
+from numpy_ref.config import GemmaConfig
 from numpy_ref.image import open_image, preprocess
 
 from ..benchmark import peers
@@ -69,7 +70,7 @@ def opened(settings: Settings) -> tuple[Any, float]:
     device = settings.provider
     config = library.PaliGemmaConfig.from_dict(to_hf(settings.config))
     with torch.device(device):
-        model = build(library, config, kind)
+        model = build(library, config, kind, settings.config.text)
     model.to(device).eval()
     arrays = random_by_name(settings, bfloat16() if settings.on_device else np.dtype(np.float32))
     with torch.no_grad():
@@ -83,13 +84,10 @@ def opened(settings: Settings) -> tuple[Any, float]:
     return model, round(time.perf_counter() - started, 1)
 
 
-def build(library: ModuleType, config: Any, kind: Any) -> Any:
+def build(library: ModuleType, config: Any, kind: Any, text: GemmaConfig) -> Any:
     """A model of random weights; eager where its decoder has no other attention."""
     create = library.PaliGemmaForConditionalGeneration._from_config
-    try:
-        return create(config, dtype=kind, attn_implementation="sdpa")
-    except (ValueError, ImportError):
-        return create(config, dtype=kind, attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
+    return create(config, dtype=kind, attn_implementation=peers.attention(library, text))
 
 
 def random_by_name(settings: Settings, dtype: np.dtype) -> dict:
