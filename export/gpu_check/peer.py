@@ -18,7 +18,8 @@ from numpy_ref.checkpoint.layouts import canonical
 from numpy_ref.config import GemmaConfig
 from numpy_ref.image import open_image, preprocess
 
-from ..benchmark import peers
+from ..benchmark.peers import pytorch
+from ..benchmark.peers.prompt import prompt
 from . import models
 from .stage import LABEL, Found, NotHere, Settings
 
@@ -87,7 +88,7 @@ def opened(settings: Settings) -> tuple[Any, float]:
 def build(library: ModuleType, config: Any, kind: Any, text: GemmaConfig) -> Any:
     """A model of random weights; eager where its decoder has no other attention."""
     create = library.PaliGemmaForConditionalGeneration._from_config
-    return create(config, dtype=kind, attn_implementation=peers.attention(library, text))
+    return create(config, dtype=kind, attn_implementation=pytorch.attention(library, text))
 
 
 def random_by_name(settings: Settings, dtype: np.dtype) -> dict:
@@ -100,7 +101,7 @@ def random_by_name(settings: Settings, dtype: np.dtype) -> dict:
 def inputs(model: Any, settings: Settings) -> dict:
     """A picture from its file and a prompt, on the device."""
     torch = importlib.import_module("torch")
-    ids = torch.tensor([peers.prompt(settings.config)], device=settings.provider)
+    ids = torch.tensor([prompt(settings.config)], device=settings.provider)
     pixels = preprocess(open_image(models.PICTURE), settings.config.vision.image_size)
     return {
         "input_ids": ids, "attention_mask": torch.ones_like(ids),
