@@ -99,7 +99,7 @@ def made(name: str, folder: Path, checkpoint: Path) -> Path:
                 process.wait()
         if failed:
             errors.seek(0)
-            raise PaliGemmaError(f"it cannot be made: {last_line(errors.read())}")
+            raise PaliGemmaError(f"it cannot be made: {last_line(errors.read(), failed)}")
     return folder
 
 

@@ -41,7 +41,7 @@ def watched(command: list[str]) -> dict:
     with Peak(process.pid) as peak:
         said, _ = process.communicate()
     if process.returncode:
-        raise PaliGemmaError(f"{' '.join(map(str, command))} failed: {last_line(said)}")
+        raise PaliGemmaError(f"{' '.join(map(str, command))} failed: {last_line(said, process.returncode)}")
     return {"seconds": round(time.perf_counter() - started, 1), **peak.figures()}
 
 

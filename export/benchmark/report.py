@@ -8,7 +8,7 @@ from .compare import JOBS
 from .peers import PEERS, TRANSFORMERS
 from .workers import ANSWER, OURS
 
-LABEL = 36  # letters
+LABEL, JOB = 36, 34  # letters
 NOTES = """\
 bound: a prefill's products at the rate that its kernels reach here, and a step's weights at the rate at which memory is
 read here, measured after each round; its ratio says how many times as long ours takes.
@@ -20,7 +20,7 @@ def table(results: dict) -> str:
     """The figures as text."""
     rows = results["rows"]
     lines = [heading(results), *answers(rows), *figures(rows), NOTES]
-    if len(rows) == 1:
+    if "outside_share" in rows[0]["sides"][OURS]:
         lines += alone(rows[0])
     return "\n".join(lines)
 
@@ -42,9 +42,9 @@ def answers(rows: list[dict]) -> list[str]:
     found = [(job, row) for job in JOBS for row in rows if job.name in row["sides"][OURS]]
     if not found:
         return []
-    lines = ["", f"{'answers a minute':<{LABEL + 28}}{OURS:>10}{TRANSFORMERS:>14}{'ratio':>8}"]
+    lines = ["", f"{'answers a minute':<{LABEL + JOB}}{OURS:>10}{TRANSFORMERS:>14}{'ratio':>8}"]
     for job, row in found:
-        line = f"{f'{job.name}, {job.tokens} tokens':<28}{shape(row):<{LABEL}}{row['sides'][OURS][job.name]:>10.2f}"
+        line = f"{f'{job.name}, {job.tokens} tokens':<{JOB}}{shape(row):<{LABEL}}{row['sides'][OURS][job.name]:>10.2f}"
         if theirs := row["sides"].get(TRANSFORMERS):
             line += f"{theirs[job.name]:>14.2f}{theirs['ratios'][job.name]:>8.2f}"
         lines.append(line)

@@ -75,14 +75,15 @@ class Worker:
     def _receive(self):
         line = self.answers.readline()
         if not line:
+            code = self.process.wait()
             self.errors.seek(0)
-            raise PaliGemmaError(f"the process of {self.side} stopped: {last_line(self.errors.read())}")
+            raise PaliGemmaError(f"the process of {self.side} stopped: {last_line(self.errors.read(), code)}")
         return json.loads(line)
 
 
-def last_line(said: bytes) -> str:
-    """What a process said last, which is why it stopped."""
-    lines = said.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+def last_line(said: bytes, code: int) -> str:
+    """What a process said last, which is why it stopped; or else its exit code, below zero where a signal ended it."""
+    lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {code}"]
     return one_line(lines[-1].strip())
 
 

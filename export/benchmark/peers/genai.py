@@ -41,12 +41,14 @@ def open_decoder(folder: Path, threads: int) -> Answer:
     library = importlib.import_module("onnxruntime_genai")
     settings = library.Config(str(folder))
     settings.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model, ids = library.Model(settings), text_prompt(load_config(folder))
+    config, model = load_config(folder), library.Model(settings)
+    ids, window = text_prompt(config), config.text.window(0) or 0
 
     def answer(count, first):
         parameters = library.GeneratorParams(model)
         length = len(ids) + count
-        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+        # Its cache is to have as many places as a window.
+        parameters.set_search_options(max_length=max(length, window), min_length=length, do_sample=False)
         generator = library.Generator(model, parameters)
         generator.append_tokens(np.array(ids, np.int32))
         for i in range(count):
