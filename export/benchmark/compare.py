@@ -193,8 +193,8 @@ def rotated(sides: list, i: int) -> list:
 
 
 def medians(runs: list[dict]) -> dict:
-    """The median of each figure."""
-    return {name: round(float(np.median([run[name] for run in runs])), 4) for name in runs[0]}
+    """The median of each figure, in five digits."""
+    return {name: float(f"{np.median([run[name] for run in runs]):.5g}") for name in runs[0]}
 
 
 def ratios(theirs: list[dict], ours: list[dict]) -> dict:

@@ -46,17 +46,17 @@ PEERS = {
     "ort-genai": Peer(
         "the decoder alone, int4, as onnxruntime-genai's builder writes it",
         {**TORCH, "onnxruntime_genai": "onnxruntime-genai", "onnx_ir": "onnx-ir"}, genai.open_decoder, genai.build,
-        decoder_alone=True,
+        decoder_alone=True, memory=4,
     ),
     "exporter": Peer(
         "transformers' ONNX exporter, float32, run by ONNX Runtime; vision tower in PyTorch", {**TORCH, **ONNX},
-        exporters.open_onnx, exporters.export_onnx,
+        exporters.open_onnx, exporters.export_onnx, memory=5,
     ),
     "exporter-int4": Peer(
-        "the same with NNCF's int4", {**NNCF, **ONNX}, exporters.open_onnx, exporters.export_onnx_int4
+        "the same with NNCF's int4", {**NNCF, **ONNX}, exporters.open_onnx, exporters.export_onnx_int4, memory=7
     ),
     "openvino": Peer(
         "transformers' OpenVINO exporter with NNCF's int4; vision tower in PyTorch",
-        {**NNCF, "openvino": "openvino"}, exporters.open_openvino, exporters.export_openvino,
+        {**NNCF, "openvino": "openvino"}, exporters.open_openvino, exporters.export_openvino, memory=5,
     ),
 }  # fmt: skip
