@@ -17,7 +17,7 @@ from types import ModuleType
 
 from numpy_ref.generate import pad_prompts
 
-from ..benchmark import peers
+from ..benchmark.peers.prompt import prompt
 from ..session import Session, cuda
 from . import models
 from .stage import LABEL, Found, NotHere, Settings
@@ -64,7 +64,7 @@ def profiler() -> ModuleType:
 def calls_of(engine: Session) -> dict:
     """`prefill` and `decode` of one picture and prompt, as functions of nothing."""
     config = engine.config
-    ids, lengths = pad_prompts([peers.prompt(config)], config.pad)
+    ids, lengths = pad_prompts([prompt(config)], config.pad)
     pixels = models.picture(engine)
 
     def prefill():

@@ -15,9 +15,11 @@ from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint.blocks import bfloat16
 from numpy_ref.checkpoint.hugging_face import to_hf
 from numpy_ref.checkpoint.layouts import canonical
+from numpy_ref.config import GemmaConfig
 from numpy_ref.image import open_image, preprocess
 
-from ..benchmark import peers
+from ..benchmark.peers import pytorch
+from ..benchmark.peers.prompt import prompt
 from . import models
 from .stage import LABEL, Found, NotHere, Settings
 
@@ -69,7 +71,7 @@ def opened(settings: Settings) -> tuple[Any, float]:
     device = settings.provider
     config = library.PaliGemmaConfig.from_dict(to_hf(settings.config))
     with torch.device(device):
-        model = build(library, config, kind)
+        model = build(library, config, kind, settings.config.text)
     model.to(device).eval()
     arrays = random_by_name(settings, bfloat16() if settings.on_device else np.dtype(np.float32))
     with torch.no_grad():
@@ -83,13 +85,10 @@ def opened(settings: Settings) -> tuple[Any, float]:
     return model, round(time.perf_counter() - started, 1)
 
 
-def build(library: ModuleType, config: Any, kind: Any) -> Any:
+def build(library: ModuleType, config: Any, kind: Any, text: GemmaConfig) -> Any:
     """A model of random weights; eager where its decoder has no other attention."""
     create = library.PaliGemmaForConditionalGeneration._from_config
-    try:
-        return create(config, dtype=kind, attn_implementation="sdpa")
-    except (ValueError, ImportError):
-        return create(config, dtype=kind, attn_implementation={"text_config": "eager", "vision_config": "sdpa"})
+    return create(config, dtype=kind, attn_implementation=pytorch.attention(library, text))
 
 
 def random_by_name(settings: Settings, dtype: np.dtype) -> dict:
@@ -102,7 +101,7 @@ def random_by_name(settings: Settings, dtype: np.dtype) -> dict:
 def inputs(model: Any, settings: Settings) -> dict:
     """A picture from its file and a prompt, on the device."""
     torch = importlib.import_module("torch")
-    ids = torch.tensor([peers.prompt(settings.config)], device=settings.provider)
+    ids = torch.tensor([prompt(settings.config)], device=settings.provider)
     pixels = preprocess(open_image(models.PICTURE), settings.config.vision.image_size)
     return {
         "input_ids": ids, "attention_mask": torch.ones_like(ids),

@@ -6,7 +6,8 @@ import numpy as np
 
 from numpy_ref.generate import generate, pad_prompts
 
-from ..benchmark import peers, weight_bytes
+from ..benchmark.bounds import weight_bytes
+from ..benchmark.peers.prompt import prompt
 from ..session import Session, cuda
 from . import bandwidth, models
 from .stage import LABEL, Found, Settings
@@ -60,7 +61,7 @@ def answer_times(engine: Session, batch: int, steps: int) -> dict:
         times = [time.perf_counter()]
         pixels = models.picture(engine, batch)
         times.append(time.perf_counter())
-        for _ in generate(engine, pixels, [peers.prompt(engine.config)] * batch, known, count):
+        for _ in generate(engine, pixels, [prompt(engine.config)] * batch, known, count):
             times.append(time.perf_counter())
         return np.diff(times) * 1000
 
@@ -81,7 +82,7 @@ def answer_times(engine: Session, batch: int, steps: int) -> dict:
 def split(engine: Session, settings: Settings) -> dict:
     """Milliseconds of a step's graph alone, of its launch as the host sees it, and of sampling with its wait."""
     config, steps = engine.config, max(2, settings.steps // 2)
-    ids, lengths = pad_prompts([peers.prompt(config)], config.pad)
+    ids, lengths = pad_prompts([prompt(config)], config.pad)
     logits, cache = engine.prefill(models.picture(engine), ids, lengths, ids.shape[1] + 2)
     token, known = ids[:, -1:], models.endless(config)
     wait = cuda.synchronize if settings.on_device else lambda: None

@@ -65,6 +65,14 @@ def scale_of(parameter: Parameter) -> float:
     return 0.02 if parameter.path == "text.embedding" else parameter.shape[0] ** -0.5
 
 
+def shallower(config: PaliGemmaConfig, layers: int | None) -> PaliGemmaConfig:
+    """The same with only so many layers of each tower, if they are given."""
+    if layers is None:
+        return config
+    text = replace(config.text, depth=layers, windows=config.text.windows[:layers])
+    return replace(config, vision=replace(config.vision, depth=layers), text=text)
+
+
 def main(argv=None):
     options = cli.Parser(prog=PROG, description="Write a random checkpoint of a released model's size.")
     options.add_argument("variant", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
@@ -75,10 +83,7 @@ def main(argv=None):
     arguments = options.parse_args(argv)
     from tqdm import tqdm
 
-    config = VARIANTS[arguments.variant]
-    if arguments.layers:
-        text = replace(config.text, depth=arguments.layers, windows=config.text.windows[: arguments.layers])
-        config = replace(config, vision=replace(config.vision, depth=arguments.layers), text=text)
+    config = shallower(VARIANTS[arguments.variant], arguments.layers)
     dtype = {str(known): known for known in dtypes().values()}[arguments.dtype]
     tensors = random_tensors(config, dtype, arguments.seed)
     total = sum(tensor.nbytes for tensor in tensors.values())
