@@ -51,7 +51,7 @@ def test_both_sides_answer_on_the_shipped_model(of_the_shipped_model, capsys):
     assert ours["outside_share"] < 1
     assert ours["second_over_first"] < 1
     assert ours["private_gib"] <= ours["peak_gib"]
-    assert row["said"] == {}
+    assert row["reasons"] == {}
     text = report.table(results)
     for name, found in theirs["ratios"].items():
         assert f"{found:.2f}" in text, name
@@ -104,7 +104,7 @@ def test_a_peer_that_is_missing_or_fails_leaves_a_line(of_the_shipped_model, mon
     results = json.loads(capsys.readouterr().out)
     (row,) = results["rows"]
     assert list(row["sides"]) == ["ours", "steady"]
-    assert row["said"].keys() == known.keys() - {"steady"}
+    assert row["reasons"].keys() == known.keys() - {"steady"}
     text = report.table(results)
     for line in (
         "absent: not installed: pip install no-such-package",
@@ -139,7 +139,7 @@ def shape(variant, layers, jobs):
     ratios = {"first_token_s": 2.0, "ms_per_token": 8.0, "peak_gib": 0.5, **dict.fromkeys(jobs, 3.0)}
     theirs = side(4.0, 400.0, ratios=ratios, **{name: value / 3 for name, value in jobs.items()})
     sides = {"ours": ours, "transformers": theirs}
-    return {"variant": variant, "layers": layers, "sides": sides, "said": {}, "decode_bytes": 1_330_000_000}
+    return {"variant": variant, "layers": layers, "sides": sides, "reasons": {}, "decode_bytes": 1_330_000_000}
 
 
 def test_the_table_of_several_shapes():

@@ -40,12 +40,12 @@ JOBS = (Job("caption", 448, 16), Job("detect four objects", 448, 31), Job("read 
 def measure(folder: Path, variant: str, layers: int | None, arguments: Namespace, threads: int, more: bool) -> dict:
     """Everything about one shape, into one dict; with `more` what our bundle alone is asked, too."""
     checkpoint, bundle, export_s = written(folder, variant, layers, arguments)
-    folders, said = {OURS: bundle}, {}
+    folders, reasons = {OURS: bundle}, {}
     for name in tqdm(arguments.peers, desc="peers", leave=False, disable=None):
         try:
             folders[name] = made(name, folder / name, checkpoint)
         except PaliGemmaError as error:
-            said[name] = str(error)
+            reasons[name] = str(error)
     if any(PEERS[name].decoder_alone for name in folders if name in PEERS):
         folders[ALONE] = bundle
     first = {"export_s": round(export_s, 1)}
@@ -54,7 +54,7 @@ def measure(folder: Path, variant: str, layers: int | None, arguments: Namespace
             first["first_load_s"] = worker.figures["load_s"]
     found = compare(folders, arguments.rounds, arguments.tokens, threads, arguments.against, more)
     found["sides"][OURS] |= first
-    return {"variant": variant, "layers": layers, **found, "said": {**said, **found["said"]}}
+    return {"variant": variant, "layers": layers, **found, "reasons": {**reasons, **found["reasons"]}}
 
 
 def written(folder: Path, variant: str, layers: int | None, arguments: Namespace) -> tuple[Path, Path, float]:
@@ -115,7 +115,7 @@ def available() -> float:
 def compare(
     folders: dict[str, Path], rounds: int, tokens: int, threads: int, against: str = "bfloat16", more: bool = True
 ) -> dict:
-    """All sides in turns: "sides" has the figures of each, and "said" why a peer has none.
+    """All sides in turns: "sides" has the figures of each, and "reasons" why a peer has none.
 
     After each round the machine's rates are measured, so that a bound belongs to the figures beside it.
     """
@@ -123,12 +123,12 @@ def compare(
     todo, size = bounds.operations(config, len(prompt(config))), bounds.weight_bytes(folders[OURS], "decode")
     runs: dict[str, list[dict]] = {}
     with ExitStack() as stack:
-        workers, said = {}, {}
+        workers, reasons = {}, {}
 
         def without(side, error):
             if side in (OURS, ALONE):
                 raise error
-            said[side] = str(error)
+            reasons[side] = str(error)
             runs.pop(side, None)
 
         for side, folder in folders.items():
@@ -159,7 +159,7 @@ def compare(
             sides[side]["ratios"]["peak_gib"] = round(sides[OURS]["peak_gib"] / sides[side]["peak_gib"], 3)
     weights = bounds.weight_bytes(folders[OURS], "prefill", "decode") / 2**30
     sides[OURS]["beyond_weights_gib"] = round(sides[OURS]["peak_gib"] - weights, 3)
-    return {"sides": sides, "said": said, "operations": todo, "decode_bytes": size}
+    return {"sides": sides, "reasons": reasons, "operations": todo, "decode_bytes": size}
 
 
 def with_jobs(run: dict, pixels: int) -> dict:

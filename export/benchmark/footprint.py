@@ -39,9 +39,9 @@ def watched(command: list[str]) -> dict:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with Peak(process.pid) as peak:
-        said, _ = process.communicate()
+        output, _ = process.communicate()
     if process.returncode:
-        raise PaliGemmaError(f"{' '.join(map(str, command))} failed: {last_line(said, process.returncode)}")
+        raise PaliGemmaError(f"{' '.join(map(str, command))} failed: {last_line(output, process.returncode)}")
     return {"seconds": round(time.perf_counter() - started, 1), **peak.figures()}
 
 

@@ -67,9 +67,9 @@ def figures(rows: list[dict]) -> Iterator[str]:
                     f"    a step at {found['late_position']} positions takes {found['late_step']:.3f} of one at "
                     f"{found['early_position']}"
                 )
-        for side, why in row["said"].items():
+        for side, why in row["reasons"].items():
             yield f"  {side}: {why}"
-    for side in dict.fromkeys(side for row in rows for side in (*row["sides"], *row["said"]) if side in PEERS):
+    for side in dict.fromkeys(side for row in rows for side in (*row["sides"], *row["reasons"]) if side in PEERS):
         yield f"{side}: {PEERS[side].note}"
 
 

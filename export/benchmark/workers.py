@@ -81,9 +81,9 @@ class Worker:
         return json.loads(line)
 
 
-def last_line(said: bytes, code: int) -> str:
+def last_line(output: bytes, code: int) -> str:
     """What a process said last, which is why it stopped; or else its exit code, below zero where a signal ended it."""
-    lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {code}"]
+    lines = output.decode(errors="replace").strip().splitlines() or [f"exit code {code}"]
     return one_line(lines[-1].strip())
 
 
