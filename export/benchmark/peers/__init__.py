@@ -57,6 +57,6 @@ PEERS = {
     ),
     "openvino": Peer(
         "transformers' OpenVINO exporter with NNCF's int4; vision tower in PyTorch",
-        {**NNCF, "openvino": "openvino"}, exporters.open_openvino, exporters.export_openvino, memory=3,
+        {**NNCF, "openvino": "openvino"}, exporters.open_openvino, exporters.export_openvino, memory=4,
     ),
 }  # fmt: skip
