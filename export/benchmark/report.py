@@ -29,7 +29,9 @@ def heading(results: dict) -> str:
     """What was run."""
     prepacked = ", prepacked" if results["prepack"] else ""
     turns = f"{plural(results['threads'], 'thread')}, medians of {plural(results['rounds'], 'round')} in turns"
-    return f"{results['precision']} bundle{prepacked}; transformers in {results['against']}; {turns}"
+    beside = any(TRANSFORMERS in row["sides"] for row in results["rows"])
+    against = f"; transformers in {results['against']}" if beside else ""
+    return f"{results['precision']} bundle{prepacked}{against}; {turns}"
 
 
 def shape(row: dict) -> str:
