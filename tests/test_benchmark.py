@@ -49,7 +49,6 @@ def test_both_sides_answer_on_the_shipped_model(of_the_shipped_model, capsys):
     assert theirs["ratios"].keys() == {"first_token_s", "ms_per_token", "peak_gib"}
     assert all(value > 0 for value in (*ours.values(), *theirs["ratios"].values(), *(theirs[name] for name in timed)))
     assert ours["outside_share"] < 1
-    assert ours["second_over_first"] > 0  # what it is, a machine that does other things beside may blur
     assert ours["private_gib"] <= ours["peak_gib"]
     assert row["reasons"] == {}
     text = report.table(results)
