@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from numpy_ref import cli, scenes
+from numpy_ref import cli
 from numpy_ref.engine import Engine
 from numpy_ref.scenes import evaluate, questions
 from numpy_ref.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ def gallery(engine: Engine, tokenizer: Tokenizer, seed: int, columns: int, compo
 
 
 def _tile(question, answer):
-    picture = scenes.draw(question.scene, TILE)
+    picture = question.scene.draw(TILE)
     return cli.draw(picture, question.prefix, replace(answer, width=picture.width, height=picture.height))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import detection, scenes
+from .. import detection
 from ..answer import Answer, Question, answer_all, ask, fit
 from ..engine import Engine
 from ..tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def prepare(engine: Engine, tokenizer: Tokenizer, question: questions.Question) 
 
 def picture(question: questions.Question) -> "Image.Image":
     """The picture that a question is about, larger than the model's, as pictures are."""
-    return scenes.draw(question.scene, DRAWN_AT)
+    return question.scene.draw(DRAWN_AT)
 
 
 def score(task: str, answers: list[Answer], asked: list[questions.Question]) -> float:
@@ -102,7 +102,7 @@ def confident(task: str, answers: list[Answer], asked: list[questions.Question])
 def mask_iou(answer: Answer, question: questions.Question) -> float:
     """Overlap over union of the first mask in an answer with what is to be seen of the thing asked for."""
     assert question.target is not None, "only `segment` asks for a mask, and of one thing"
-    truth = scenes.visible(question.scene, question.target, MASKED_AT)
+    truth = question.scene.visible(question.target, MASKED_AT)
     masks = replace(answer, width=MASKED_AT, height=MASKED_AT).masks
     mask = next((mask for mask in masks if mask is not None), None)
     if mask is None:

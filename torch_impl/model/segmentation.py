@@ -147,7 +147,7 @@ def random_masks(rng: np.random.Generator, count: int) -> np.ndarray:
     while len(masks) < count:
         scene = scenes.random_scene(rng, compositional=bool(rng.random() < 0.5))  # a mask has no color
         for index, thing in enumerate(scene.things):
-            masks.append(segmentation.crop(scenes.visible(scene, index, 128), thing.box))
+            masks.append(segmentation.crop(scene.visible(index, 128), thing.box))
     return np.stack(masks[:count])
 
 

@@ -46,7 +46,7 @@ class Scenes:
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
         question = questions.random_question(rng, self.masks, shares=self.shares, shaded=self.shaded)
-        pixels, suffix = preprocess(scenes.draw(question.scene, self.size), self.size)[0], question.suffix
+        pixels, suffix = preprocess(question.scene.draw(self.size), self.size)[0], question.suffix
         if index >= self.misnamed_from and question.task in ("caption", "answer"):  # elsewhere names are only repeated
             suffix = questions.misname(rng, suffix, self.misnamed)
         ids = [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
@@ -64,7 +64,7 @@ class Captions:
         ids = self.tokenizer.encode(questions.caption(scene))[: self.length]
         row = np.full(self.length, self.tokenizer.config.pad, np.int64)
         row[: len(ids)] = ids
-        return preprocess(scenes.draw(scene, self.size), self.size)[0], row
+        return preprocess(scene.draw(self.size), self.size)[0], row
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _thin(curve, rows=40) -> dict:
 
 def example_picture() -> Image:
     """The picture that ships beside the model, and that README's first command asks about."""
-    return scenes.draw(scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)), 224)
+    return scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)).draw(224)
 
 
 def png(image: Image) -> bytes:
