@@ -309,8 +309,7 @@ def _pose(rng, kind: Kind, count: int, is_shaded: bool, is_dark: bool) -> Thing:
     low, high = SIDES.get(count, CROWDED_SIDES)
     most = SHAPE_TURN if kind.name in SHAPES else TURN
     turn = float(rng.uniform(-most, most)) if rng.random() < 0.6 else 0.0
-    is_sign = kind.name in PICTURED and PICTURED[kind.name].kind == "sign"
-    mirrored = bool(rng.random() < 0.5) and not is_sign
+    mirrored = bool(rng.random() < 0.5) and not is_sign(kind.name)
     shaded = shade(rng, kind.color) if is_shaded and kind.color else None
     return Thing(kind.name, 0, 0, round(float(rng.uniform(low, high)), 2), round(turn, 1), mirrored, kind.color, shaded)
 
@@ -319,6 +318,11 @@ def _ink(rng, is_dark: bool) -> tuple[int, int, int]:
     """What a word is written in: nearly white on dark grounds, dark on light ones."""
     red, green, blue = (int(value) for value in (rng.integers(225, 256, 3) if is_dark else rng.integers(0, 60, 3)))
     return red, green, blue
+
+
+def is_sign(name: str) -> bool:
+    """Whether it is a sign, which is never mirrored."""
+    return name in PICTURED and PICTURED[name].kind == "sign"
 
 
 def names_of(scene: Scene) -> Counter[str]:
