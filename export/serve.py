@@ -103,7 +103,8 @@ def files_of(bundle: bundles.Bundle) -> dict[str, Served]:
     for folder in LIBRARIES:  # which are not there before they were fetched
         libraries = (file for file in (HOSTS / folder).glob("*") if file.suffix in (".mjs", ".wasm"))
         files |= {f"/{folder}/{file.name}": file for file in libraries}
-    files |= {PAGE: HOSTS / "web" / "index.html", "/example.png": checkpoints.SHIPPED / "example.png"}
+    files |= {PAGE: HOSTS / "web" / "index.html"}
+    files |= {f"/{file.name}": file for file in checkpoints.SHIPPED.glob("example*.png")}
     served = {path: Served(file, _TYPES[file.suffix]) for path, file in files.items()}
     for name, listed in bundle.description.files.items():
         served[f"/bundle/{name}"] = Served(bundle.path / name, _BUNDLE_TYPE, True, listed.bytes)

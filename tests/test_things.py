@@ -304,7 +304,7 @@ def test_examples_are_checked():
     texts = [question for question in asked if question.task != "segment"]
     for question in texts:
         right = scores.Answer(question.suffix, [], 1, 1)
-        assert demo.is_right(question.task, right, question)
-        assert not demo.is_right(question.task, replace(right, text=right.text.replace("a", "e", 1) + "x"), question)
+        assert scores.is_right(right, question)
+        assert not scores.is_right(replace(right, text=right.text.replace("a", "e", 1) + "x"), question)
     (segment,) = (question for question in asked if question.task == "segment")
-    assert not demo.is_right("segment", scores.Answer(segment.suffix, [], 1, 1), segment)  # a box without a mask
+    assert not scores.is_right(scores.Answer(segment.suffix, [], 1, 1), segment)  # a box without a mask

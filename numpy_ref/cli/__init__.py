@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import category
 
-from .. import detection, grammar, interrupts
+from .. import checkpoint, detection, grammar, interrupts, knows
 from ..answer import Answer
 from ..api import BATCH, Options, PaliGemma
-from ..errors import PaliGemmaError, explained, one_line, plural
+from ..checkpoint import hub
+from ..errors import PaliGemmaError, explained, note, one_line, plural
 from ..image import TRANSPARENCIES, open_image
 from ..search import MOST, search_of
 from . import inputs, streams
@@ -215,9 +216,11 @@ def answer(
         _print_scores(model, pictures, arguments)
         return 0
     if len(arguments.prompts) > 1:
+        _hint(arguments)
         _answer_several(model, pictures, arguments, options, load_s)
         return 0
     (prompt,) = arguments.prompts
+    _hint(arguments)
     pieces = None if arguments.json or quiet else Piecewise(_print, sys.stdout.isatty())
     answered = model.answer(pictures, prompt, stream=pieces.push if pieces else None, **options)
     if pieces:
@@ -229,6 +232,16 @@ def answer(
     if arguments.json:
         print(json.dumps(as_json(answered, load_s)))
     return 0
+
+
+def _hint(arguments) -> None:
+    """Say on stderr if the model was never taught one of the prompts, as far as it says what it was taught."""
+    if getattr(arguments, "adapter", None):
+        return
+    folder = checkpoint.SHIPPED if arguments.model is None else hub.directory(arguments.model)
+    known = knows.load(folder) if folder.is_dir() else None
+    if known and (hints := [hint for prompt in arguments.prompts if (hint := known.hint(prompt))]):
+        note(f"hint: {hints[0]}")
 
 
 def _answer_several(model, pictures, arguments, options, load_s) -> None:
@@ -298,7 +311,12 @@ def score_as_json(text: str, ids: Sequence[int], logprobs: Sequence[float]) -> d
     }  # fmt: skip
 
 
-def draw(image: "Image.Image", prompt: str, answered: Answer) -> "Image.Image":
-    """The picture with what was answered about it, the prompt below, and the text unless the boxes show it."""
+def draw(
+    image: "Image.Image", prompt: str, answered: Answer, right: bool | None = None, wanted: str = ""
+) -> "Image.Image":
+    """The picture with what was answered about it, the prompt below, and the text unless the boxes show it.
+
+    `right` and `wanted` are as for `detection.draw`.
+    """
     found = f"{len(answered.boxes)} found" if answered.boxes else answered.text
-    return detection.draw(image, answered.boxes, f"{prompt}: {found}", answered.masks)
+    return detection.draw(image, answered.boxes, prompt, found, answered.masks, right, wanted)

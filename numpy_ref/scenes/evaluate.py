@@ -23,6 +23,7 @@ BATCH = 50
 NEW_TOKENS = 48
 DRAWN_AT = 224  # pixels a side of the pictures
 MASKED_AT = 256  # and of the masks that are compared
+MASK_OVERLAP = 0.8  # over the union, of a mask that is right
 SCORES = {"caption": "caption", "answer": "answer", "detect": "detect_f1", "segment": "segment_miou"}
 CONFIDENT = ("caption", "answer", "detect")  # tasks of which an answer, or a box, is right or wrong
 
@@ -43,6 +44,10 @@ class Asked(Protocol):
     @property
     def scene(self) -> Drawable:
         """What is asked about."""
+
+    @property
+    def task(self) -> str:
+        """Of which kind it is."""
 
     @property
     def prefix(self) -> str:
@@ -139,6 +144,16 @@ def confident(task: str, answers: list[Answer], asked: Sequence[Asked]) -> dict:
         return confidence.of_boxes(boxes, [detection.parse(question.suffix, 1, 1) for question in asked])
     right = [answer.text == question.suffix for answer, question in zip(answers, asked, strict=True)]
     return confidence.of_answers([float(np.exp(np.sum(answer.logprobs or 0.0))) for answer in answers], right)
+
+
+def is_right(answer: Answer, question: Asked) -> bool:
+    """Whether nobody who sees the picture would object: the same text, the same boxes, nearly the same mask."""
+    if question.task not in ("detect", "segment"):
+        return answer.text == question.suffix
+    has_boxes = f1([answer.text], [question.suffix]) == 1
+    if question.task == "segment" and question.target is not None:
+        return has_boxes and mask_iou(answer, question) >= MASK_OVERLAP
+    return has_boxes
 
 
 def mask_iou(answer: Answer, question: Asked) -> float:

@@ -23,7 +23,6 @@ from .questions import ALL, HELD_OUT_SEED, NONE, Question, detect
 
 COUNT, MOST_TRIED = 3, 400  # examples, and scenes that are tried for each
 LEAST, MOST = 3, 5  # things in one
-OVERLAP = 0.8  # of a mask with what is to be seen
 
 
 @dataclass(frozen=True)
@@ -71,20 +70,10 @@ def ask(scene: Scene) -> tuple[Question, ...]:
     return tuple(Question(scene, *each) for each in found)
 
 
-def is_right(task: str, answer: evaluate.Answer, question: Question) -> bool:
-    """Whether nobody who sees the picture would object: the same text, the same boxes, nearly the same mask."""
-    if task == "detect":
-        return evaluate.f1([answer.text], [question.suffix]) == 1
-    if task == "segment":
-        is_named = evaluate.f1([answer.text], [question.suffix]) == 1
-        return is_named and evaluate.mask_iou(answer, question) >= OVERLAP
-    return answer.text == question.suffix
-
-
 def are_right(engine: Engine, tokenizer: Tokenizer, example: Example) -> bool:
     """Whether the model answers every question of an example right."""
     found = evaluate.answer_questions(engine, tokenizer, example.questions)
-    return all(is_right(each.task, answer, each) for answer, each in zip(found, example.questions, strict=True))
+    return all(evaluate.is_right(answer, each) for answer, each in zip(found, example.questions, strict=True))
 
 
 def choose(engine: Engine, tokenizer: Tokenizer) -> list[Example]:

@@ -124,9 +124,14 @@ def thin(curve: list, rows: int = 40) -> dict:
     return {"columns": COLUMNS, "rows": curve[::-1][::step][::-1]}
 
 
+def example_scene() -> scenes.Scene:
+    """What is on the picture that ships beside the model, and that README's first command asks about."""
+    return scenes.random_scene(np.random.default_rng(EXAMPLE_SEED))
+
+
 def example_picture() -> Image:
-    """The picture that ships beside the model, and that README's first command asks about."""
-    return scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)).draw(224)
+    """That picture."""
+    return example_scene().draw(224)
 
 
 def png(image: Image) -> bytes:
