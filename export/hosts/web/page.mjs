@@ -37,7 +37,7 @@ async function start() {
   at("stop").onclick = () => running?.abort();
   acceptDrops();
   known = await knowledge();
-  at("knows").textContent = known ? `It knows ${known.about}.` : "";
+  at("knows").textContent = known ? `It knows ${known.about}. Bring a real one with run-onnx --serve BUNDLE.` : "";
   await showExample();
   try {
     const onProgress = (fraction) => (at("loading").value = fraction);
@@ -55,7 +55,7 @@ async function start() {
 /** What the bundle says that its model was taught; null if it does not. */
 async function knowledge() {
   try {
-    const response = await fetch(new URL("knows.json", bundle));
+    const response = await fetch("../knows.json");
     return response.ok ? parse(await response.json()) : null;
   } catch {
     return null;
