@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from numpy_ref import cli
 from numpy_ref.things import catalogue, stamps
 
+PROG = "python -m tests.make_sprites"
 FONTS = (
     "noto-sans-latin-700",
     "noto-serif-latin-700",
@@ -78,8 +80,10 @@ def glyphs(modules: Path) -> tuple[Image.Image, list[list[int]]]:
     return canvas, advances
 
 
-def main() -> int:
-    modules = Path(sys.argv[1])
+def main(argv=None) -> int:
+    options = cli.Parser(prog=PROG, description="Make the pictures that scenes of things are drawn with again.")
+    options.add_argument("modules", type=Path, metavar="NODE_MODULES", help="the folder of the npm packages")
+    modules = options.parse_args(argv).modules
     icons = json.loads((modules / "@iconify-json/noto/icons.json").read_text())
     sheet(icons).save(stamps.DATA / "sprites.webp", lossless=True, quality=100, method=6)
     picture, advances = glyphs(modules)
@@ -89,4 +93,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(PROG, main))

@@ -109,7 +109,7 @@ def scene_of(picture, known):
 
     if known.scenes == "shapes":
         return recipe.example_scene()
-    found = itertools.chain(*(itertools.islice(demo.candidates(word), 3 * demo.MOST_TRIED) for word in (False, True)))
+    found = itertools.chain(*(itertools.islice(demo.candidates(word), demo.MOST_TRIED) for word in (False, True)))
     return next(scene for scene in found if np.array_equal(scene.draw(224), picture))
 
 

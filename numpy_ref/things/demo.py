@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from .catalogue import LANGUAGES, NOUNS, PICTURED, SHAPES, TINTS, WORD
 from .names import article, caption
 from .questions import ALL, HELD_OUT_SEED, NONE, Question, detect
 
-COUNT, MOST_TRIED = 3, 400  # examples, and scenes that are tried for each
+COUNT, MOST_TRIED = 3, 150  # examples, and scenes that are tried for each
 LEAST, MOST = 3, 5  # things in one
 
 
@@ -78,16 +79,19 @@ def are_right(engine: Engine, tokenizer: Tokenizer, example: Example) -> bool:
 
 def choose(engine: Engine, tokenizer: Tokenizer) -> list[Example]:
     """Examples that the model is right about: COUNT of them, the last with a word, or fewer if it knows too little."""
-    chosen: list[Example] = []
-    for i in range(COUNT):
-        scenes = candidates(with_word=i == COUNT - 1)
-        for _ in range(MOST_TRIED):
-            scene = next(scenes)
-            example = Example(scene, ask(scene))
-            if example not in chosen and are_right(engine, tokenizer, example):
-                chosen.append(example)
-                break
-    return chosen
+    without, with_one = (_right(engine, tokenizer, word) for word in (False, True))
+    return [*islice(without, COUNT - 1), *islice(with_one, 1)]
+
+
+def _right(engine, tokenizer, with_word: bool) -> Iterator[Example]:
+    """Those of the first candidates that the model is right about; captions, the hardest, are asked for first."""
+    scenes = islice(candidates(with_word), MOST_TRIED)
+    while batch := [Example(scene, ask(scene)) for scene in islice(scenes, evaluate.BATCH)]:
+        captions = [example.questions[0] for example in batch]
+        found = evaluate.answer_questions(engine, tokenizer, captions)
+        for example, answer in zip(batch, found, strict=True):
+            if evaluate.is_right(answer, example.questions[0]) and are_right(engine, tokenizer, example):
+                yield example
 
 
 # --- what is said of the model -----------------------------------------------------------------------------

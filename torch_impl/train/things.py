@@ -82,7 +82,7 @@ class Plan:
         def scale(stage):
             return replace(stage, steps=max(1, round(stage.steps * share)), seed=seed)
 
-        codec_steps = max(200, round(self.codec_steps * min(1, 4 * share)))
+        codec_steps = max(20, round(self.codec_steps * min(1, 4 * share)))
         return Plan(scale(self.pretraining), scale(self.training), scale(self.finishing), codec_steps)
 
 
@@ -209,8 +209,8 @@ def _codec(run: Run) -> dict:
         temporary.replace(log)
     record = read_json(log)
     if (record["seed"], record["steps"]) != (run.seed, run.plan.codec_steps):
-        begun = f"seed {record['seed']} and {record['steps']} steps of the mask codec"
-        raise PaliGemmaError(f"{run.folder}: this run was begun with {begun}; go on with that, or remove it")
+        other = f"seed {record['seed']} and {record['steps']} steps of the mask codec"
+        raise PaliGemmaError(f"{run.folder}: this run was begun with {other}; go on with that, or remove it")
     return record
 
 
