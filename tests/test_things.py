@@ -1,16 +1,28 @@
 """Scenes of everyday things: they repeat, boxes and masks fit what is drawn, answers follow from the scene."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from numpy_ref import detection, scenes, things
+from numpy_ref.checkpoint import SHIPPED, parameters
+from numpy_ref.image import preprocess
+from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate as scores
 from numpy_ref.things import Scene, Thing, catalogue, demo, evaluate, grounds, names, questions, stamps
+from numpy_ref.tokenizer import SentencePiece, Tokenizer
+from torch_impl.model.paligemma import PaliGemma
+from torch_impl.model.segmentation import Speller
+from torch_impl.train import data, loop, pretrain
+from torch_impl.train import things as recipe
+from torch_impl.train.finetune import prefix_lm_loss
+from torch_impl.train.tokenizer import train_tokenizer
 
 TONES = ((150, 150, 150), (170, 170, 170))
 
@@ -308,3 +320,89 @@ def test_examples_are_checked():
         assert not scores.is_right(replace(right, text=right.text.replace("a", "e", 1) + "x"), question)
     (segment,) = (question for question in asked if question.task == "segment")
     assert not scores.is_right(scores.Answer(segment.suffix, [], 1, 1), segment)  # a box without a mask
+
+
+# --- learning from them ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(SentencePiece(train_tokenizer(0, recipe.VOCAB, recipe.text)), recipe.small_config())
+
+
+def test_words_are_read_letter_by_letter_and_names_are_pieces(tokenizer):
+    for text in (*catalogue.WORDS[:20], *catalogue.NEW_WORDS[:20]):
+        assert [tokenizer.decode([piece]) for piece in tokenizer.encode(text)] == list(text)
+    for name in catalogue.PICTURED:
+        assert len(tokenizer.encode(f"a {name}")) == 1 + len(name.split()), name
+    for language in catalogue.LANGUAGES:
+        assert tokenizer.decode(tokenizer.encode(names.caption(SCENE, language))) == names.caption(SCENE, language)
+
+
+def test_an_example_is_the_same_each_time(tokenizer):
+    codec = segmentation.load(segmentation.find(SHIPPED))
+    course = data.Course(growing=100, misnamed=0.5, misnamed_from=40)
+    first, again = (data.Things(tokenizer, codec, 56, 3, course) for _ in range(2))
+    clean = data.Things(tokenizer, codec, 56, 3, replace(course, misnamed=0.0))
+    different = []
+    for i in range(80):
+        (pixels, prompt, suffix), (same_pixels, same_prompt, same_suffix) = first[i], again[i]
+        assert np.array_equal(pixels, same_pixels)
+        assert (prompt, suffix) == (same_prompt, same_suffix)
+        assert pixels.shape == (3, 56, 56)
+        assert suffix[-1] == tokenizer.config.eos
+        assert len(prompt) + len(suffix) <= tokenizer.config.max_length
+        different += [i] if clean[i][2] != suffix else []
+    assert different
+    assert min(different) >= 40
+
+
+def test_scenes_grow():
+    course = data.Course(growing=1000)
+    assert [course.most(i) for i in (0, 199, 200, 799, 800, 10**6)] == [1, 1, 2, 4, 5, 5]
+    assert data.Course().most(0) == things.MOST
+
+
+def test_the_stages(tokenizer):
+    """What is shipped stays small; a trial has the same stages with fewer steps; every stage has scenes of its own."""
+    config = recipe.small_config()
+    weights = 4 * sum(math.prod(parameter.shape) for parameter in parameters(config))
+    beside = sum(file.stat().st_size for file in catalogue.DATA.iterdir()) + 1.2e6  # codec, tokenizers, examples
+    assert weights + beside < 16e6
+    plan = recipe.Plan().scaled(0.01, 7)
+    assert (plan.training.steps, plan.training.seed) == (96, 7)
+    run = recipe.Run(SHIPPED, 0, plan, "cpu")
+    codec = segmentation.load(segmentation.find(SHIPPED))
+    assert [run.examples(stage, codec).seed for stage in run.stages] == [0, 1, 2]
+    assert sum(run.courses["finishing"].shares) == pytest.approx(1)
+    assert sum(questions.SHARES) == pytest.approx(1)
+
+
+def test_a_few_steps_lower_the_loss_of_every_task(tokenizer):
+    """Of the recipe's own model, from nothing, on one batch that has all tasks."""
+    torch.manual_seed(0)
+    model = PaliGemma(recipe.small_config())
+    pretrain.initialise(model)
+    codec = segmentation.load(segmentation.find(SHIPPED))
+    rng, masks = np.random.default_rng(0), Speller(codec)
+    rows = [
+        (
+            preprocess(question.scene.draw(112), 112)[0],
+            tokenizer.prompt(question.prefix),
+            [*tokenizer.encode(question.suffix), tokenizer.config.eos],
+        )
+        for question in (questions.random_question(rng, masks, task) for task in questions.MEASURED)
+    ]
+    before = losses(model, rows)
+    settings = loop.Settings(25, len(rows), peak=2e-3, warmup=5, optimizer="muon", bfloat16=False)
+    optimizers, objective = loop.optimizers_for(model, settings), loop.Objective(model, prefix_lm_loss)
+    for step in range(settings.steps):
+        loop.take_step(
+            objective, iter([data.collate(rows, 0)]), optimizers, settings, loop.learning_rate(step, settings)
+        )
+    assert all(after < 0.5 * first for first, after in zip(before, losses(model, rows), strict=True))
+
+
+@torch.inference_mode()
+def losses(model, rows):
+    return [prefix_lm_loss(model, data.collate([row], 0)).item() for row in rows]

@@ -108,15 +108,23 @@ class Things:
 
 
 class ThingCaptions:
-    """(pixel values [3, S, S], caption ids [L]) of scenes of things, for contrastive learning."""
+    """(pixel values [3, S, S], caption ids [L]) of scenes of things, for contrastive learning.
+
+    In the captions what a word says comes behind, and a share `SPELLED` of the scenes has one, so that the tower
+    learns to read.
+    """
+
+    SPELLED = 0.25
 
     def __init__(self, tokenizer, size: int, length: int, seed: int, course: Course = Course()):
         self.tokenizer, self.size, self.length, self.seed, self.course = tokenizer, size, length, seed, course
 
     def __getitem__(self, index):
         rng, course = np.random.default_rng([self.seed, index]), self.course
-        scene = things.random_scene(rng, course.most(index), shaded=course.shaded)
-        row = _row(self.tokenizer, names.caption(scene), self.length)
+        word = True if rng.random() < self.SPELLED else None
+        scene = things.random_scene(rng, course.most(index), shaded=course.shaded, word=word)
+        text = "".join(f" {thing.text}" for thing in scene.things if thing.text)
+        row = _row(self.tokenizer, names.caption(scene) + text, self.length)
         return preprocess(scene.draw(self.size), self.size)[0], row
 
 

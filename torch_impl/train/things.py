@@ -26,7 +26,7 @@ from torch import nn
 
 from numpy_ref import checkpoint, cli, things
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig, SiglipConfig
-from numpy_ref.errors import PaliGemmaError
+from numpy_ref.errors import PaliGemmaError, note
 from numpy_ref.files import absent, claimed, json_bytes, read_json
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate
@@ -292,6 +292,10 @@ def make(arguments: Namespace, run: Run) -> int:
     record = {"command": f"{PROG} --seed {run.seed}", "stages": stages,
               "held_out": {"seed": 0, "scenes": arguments.scenes, **held_out}}  # fmt: skip
     examples = demo.choose(engine, run.tokenizer)
+    if len(examples) < demo.COUNT:
+        note(
+            f"of {demo.COUNT} example pictures there are {len(examples)}: it answers too little right; train it longer"
+        )
     files = {
         "tokenizer.model": run.tokenizer_model,
         **tokenizer_training.foreign_files(run.tokenizer_model, run.config.vision),
