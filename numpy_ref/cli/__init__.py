@@ -18,6 +18,7 @@ from ..checkpoint import hub
 from ..errors import PaliGemmaError, explained, note, one_line, plural
 from ..image import TRANSPARENCIES, open_image
 from ..search import MOST, search_of
+from ..tokenizer import prompt_warning
 from . import inputs, streams
 from .drawing import check_drawing, write_drawing
 from .options import Parser, real, temperature, whole
@@ -216,11 +217,10 @@ def answer(
         _print_scores(model, pictures, arguments)
         return 0
     if len(arguments.prompts) > 1:
-        _hint(arguments)
         _answer_several(model, pictures, arguments, options, load_s)
+        _hint(arguments)
         return 0
     (prompt,) = arguments.prompts
-    _hint(arguments)
     pieces = None if arguments.json or quiet else Piecewise(_print, sys.stdout.isatty())
     answered = model.answer(pictures, prompt, stream=pieces.push if pieces else None, **options)
     if pieces:
@@ -231,16 +231,22 @@ def answer(
         look(model, pictures, answered)
     if arguments.json:
         print(json.dumps(as_json(answered, load_s)))
+    _hint(arguments)
     return 0
 
 
 def _hint(arguments) -> None:
-    """Say on stderr if the model was never taught one of the prompts, as far as it says what it was taught."""
+    """Say on stderr if the model was never taught one of the prompts, as far as it says what it was taught.
+
+    Nothing of one that was warned of.
+    """
     if getattr(arguments, "adapter", None):
         return
     folder = checkpoint.SHIPPED if arguments.model is None else hub.directory(arguments.model)
     known = knows.load(folder) if folder.is_dir() else None
-    if known and (hints := [hint for prompt in arguments.prompts if (hint := known.hint(prompt))]):
+    if known and (
+        hints := [hint for each in arguments.prompts if not prompt_warning(each) and (hint := known.hint(each))]
+    ):
         note(f"hint: {hints[0]}")
 
 
