@@ -6,22 +6,29 @@ from pathlib import Path
 
 from PIL import Image
 
-from numpy_ref import cli, scenes
+from numpy_ref import cli, detection
 from numpy_ref.engine import Engine
-from numpy_ref.scenes import evaluate, questions
+from numpy_ref.scenes import evaluate
 from numpy_ref.tokenizer import Tokenizer
 
-from .evaluate import opened
+from .evaluate import opened, suite_of
 
 PROG = "python -m export.gallery"
 TILE, GAP = 448, 16
 
 
-def gallery(engine: Engine, tokenizer: Tokenizer, seed: int, columns: int, compositional: bool = False) -> Image.Image:
-    """A row a task; the scenes are the first of the seed, not chosen."""
+def gallery(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    seed: int,
+    columns: int,
+    compositional: bool = False,
+    suite: evaluate.Suite = evaluate.SHAPES,
+) -> Image.Image:
+    """A row a task; the scenes are the first of the seed, not chosen, and each answer is marked right or wrong."""
     rows = []
-    for task in questions.TASKS:
-        asked = evaluate.held_out(seed, columns, task, compositional)
+    for task in suite.scores:
+        asked = suite.held_out(seed, columns, task, compositional)
         answers = evaluate.answer_questions(engine, tokenizer, asked)
         rows.append([_tile(question, answer) for question, answer in zip(asked, answers, strict=True)])
     heights = [max(tile.height for tile in row) for row in rows]
@@ -36,8 +43,15 @@ def gallery(engine: Engine, tokenizer: Tokenizer, seed: int, columns: int, compo
 
 
 def _tile(question, answer):
-    picture = scenes.draw(question.scene, TILE)
-    return cli.draw(picture, question.prefix, replace(answer, width=picture.width, height=picture.height))
+    picture = question.scene.draw(TILE)
+    answer = replace(answer, width=picture.width, height=picture.height)
+    return cli.draw(picture, question.prefix, answer, evaluate.is_right(answer, question), wanted(question))
+
+
+def wanted(question: evaluate.Asked) -> str:
+    """The right answer in words: for boxes what they are of."""
+    labels = [box.label for box in detection.parse(question.suffix, 1, 1)]
+    return ", ".join(labels) or question.suffix or "nothing"
 
 
 def main(argv=None):
@@ -50,7 +64,9 @@ def main(argv=None):
     arguments = options.parse_args(argv)
     cli.check_drawing(arguments.output)
     with opened(arguments.model) as (engine, tokenizer):
-        drawing = gallery(engine, tokenizer, arguments.seed, arguments.columns, arguments.new_pairs)
+        drawing = gallery(
+            engine, tokenizer, arguments.seed, arguments.columns, arguments.new_pairs, suite_of(arguments.model)
+        )
     small = drawing.resize((drawing.width * 3 // 5, drawing.height * 3 // 5), Image.Resampling.LANCZOS)
     if arguments.output.suffix.lower() in ("", ".png"):
         small = small.quantize(256, dither=Image.Dither.NONE)  # noise does not compress; this is a quarter of the bytes

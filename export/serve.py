@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from numpy_ref import checkpoint as checkpoints
+from numpy_ref import knows
 from numpy_ref.errors import PaliGemmaError, note, one_line
 from numpy_ref.files import opened, within
 
@@ -103,10 +104,13 @@ def files_of(bundle: bundles.Bundle) -> dict[str, Served]:
     for folder in LIBRARIES:  # which are not there before they were fetched
         libraries = (file for file in (HOSTS / folder).glob("*") if file.suffix in (".mjs", ".wasm"))
         files |= {f"/{folder}/{file.name}": file for file in libraries}
-    files |= {PAGE: HOSTS / "web" / "index.html", "/example.png": checkpoints.SHIPPED / "example.png"}
+    files |= {PAGE: HOSTS / "web" / "index.html"}
+    files |= {f"/{file.name}": file for file in checkpoints.SHIPPED.glob("example*.png")}
     served = {path: Served(file, _TYPES[file.suffix]) for path, file in files.items()}
     for name, listed in bundle.description.files.items():
         served[f"/bundle/{name}"] = Served(bundle.path / name, _BUNDLE_TYPE, True, listed.bytes)
+    if knows.FILE in bundle.description.files:  # of a model that a server runs too, whose bundle no page fetches
+        served[f"/{knows.FILE}"] = Served(bundle.path / knows.FILE, "application/json", True)
     served[f"/bundle/{bundles.DESCRIPTION}"] = Served(bundle.path / bundles.DESCRIPTION, "application/json", True)
     return served
 

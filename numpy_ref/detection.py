@@ -154,7 +154,12 @@ def intersection_over_union(a: Box, b: Box) -> float:
 
 
 LEAST_WIDTH, TALLEST = 448, 2048  # pixels of a drawing that was enlarged
-_COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080"]
+#: Bright, so that they show on dark grounds; on light ones their dark edges do. No color twice in six boxes.
+COLORS = ("#ff4fa3", "#38d9f5", "#ffd43b", "#b197fc", "#69db7c", "#ff922b")
+EDGE, LINE = "#16171a", 3
+HATCH, HATCHED = 12, 0.55  # pixels from one line of a mask's hatching to the next, and how strong the lines are
+GREY, RIGHT, WRONG = "#6b6964", "#1a7f37", "#c01c28"
+ROW = 24  # pixels of a line of text
 
 
 def zoom_of(width: int, height: int) -> int:
@@ -163,12 +168,20 @@ def zoom_of(width: int, height: int) -> int:
 
 
 def draw(
-    image: "Image.Image", boxes: list[Box], caption: str = "", masks: Sequence[np.ndarray | None] = ()
+    image: "Image.Image",
+    boxes: list[Box],
+    prompt: str = "",
+    answer: str = "",
+    masks: Sequence[np.ndarray | None] = (),
+    right: bool | None = None,
+    wanted: str = "",
 ) -> "Image.Image":
-    """A copy of the picture with masks, boxes and labels, the caption written below.
+    """A copy of the picture with masks, boxes and labels; below it the prompt, and under that the answer.
 
     It is enlarged as `zoom_of` says, on white where that leaves it narrower than LEAST_WIDTH. `masks` are bool
-    [height, width] of the picture's size, one a box or None where a box has none.
+    [height, width] of the picture's size, one a box or None where a box has none: they get a contour and thin lines, so
+    that what is below keeps its colors. Where it is known if the answer is `right`, a tick or a cross says so, and
+    after a cross what was `wanted`.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -178,31 +191,69 @@ def draw(
     canvas.paste(image.convert("RGB").resize(size, Image.Resampling.NEAREST))
     for i, mask in enumerate(masks):
         if mask is not None:
-            cover = Image.fromarray(mask.astype("uint8") * 150).resize(size, Image.Resampling.NEAREST)
-            canvas.paste(_COLORS[i % len(_COLORS)], (0, 0), cover)
+            _hatch(canvas, mask, size, COLORS[i % len(COLORS)])
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
     for i, box in enumerate(boxes):
-        color = _COLORS[i % len(_COLORS)]
+        color = COLORS[i % len(COLORS)]
         corners = [zoom * side for order in (min, max) for side in (order(box.x1, box.x2), order(box.y1, box.y2))]
-        pen.rectangle(corners, outline=color, width=3)
+        pen.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline=EDGE, width=LINE + 2)
+        pen.rectangle(corners, outline=color, width=LINE)
         # The label sits above its box, or inside it where there is no room; never past the right edge.
-        width = pen.textlength(box.label, font) + 8
-        left, top = max(0, min(corners[0], canvas.width - width)), corners[1] - 22 if corners[1] >= 22 else corners[1]
-        pen.rectangle([left, top, left + width, top + 22], fill=color)
-        pen.text((left + 4, top), box.label, fill="white", font=font)
-    return _with_caption(canvas, caption, font) if caption else canvas
+        label = box.label if box.score is None else f"{box.label} {box.score:.2f}".strip()
+        width = pen.textlength(label, font) + 10
+        left, top = max(0, min(corners[0] - 1, canvas.width - width)), corners[1]
+        top = top - ROW if top >= ROW else top
+        pen.rectangle([left, top, left + width, top + ROW - 1], fill=EDGE)
+        pen.text((left + 5, top + 1), label, fill=color, font=font)
+    return _with_caption(canvas, prompt, answer, right, wanted, font) if prompt or answer else canvas
 
 
-def _with_caption(canvas, caption, font):
+def _hatch(canvas, mask, size, color) -> None:
+    """Draw a mask's contour, with a dark edge, and diagonal lines within."""
+    from PIL import Image, ImageFilter
+
+    inside = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+    padded = Image.new("L", (size[0] + 8, size[1] + 8))
+    padded.paste(inside, (4, 4))
+    whole = (4, 4, size[0] + 4, size[1] + 4)
+    grown, shrunk = (padded.filter(kind(5)).crop(whole) for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+    edge = padded.filter(ImageFilter.MaxFilter(7)).crop(whole)
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    lines = ((x + y) % HATCH < 2) & (np.asarray(inside) > 0)
+    canvas.paste(color, (0, 0), Image.fromarray((lines * round(255 * HATCHED)).astype(np.uint8)))
+    for tone, outer, inner in ((EDGE, edge, grown), (color, grown, shrunk)):
+        band = (np.asarray(outer) > 0) & (np.asarray(inner) == 0)
+        canvas.paste(tone, (0, 0), Image.fromarray(band.astype(np.uint8) * 255))
+
+
+def _with_caption(canvas, prompt, answer, right, wanted, font):
     from PIL import Image, ImageDraw
 
-    lines = _wrap(caption, font, canvas.width - 16)
-    framed = Image.new("RGB", (canvas.width, canvas.height + 24 * len(lines) + 12), "white")
+    room = canvas.width - 16
+    rows = [(line, GREY) for line in _wrap(prompt, font, room)]
+    indent = 0 if right is None else ROW
+    rows += [(line, "black") for line in _wrap(answer, font, room - indent) if answer]
+    if right is False and wanted:
+        rows += [(line, WRONG) for line in _wrap(f"right: {wanted}", font, room - indent)]
+    framed = Image.new("RGB", (canvas.width, canvas.height + ROW * len(rows) + 12), "white")
     framed.paste(canvas)
-    pen = ImageDraw.Draw(framed)
-    for i, line in enumerate(lines):
-        pen.text((8, canvas.height + 6 + 24 * i), line, fill="black", font=font)
+    pen, top = ImageDraw.Draw(framed), canvas.height + 6
+    for i, (line, color) in enumerate(rows):
+        pen.text((8 + (0 if color == GREY else indent), top + ROW * i), line, fill=color, font=font)
+    if right is not None:
+        _mark(pen, right, top + ROW * sum(color == GREY for _, color in rows))
     return framed
+
+
+def _mark(pen, right, top) -> None:
+    """A tick or a cross before the answer."""
+    strokes = (
+        [(9, top + 12, 14, top + 17, 24, top + 5)]
+        if right
+        else [(10, top + 5, 22, top + 17), (22, top + 5, 10, top + 17)]
+    )
+    for stroke in strokes:
+        pen.line(stroke, fill=RIGHT if right else WRONG, width=3, joint="curve")
 
 
 def _wrap(text, font, width):

@@ -43,7 +43,7 @@ def rows(tmp_path_factory):
     asked = []
     for i in range(COUNT):
         scene = scenes.random_scene(np.random.default_rng([3, i]))
-        scenes.draw(scene, 100 + 9 * i).save(folder / f"{i:02}.png")
+        scene.draw(100 + 9 * i).save(folder / f"{i:02}.png")
         prompt = (PROMPTS[i % len(PROMPTS)] or "").format(scene.things[0].shape)
         asked.append({"image": f"{i:02}.png"} | ({("prompt", "prefix")[i % 2]: prompt} if prompt else {}))
     file = folder / "rows.jsonl"

@@ -40,6 +40,7 @@ TOOLS = [
     "tests.fuzz",
     "tests.install_sizes",
     "tests.make_goldens",
+    "tests.make_sprites",
     "tests.soak",
     "tests.walk",
 ]

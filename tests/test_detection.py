@@ -100,7 +100,7 @@ def test_intersection_over_union():
 
 def test_drawing_marks_the_box():
     image = Image.new("RGB", (64, 48), "white")
-    drawn = detection.draw(image, [Box("cat", 16, 12, 48, 36)], "detect cat: 1 found")
+    drawn = detection.draw(image, [Box("cat", 16, 12, 48, 36)], "detect cat", "1 found")
     assert drawn.width >= 448
     assert drawn.height > 48 * drawn.width // 64  # the caption's strip
     pixels = np.asarray(drawn)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from export import bundle, serve
 from export.session import HostSession, Session
-from numpy_ref import checkpoint, detection
+from numpy_ref import checkpoint, detection, knows
 from numpy_ref.answer import answer
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.image import open_image, preprocess
@@ -649,3 +649,28 @@ def test_an_older_bundle_takes_one_picture(node, shipped, tmp_path):
     with pytest.raises(PaliGemmaError, match="old: it takes one picture a prompt; export the bundle again for more"):
         answer(engine, tokenizer, [picture, picture], "caption en")
     one_line(command(node, old, tmp_path / "a.png", tmp_path / "a.png", "caption en"), "takes one picture a prompt")
+
+
+def test_hints_are_the_same_in_the_page(node):
+    """JavaScript's reading of knows.json says what Python's says, and takes nothing that is wrong."""
+    known = knows.load(checkpoint.SHIPPED)
+    prompts = [
+        "caption en",
+        "detect star ; red ring",
+        "detect star ; cat",
+        "Caption en",
+        "answer en what shape is red?",
+        "",
+    ]
+    data = json.loads((checkpoint.SHIPPED / knows.FILE).read_text())
+    wrong = [
+        {**data, "about": 3},
+        {**data, "prompts": ["{nothing}"]},
+        {**data, "words": []},
+        None,
+        [],
+        {**data, "prompts": []},
+    ]
+    found = run_node(node, "host_knows.mjs", data=data, prompts=prompts, wrong=wrong)
+    assert found["hints"] == [known.hint(prompt) or "" for prompt in prompts]
+    assert found["taken"] == [False] * len(wrong)

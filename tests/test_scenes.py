@@ -25,7 +25,7 @@ def test_scenes_repeat():
     first, again = some(2), some(2)
     assert first == again
     assert first[0] != first[1]
-    assert np.array_equal(scenes.draw(first[0]), scenes.draw(again[0]))
+    assert np.array_equal(first[0].draw(), again[0].draw())
 
 
 def test_the_splits():
@@ -53,7 +53,7 @@ def test_shades():
 
 def test_a_shade_is_what_is_drawn():
     thing = Thing("red", "square", 8, 8, 12, (180, 60, 50))
-    picture = np.asarray(scenes.draw(Scene((thing,), "plain", ((150,) * 3, (150,) * 3), 0, 1), 320))
+    picture = np.asarray(Scene((thing,), "plain", ((150,) * 3, (150,) * 3), 0, 1).draw(320))
     assert np.abs(picture[140, 140].astype(int) - thing.paint).max() <= 1
 
 
@@ -75,8 +75,8 @@ def test_boxes_frame_their_shapes():
     """Every box touches its shape on all four sides, within three pixels of a 448 pixel picture."""
     for scene in some(30, most=1):
         (thing,) = scene.things
-        bare = np.asarray(scenes.draw(Scene((), scene.ground, scene.tones, 0, scene.seed), 448)).astype(int)
-        full = np.asarray(scenes.draw(Scene(scene.things, scene.ground, scene.tones, 0, scene.seed), 448)).astype(int)
+        bare = np.asarray(Scene((), scene.ground, scene.tones, 0, scene.seed).draw(448)).astype(int)
+        full = np.asarray(Scene(scene.things, scene.ground, scene.tones, 0, scene.seed).draw(448)).astype(int)
         rows, columns = np.nonzero(np.abs(full - bare).max(-1) > 12)
         x1, y1, x2, y2 = (448 * fraction for fraction in thing.box)
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -87,9 +87,9 @@ def test_masks_are_what_is_seen():
     """The pixels of a mask have the thing's color; what lies over it is not in the mask."""
     for scene in some(20):
         quiet = Scene(scene.things, scene.ground, scene.tones, 0, scene.seed)
-        picture = np.asarray(scenes.draw(quiet, 224)).astype(int)
+        picture = np.asarray(quiet.draw(224)).astype(int)
         for index, thing in enumerate(scene.things):
-            mask = scenes.visible(quiet, index, 224)
+            mask = quiet.visible(index, 224)
             right = np.abs(picture[mask] - scenes.COLORS[thing.color]).max(-1) < 12
             assert mask.any()
             assert right.mean() > 0.85  # edges are blended

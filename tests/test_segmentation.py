@@ -140,7 +140,7 @@ def test_no_file(tmp_path):
 
 def test_cut_out_and_put_back():
     scene = scenes.random_scene(np.random.default_rng(3), most=1)
-    mask = scenes.visible(scene, 0, 224)
+    mask = scene.visible(0, 224)
     box = scene.things[0].box
     again = segmentation.paste(segmentation.crop(mask, box), [224 * side for side in box], 224, 224)
     assert (mask & again).sum() / (mask | again).sum() > 0.95
@@ -220,6 +220,6 @@ def test_spelling(codes):
 def test_masks_are_spelled_once(shipped):
     masks = Speller(shipped)
     scene = scenes.random_scene(np.random.default_rng(5))
-    seen, box = scenes.visible(scene, 0, 256), scene.things[0].box
+    seen, box = scene.visible(0, 256), scene.things[0].box
     assert masks(seen, box) == masks(seen, box)
     assert masks(seen, box).count("<seg") == 16

@@ -112,7 +112,7 @@ def test_what_ships_is_small_and_whole():
     assert sum(files.values()) <= 12e6
     assert files.keys() == {
         "config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-        "preprocessor_config.json", "training.json", "vae.npz", "example.png",
+        "preprocessor_config.json", "training.json", "vae.npz", "example.png", "knows.json",
     }  # fmt: skip
 
 

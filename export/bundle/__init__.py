@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from numpy_ref import __version__, memory
+from numpy_ref import __version__, knows, memory
 from numpy_ref import checkpoint as checkpoints
 from numpy_ref.checkpoint import Checkpoint, hub, kinds
 from numpy_ref.config import PaliGemmaConfig
@@ -131,9 +131,10 @@ def prepare(
     """Everything about the bundle of a checkpoint but the bytes of its weights."""
     config, operators = checkpoint.config, _operators(checkpoint.config, precision, operators)
     residual, max_length = _residual(precision, operators, residual), checked_length(config, max_length)
-    files = {name: within(checkpoint.folder, name) for name in TOKENIZER_FILES}
+    files = {name: within(checkpoint.folder, name) for name in (*TOKENIZER_FILES, knows.FILE)}
     copies = {name: file for name, file in files.items() if file.is_file()}
-    tokenizer = Tokenizer.load(checkpoint.folder, config) if copies else None
+    tokenizer = Tokenizer.load(checkpoint.folder, config) if {*TOKENIZER_FILES} & copies.keys() else None
+    knows.load(checkpoint.folder)  # which refuses what is wrong before it is copied
     placed = weights.plan(config, precision, operators)
     models = _models(checkpoint, tokenizer, placed, weights.stream_dtype(precision), operators, residual)
     made = {f"{name}.onnx": graphs.serialize(model) for name, model in models.items()}
@@ -212,7 +213,7 @@ def write(
             prepack.remember(output / description.graphs[graph].file, description.files[weights.FILE].sha256)
     if not sums:  # then it was read again after it was written
         digests.remember(output / weights.FILE, description.files[weights.FILE].sha256, before)
-    if not contents.copies:
+    if contents.tokenizer is None:
         _warn(f"{checkpoint.path} has no tokenizer; the bundle knows only ids")
     elif "tokenizer.json" not in description.files:
         _warn("this tokenizer.model has no counterpart as tokenizer.json; hosts without SentencePiece cannot use it")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from numpy_ref import cli, memory, scenes
+from numpy_ref import cli, memory
 from numpy_ref.answer import answer
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.engine import Engine, pixels_of
@@ -36,7 +36,7 @@ def question(config: PaliGemmaConfig, tokenizer: Tokenizer | None, has_masks: bo
 
     Without a tokenizer it has no prompt, and its ids end at bos.
     """
-    picture = scenes.draw(SCENE, SIZE)
+    picture = SCENE.draw(SIZE)
     png = io.BytesIO()
     picture.save(png, "png")
     prompt = SEGMENT if has_masks else CAPTION
@@ -76,7 +76,7 @@ def answered(example: Mapping, folder: Path, description: Description, tokenizer
         host = _Host(folder, description)
         room = host.max_length - len(example["input_ids"]) + 1
         most = max(1, min(NEW_TOKENS, room))
-        found = answer(host, tokenizer, scenes.draw(SCENE, SIZE), example["prompt"], max_new_tokens=most)
+        found = answer(host, tokenizer, SCENE.draw(SIZE), example["prompt"], max_new_tokens=most)
         printed = cli.as_json(found, load_s=0)
     except Exception as error:  # the runtime's exceptions have no common class
         raise explained(error) from None

@@ -19,7 +19,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = [
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "model*.safetensors", _INDEX, "vae.npz", "vae-oid.npz",
-    "adapter_config.json", "adapter_model.safetensors", "bundle.json", "example.json", "*.onnx",
+    "adapter_config.json", "adapter_model.safetensors", "bundle.json", "example.json", "knows.json", "*.onnx",
     "weights.bin",
 ]  # fmt: skip
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unicodedata import category
 
-from .. import detection, grammar, interrupts
+from .. import checkpoint, detection, grammar, interrupts, knows
 from ..answer import Answer
 from ..api import BATCH, Options, PaliGemma
-from ..errors import PaliGemmaError, explained, one_line, plural
+from ..checkpoint import hub
+from ..errors import PaliGemmaError, explained, note, one_line, plural
 from ..image import TRANSPARENCIES, open_image
 from ..search import MOST, search_of
+from ..tokenizer import prompt_warning
 from . import inputs, streams
 from .drawing import check_drawing, write_drawing
 from .options import Parser, real, temperature, whole
@@ -216,6 +218,7 @@ def answer(
         return 0
     if len(arguments.prompts) > 1:
         _answer_several(model, pictures, arguments, options, load_s)
+        _hint(arguments)
         return 0
     (prompt,) = arguments.prompts
     pieces = None if arguments.json or quiet else Piecewise(_print, sys.stdout.isatty())
@@ -228,7 +231,23 @@ def answer(
         look(model, pictures, answered)
     if arguments.json:
         print(json.dumps(as_json(answered, load_s)))
+    _hint(arguments)
     return 0
+
+
+def _hint(arguments) -> None:
+    """Say on stderr if the model was never taught one of the prompts, as far as it says what it was taught.
+
+    Nothing of one that was warned of.
+    """
+    if getattr(arguments, "adapter", None):
+        return
+    folder = checkpoint.SHIPPED if arguments.model is None else hub.directory(arguments.model)
+    known = knows.load(folder) if folder.is_dir() else None
+    if known and (
+        hints := [hint for each in arguments.prompts if not prompt_warning(each) and (hint := known.hint(each))]
+    ):
+        note(f"hint: {hints[0]}")
 
 
 def _answer_several(model, pictures, arguments, options, load_s) -> None:
@@ -298,7 +317,12 @@ def score_as_json(text: str, ids: Sequence[int], logprobs: Sequence[float]) -> d
     }  # fmt: skip
 
 
-def draw(image: "Image.Image", prompt: str, answered: Answer) -> "Image.Image":
-    """The picture with what was answered about it, the prompt below, and the text unless the boxes show it."""
+def draw(
+    image: "Image.Image", prompt: str, answered: Answer, right: bool | None = None, wanted: str = ""
+) -> "Image.Image":
+    """The picture with what was answered about it, the prompt below, and the text unless the boxes show it.
+
+    `right` and `wanted` are as for `detection.draw`.
+    """
     found = f"{len(answered.boxes)} found" if answered.boxes else answered.text
-    return detection.draw(image, answered.boxes, f"{prompt}: {found}", answered.masks)
+    return detection.draw(image, answered.boxes, prompt, found, answered.masks, right, wanted)

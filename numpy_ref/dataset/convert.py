@@ -136,9 +136,8 @@ def preview(folder: Path, lines: list[dict], masks: MaskDecoder | None) -> "Imag
 def _tile(folder, line, masks):
     picture = open_image(folder / line["image"])
     boxes = detection.parse(line["suffix"], picture.width, picture.height)
-    text = line["prefix"] if boxes else f"{line['prefix']}: {line['suffix']}"
     painted = [paint(masks, box, picture.width, picture.height) for box in boxes]
-    drawn = detection.draw(picture, boxes, text, painted)
+    drawn = detection.draw(picture, boxes, line["prefix"], "" if boxes else line["suffix"], painted)
     return drawn.resize((TILE, max(1, round(drawn.height * TILE / drawn.width))))
 
 

@@ -109,6 +109,29 @@ class Scene:
     noise: float  # standard deviation, in steps of 255
     seed: int  # of texture and noise
 
+    def draw(self, size: int = 224) -> "Image.Image":
+        """The scene as a picture of size x size pixels, drawn at twice that and reduced, for smooth edges."""
+        from PIL import Image, ImageDraw
+
+        rng = np.random.default_rng(self.seed)
+        ground = Image.fromarray(_ground(self, size, rng))
+        picture = ground.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
+        for thing in self.things:
+            if thing.shape == "ring":  # what is seen through it
+                picture.paste(thing.rgb, (0, 0), silhouette(thing, 2 * size))
+            else:
+                _fill(ImageDraw.Draw(picture), thing, 2 * size / GRID, thing.rgb)
+        pixels = np.asarray(picture.reduce(2), np.float32)
+        noise = rng.standard_normal((size, size, 1), np.float32) * np.float32(self.noise)
+        return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+    def visible(self, index: int, size: int) -> np.ndarray:
+        """Where a thing is to be seen, what lies over it cut away: bool [size, size]."""
+        seen = np.asarray(silhouette(self.things[index], size)) > 127
+        for above in self.things[index + 1 :]:
+            seen &= np.asarray(silhouette(above, size)) <= 127
+        return seen
+
 
 def random_scene(rng: np.random.Generator, most: int = MOST, compositional: bool = False, shaded: float = 0.0) -> Scene:
     """Draw the contents of a scene: of seen pairs only, or with held-out pairs among them.
@@ -157,23 +180,6 @@ def pick(rng: np.random.Generator, options: Iterable[Option]) -> Option:
 # --- pictures ----------------------------------------------------------------------------------------------
 
 
-def draw(scene: Scene, size: int = 224) -> "Image.Image":
-    """The scene as a picture of size x size pixels; shapes are drawn at twice that and reduced, for smooth edges."""
-    from PIL import Image, ImageDraw
-
-    rng = np.random.default_rng(scene.seed)
-    ground = Image.fromarray(_ground(scene, size, rng))
-    picture = ground.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
-    for thing in scene.things:
-        if thing.shape == "ring":  # what is seen through it
-            picture.paste(thing.rgb, (0, 0), silhouette(thing, 2 * size))
-        else:
-            _fill(ImageDraw.Draw(picture), thing, 2 * size / GRID, thing.rgb)
-    pixels = np.asarray(picture.reduce(2), np.float32)
-    noise = rng.standard_normal((size, size, 1), np.float32) * np.float32(scene.noise)
-    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
-
-
 def silhouette(thing: Thing, size: int) -> "Image.Image":
     """Where a thing is, on a canvas of size x size: 255 inside, 0 outside (mode L)."""
     from PIL import Image, ImageDraw
@@ -186,14 +192,6 @@ def silhouette(thing: Thing, size: int) -> "Image.Image":
         left, top, width = thing.x * unit + margin, thing.y * unit + margin, thing.side * unit * HOLE
         pen.ellipse([left, top, left + width - 1, top + width - 1], fill=0)
     return canvas
-
-
-def visible(scene: Scene, index: int, size: int) -> np.ndarray:
-    """Where a thing is to be seen, what lies over it cut away: bool [size, size]."""
-    seen = np.asarray(silhouette(scene.things[index], size)) > 127
-    for above in scene.things[index + 1 :]:
-        seen &= np.asarray(silhouette(above, size)) <= 127
-    return seen
 
 
 def _fill(pen, thing, unit, color):

@@ -4,12 +4,13 @@ Two splits: pairs of color and shape as in training, and the compositional split
 never showed.
 """
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from .. import detection, scenes
+from .. import detection
 from ..answer import Answer, Question, answer_all, ask, fit
 from ..engine import Engine
 from ..tokenizer import Tokenizer
@@ -22,8 +23,43 @@ BATCH = 50
 NEW_TOKENS = 48
 DRAWN_AT = 224  # pixels a side of the pictures
 MASKED_AT = 256  # and of the masks that are compared
+MASK_OVERLAP = 0.8  # over the union, of a mask that is right
 SCORES = {"caption": "caption", "answer": "answer", "detect": "detect_f1", "segment": "segment_miou"}
 CONFIDENT = ("caption", "answer", "detect")  # tasks of which an answer, or a box, is right or wrong
+
+
+class Drawable(Protocol):
+    """A scene, of any kind."""
+
+    def draw(self, size: int) -> "Image.Image":
+        """It as a picture of size x size pixels."""
+
+    def visible(self, index: int, size: int) -> np.ndarray:
+        """Where one of its things is to be seen: bool [size, size]."""
+
+
+class Asked(Protocol):
+    """A question about a scene of any kind."""
+
+    @property
+    def scene(self) -> Drawable:
+        """What is asked about."""
+
+    @property
+    def task(self) -> str:
+        """Of which kind it is."""
+
+    @property
+    def prefix(self) -> str:
+        """What is asked."""
+
+    @property
+    def suffix(self) -> str:
+        """The right answer."""
+
+    @property
+    def target(self) -> int | None:
+        """Which thing `segment` means."""
 
 
 def held_out(seed: int, count: int, task: str, compositional: bool = False) -> list[questions.Question]:
@@ -32,7 +68,20 @@ def held_out(seed: int, count: int, task: str, compositional: bool = False) -> l
     return [questions.random_question(rng, lambda mask, box: "", task, compositional) for _ in range(count)]
 
 
-def measure(engine: Engine, tokenizer: Tokenizer, seed: int, count: int, with_confidence: bool = False) -> dict:
+@dataclass(frozen=True)
+class Suite:
+    """What is measured: the name of each task's score, and `held_out` of the scenes."""
+
+    scores: dict[str, str]
+    held_out: Callable[..., Sequence[Asked]]
+
+
+SHAPES = Suite(SCORES, held_out)
+
+
+def measure(
+    engine: Engine, tokenizer: Tokenizer, seed: int, count: int, with_confidence: bool = False, suite: Suite = SHAPES
+) -> dict:
     """Fractions right on both splits, over `count` scenes a task.
 
     caption and answer by exact match; detect_f1 by boxes of the right label at an IoU of a half; segment_miou by the
@@ -42,8 +91,8 @@ def measure(engine: Engine, tokenizer: Tokenizer, seed: int, count: int, with_co
 
     def split(compositional):
         results, confidences = {}, {}
-        for task, name in SCORES.items():
-            asked = held_out(seed, count, task, compositional)
+        for task, name in suite.scores.items():
+            asked = suite.held_out(seed, count, task, compositional)
             found = answer_questions(engine, tokenizer, asked, task)
             results[name] = round(score(task, found, asked), 4)
             if task in CONFIDENT and all(answer.logprobs is not None for answer in found):
@@ -53,9 +102,7 @@ def measure(engine: Engine, tokenizer: Tokenizer, seed: int, count: int, with_co
     return {**split(False), "compositional": split(True)}
 
 
-def answer_questions(
-    engine: Engine, tokenizer: Tokenizer, asked: list[questions.Question], label: str = ""
-) -> list[Answer]:
+def answer_questions(engine: Engine, tokenizer: Tokenizer, asked: Sequence[Asked], label: str = "") -> list[Answer]:
     """The engine's greedy answers, in batches."""
     from tqdm import tqdm
 
@@ -66,17 +113,17 @@ def answer_questions(
     return found
 
 
-def prepare(engine: Engine, tokenizer: Tokenizer, question: questions.Question) -> Question:
+def prepare(engine: Engine, tokenizer: Tokenizer, question: Asked) -> Question:
     """A question about a scene as the engine takes it."""
     return ask(engine, picture(question), *fit(engine, tokenizer, question.prefix, NEW_TOKENS))
 
 
-def picture(question: questions.Question) -> "Image.Image":
+def picture(question: Asked) -> "Image.Image":
     """The picture that a question is about, larger than the model's, as pictures are."""
-    return scenes.draw(question.scene, DRAWN_AT)
+    return question.scene.draw(DRAWN_AT)
 
 
-def score(task: str, answers: list[Answer], asked: list[questions.Question]) -> float:
+def score(task: str, answers: list[Answer], asked: Sequence[Asked]) -> float:
     """The score of a task's answers, in [0, 1]."""
     if task == "detect":
         return f1([answer.text for answer in answers], [question.suffix for question in asked])
@@ -86,7 +133,7 @@ def score(task: str, answers: list[Answer], asked: list[questions.Question]) -> 
     return float(np.mean([answer.text == question.suffix for answer, question in pairs]))
 
 
-def confident(task: str, answers: list[Answer], asked: list[questions.Question]) -> dict:
+def confident(task: str, answers: list[Answer], asked: Sequence[Asked]) -> dict:
     """How right the answers to a task are where they are confident.
 
     The confidence of a box is its score, and that of a text the probability of all its tokens, exp of the sum of their
@@ -99,10 +146,20 @@ def confident(task: str, answers: list[Answer], asked: list[questions.Question])
     return confidence.of_answers([float(np.exp(np.sum(answer.logprobs or 0.0))) for answer in answers], right)
 
 
-def mask_iou(answer: Answer, question: questions.Question) -> float:
+def is_right(answer: Answer, question: Asked) -> bool:
+    """Whether nobody who sees the picture would object: the same text, the same boxes, nearly the same mask."""
+    if question.task not in ("detect", "segment"):
+        return answer.text == question.suffix
+    has_boxes = f1([answer.text], [question.suffix]) == 1
+    if question.task == "segment" and question.target is not None:
+        return has_boxes and mask_iou(answer, question) >= MASK_OVERLAP
+    return has_boxes
+
+
+def mask_iou(answer: Answer, question: Asked) -> float:
     """Overlap over union of the first mask in an answer with what is to be seen of the thing asked for."""
     assert question.target is not None, "only `segment` asks for a mask, and of one thing"
-    truth = scenes.visible(question.scene, question.target, MASKED_AT)
+    truth = question.scene.visible(question.target, MASKED_AT)
     masks = replace(answer, width=MASKED_AT, height=MASKED_AT).masks
     mask = next((mask for mask in masks if mask is not None), None)
     if mask is None:

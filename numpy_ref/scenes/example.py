@@ -49,7 +49,7 @@ def write(folder: Path, part: str, count: int, seed: int, shape: str) -> None:
     (folder / part).mkdir()
     for i in range(count):
         scene, name = novel_scene(rng, shape), f"{i:03d}.png"
-        scenes.draw(scene, SIZE).save(folder / part / name)
+        scene.draw(SIZE).save(folder / part / name)
         images.append({"id": i, "file_name": name, "width": SIZE, "height": SIZE})
         for thing in scene.things:
             if thing.shape == shape:

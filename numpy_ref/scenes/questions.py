@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..detection import encode
-from . import COLORS, SHAPES, Scene, Thing, pick, random_scene, visible
+from . import COLORS, SHAPES, Scene, Thing, pick, random_scene
 
 TASKS = ("caption", "answer", "detect", "segment")
 SHARES = (0.3, 0.2, 0.3, 0.2)
@@ -132,7 +132,7 @@ def _ask_segment(rng, scene, subjects, masks):
     if names[thing.name] > 1:
         return None
     name = thing.shape if shapes[thing.shape] == 1 and rng.random() < 0.4 else thing.name
-    mask = masks(visible(scene, index, MASK_DRAWN_AT), thing.box)
+    mask = masks(scene.visible(index, MASK_DRAWN_AT), thing.box)
     return f"segment {name}", f"{encode(*thing.box)}{mask} {name}", index
 
 

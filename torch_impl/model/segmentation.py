@@ -8,6 +8,7 @@ chooses is put where a vector is.
 import hashlib
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,22 +142,33 @@ def quantize(vectors: Tensor, codebook: Tensor) -> Tensor:
 # --- training ----------------------------------------------------------------------------------------------
 
 
-def random_masks(rng: np.random.Generator, count: int) -> np.ndarray:
+def random_masks(rng: np.random.Generator, count: int, random_scene: Callable = scenes.random_scene) -> np.ndarray:
     """Masks of things in random scenes, as the encoder sees them: [count, 64, 64]."""
     masks = []
     while len(masks) < count:
-        scene = scenes.random_scene(rng, compositional=bool(rng.random() < 0.5))  # a mask has no color
+        scene = random_scene(rng, compositional=bool(rng.random() < 0.5))  # a mask has no color
         for index, thing in enumerate(scene.things):
-            masks.append(segmentation.crop(scenes.visible(scene, index, 128), thing.box))
+            masks.append(segmentation.crop(scene.visible(index, 128), thing.box))
     return np.stack(masks[:count])
 
 
-def train_codec(seed: int, steps: int = 1500, batch_size: int = 64, peak: float = 2e-3) -> tuple[dict, list]:
-    """A codec for masks of scenes: its weights as a nested dict of arrays, and the curve of (step, loss) pairs."""
+def train_codec(
+    seed: int,
+    steps: int = 1500,
+    batch_size: int = 64,
+    peak: float = 2e-3,
+    masks_of: Callable[..., np.ndarray] = random_masks,
+    count: int = 6000,
+    config: CodecConfig = CodecConfig(),
+) -> tuple[dict, list]:
+    """A codec for masks of scenes: its weights as a nested dict of arrays, and the curve of (step, loss) pairs.
+
+    `masks_of(rng, count)` gives the masks that it learns.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
-    pool = torch.from_numpy(random_masks(rng, 6000))
-    codec = Codec()
+    pool = torch.from_numpy(masks_of(rng, count))
+    codec = Codec(config)
     optimizer = torch.optim.AdamW([p for p in codec.parameters() if p.requires_grad], lr=peak, weight_decay=0.01)
     counts = torch.ones(CODES)
     curve, recent = [], []

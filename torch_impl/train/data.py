@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from numpy_ref import scenes
+from numpy_ref import scenes, things
 from numpy_ref.errors import PaliGemmaError, note, plural
 from numpy_ref.files import opened
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.scenes import questions
+from numpy_ref.things import names
+from numpy_ref.things import questions as thing_questions
 from numpy_ref.tokenizer import prompt_warning
 
 from ..model import segmentation
@@ -46,7 +48,7 @@ class Scenes:
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
         question = questions.random_question(rng, self.masks, shares=self.shares, shaded=self.shaded)
-        pixels, suffix = preprocess(scenes.draw(question.scene, self.size), self.size)[0], question.suffix
+        pixels, suffix = preprocess(question.scene.draw(self.size), self.size)[0], question.suffix
         if index >= self.misnamed_from and question.task in ("caption", "answer"):  # elsewhere names are only repeated
             suffix = questions.misname(rng, suffix, self.misnamed)
         ids = [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
@@ -61,10 +63,77 @@ class Captions:
 
     def __getitem__(self, index):
         scene = scenes.random_scene(np.random.default_rng([self.seed, index]), shaded=self.shaded)
-        ids = self.tokenizer.encode(questions.caption(scene))[: self.length]
-        row = np.full(self.length, self.tokenizer.config.pad, np.int64)
-        row[: len(ids)] = ids
-        return preprocess(scenes.draw(scene, self.size), self.size)[0], row
+        row = _row(self.tokenizer, questions.caption(scene), self.length)
+        return preprocess(scene.draw(self.size), self.size)[0], row
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the scenes of things change in the course of a stage of training.
+
+    The most things in a scene grow from one to `things.MOST` over the first `growing` examples. A share `shaded` of the
+    scenes has paints in shades; from example `misnamed_from` on a share `misnamed` of the colors and shapes in captions
+    and answers is wrong (`questions.misname`).
+    """
+
+    shares: tuple[float, ...] = thing_questions.SHARES
+    shaded: float = 0.6
+    growing: int = 0
+    misnamed: float = 0.0
+    misnamed_from: int = 0
+
+    def most(self, index: int) -> int:
+        """The most things in the scene of an example."""
+        return min(things.MOST, 1 + index * things.MOST // self.growing) if self.growing else things.MOST
+
+
+class Things:
+    """(pixel values [3, S, S], prompt ids, suffix ids with eos) of random questions about scenes of things."""
+
+    def __init__(self, tokenizer, codec: dict, size: int, seed: int, course: Course = Course()):
+        self.tokenizer, self.size, self.seed, self.course = tokenizer, size, seed, course
+        self.masks = segmentation.Speller(codec)
+
+    def __getitem__(self, index):
+        rng, course = np.random.default_rng([self.seed, index]), self.course
+        question = thing_questions.random_question(
+            rng, self.masks, shares=course.shares, shaded=course.shaded, most=course.most(index)
+        )
+        suffix = question.suffix
+        if index >= course.misnamed_from and question.task in ("caption", "answer"):  # others only repeat names
+            suffix = thing_questions.misname(rng, suffix, course.misnamed)
+        pixels = preprocess(question.scene.draw(self.size), self.size)[0]
+        ids = [*self.tokenizer.encode(suffix), self.tokenizer.config.eos]
+        return pixels, self.tokenizer.prompt(question.prefix), ids
+
+
+class ThingCaptions:
+    """(pixel values [3, S, S], caption ids [L]) of scenes of things, for contrastive learning.
+
+    In the captions what a word says comes behind, and a share `SPELLED` of the scenes has one, so that the tower
+    learns to read.
+    """
+
+    SPELLED = 0.25
+
+    def __init__(self, tokenizer, size: int, length: int, seed: int, course: Course = Course()):
+        self.tokenizer, self.size, self.length, self.seed, self.course = tokenizer, size, length, seed, course
+
+    def __getitem__(self, index):
+        rng, course = np.random.default_rng([self.seed, index]), self.course
+        word = True if rng.random() < self.SPELLED else None
+        scene = things.random_scene(rng, course.most(index), shaded=course.shaded, word=word)
+        text = "".join(f" {thing.text}" for thing in scene.things if thing.text)
+        row = _row(self.tokenizer, names.caption(scene) + text, self.length)
+        return preprocess(scene.draw(self.size), self.size)[0], row
+
+
+def _row(tokenizer, text: str, length: int) -> np.ndarray:
+    """The ids of a text, cut or filled up with pad to a length."""
+    ids = tokenizer.encode(text)[:length]
+    row = np.full(length, tokenizer.config.pad, np.int64)
+    row[: len(ids)] = ids
+    return row
 
 
 @dataclass(frozen=True)

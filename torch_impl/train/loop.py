@@ -35,6 +35,7 @@ from . import distributed
 STATE, LOG, BEST = "state.safetensors", "log.csv", "best.safetensors"
 COLUMNS = ["step", "seconds", "loss", "rate"]
 LOG_EVERY = 50  # steps
+MOST_WORKERS = 8
 LINE_EVERY = 10.0  # seconds, or a tenth of those that have passed, where no terminal shows a bar
 #: What the optimizers keep of each weight.
 _MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
@@ -243,15 +244,20 @@ def duration(seconds: float) -> str:
 def loader(
     examples: Examples, collate: Callable[..., dict[str, Tensor]], settings: Settings, begin: int = 0
 ) -> DataLoader:
-    """This process' share of each batch from step `begin` on, read in a process of its own."""
+    """This process' share of each batch from step `begin` on, read in processes of their own, in order."""
     share = settings.batch_size // distributed.count()
     first = distributed.rank() * share
     seen = settings.accumulate * settings.batch_size  # examples a step
     starts = range(begin * seen, settings.steps * seen, settings.batch_size)
     return DataLoader(
-        _ErrorsAsValues(examples), num_workers=1, prefetch_factor=8, collate_fn=partial(_collate, collate),
+        _ErrorsAsValues(examples), num_workers=workers(), prefetch_factor=8, collate_fn=partial(_collate, collate),
         batch_sampler=[list(range(start + first, start + first + share)) for start in starts],
     )  # fmt: skip
+
+
+def workers() -> int:
+    """How many processes read examples: one on two cores, more where a fast device would wait for them."""
+    return max(1, min(MOST_WORKERS, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) // 2))
 
 
 def take_step(

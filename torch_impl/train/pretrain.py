@@ -28,7 +28,7 @@ from numpy_ref.tokenizer import Tokenizer
 from ..model import contrastive
 from ..model.contrastive import Contrastive
 from . import data
-from .loop import LOG, Settings, fit, state_folder
+from .loop import LOG, Examples, Settings, fit, state_folder
 
 PROG = "python -m torch_impl.train.pretrain"
 CAPTION_LENGTH = 32
@@ -68,35 +68,49 @@ def loss_of(name: str) -> Callable[[Contrastive, dict[str, Tensor]], Tensor]:
 
 
 def pretrain(
-    config: PaliGemmaConfig, tokenizer: Tokenizer, settings: Settings, folder: Path, loss: str = "siglip"
+    config: PaliGemmaConfig,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    folder: Path,
+    loss: str = "siglip",
+    examples: Examples | None = None,
+    device: str = "cpu",
+    about: dict | None = None,
 ) -> tuple[Contrastive, list]:
-    """Teach the towers by pictures and captions of scenes, with the state in `folder`; them, and the curve."""
+    """Teach the towers by pictures and captions of scenes, with the state in `folder`; them, and the curve.
+
+    `examples` gives pairs as `data.Captions` does, which are taken if it is left out; `about` says what they are.
+    """
     torch.manual_seed(settings.seed)
     model = Contrastive(contrastive_config(config))
     initialise(model)
     if loss == "clip":
         model.log_temperature.data.fill_(math.log(1 / 0.07))
-    examples = data.Captions(tokenizer, config.vision.image_size, CAPTION_LENGTH, settings.seed, SHADED)
+    model.to(device)
+    examples = examples or data.Captions(tokenizer, config.vision.image_size, CAPTION_LENGTH, settings.seed, SHADED)
     curve = fit(
         model, loss_of(loss), examples, data.collate_pairs, settings, folder, f"contrastive ({loss})",
-        about={"loss": loss, "config": repr(model.config), "shaded": SHADED},
+        about={"loss": loss, "config": repr(model.config), **(about or {"shaded": SHADED})},
     )  # fmt: skip
     return model.eval(), curve
 
 
 @torch.inference_mode()
-def recall(model: Contrastive, tokenizer: Tokenizer, count: int = PAIRS) -> float:
+def recall(model: Contrastive, tokenizer: Tokenizer, count: int = PAIRS, examples: Examples | None = None) -> float:
     """recall@1 over so many held-out pairs of distinct captions; by chance 1 / count."""
     size = model.config.vision.image_size
-    examples, distinct = data.Captions(tokenizer, size, CAPTION_LENGTH, questions.HELD_OUT_SEED), {}
+    examples = examples or data.Captions(tokenizer, size, CAPTION_LENGTH, questions.HELD_OUT_SEED)
+    distinct: dict[bytes, tuple] = {}
     for i in itertools.count():  # a caption that fits two pictures could not be told apart
         if len(distinct) == count:
             break
         picture, ids = examples[i]
         distinct.setdefault(ids.tobytes(), (picture, ids))
     batch = data.collate_pairs(list(distinct.values()))
-    images, texts = model.embed_image(batch["pixel_values"]), model.embed_text(batch["ids"])
-    return round(recall_at_1(images.numpy(), texts.numpy()), 4)
+    device = model.bias.device
+    images = model.embed_image(batch["pixel_values"].to(device))
+    texts = model.embed_text(batch["ids"].to(device))
+    return round(recall_at_1(images.cpu().numpy(), texts.cpu().numpy()), 4)
 
 
 def main(argv=None):

@@ -75,7 +75,7 @@ def train_all(
 
     towers, curve = pretrain.pretrain(config, tokenizer, pretraining, folder / "siglip")
     found = pretrain.recall(towers, tokenizer)
-    record["contrastive"] = {"recall_at_1": found, "settings": asdict(pretraining), "curve": _thin(curve)}
+    record["contrastive"] = {"recall_at_1": found, "settings": asdict(pretraining), "curve": thin(curve)}
     torch.manual_seed(seed)
     model = PaliGemma(config)
     pretrain.initialise(model)
@@ -88,7 +88,7 @@ def train_all(
         model, prefix_lm_loss, examples, partial(data.collate, pad=config.pad), training, folder / "prefix-lm",
         "all tasks", about={"config": repr(config), "shaded": SHADED, "misnamed from": MISNAMED_FROM},
     )  # fmt: skip
-    record["all tasks"] = {"settings": asdict(training), "curve": _thin(curve)}
+    record["all tasks"] = {"settings": asdict(training), "curve": thin(curve)}
     examples = data.Scenes(
         tokenizer, codec, config.vision.image_size, seed + 2, FINISHING_SHARES, FINISHING_SHADED, misnamed=0.25
     )
@@ -96,7 +96,7 @@ def train_all(
         model, prefix_lm_loss, examples, partial(data.collate, pad=config.pad), finishing, folder / "finish",
         "mostly captions", about={"config": repr(config), "shares": FINISHING_SHARES, "shaded": FINISHING_SHADED},
     )  # fmt: skip
-    record["mostly captions"] = {"settings": asdict(finishing), "curve": _thin(curve)}
+    record["mostly captions"] = {"settings": asdict(finishing), "curve": thin(curve)}
     return model.eval(), tokenizer_model, record
 
 
@@ -118,15 +118,20 @@ def _codec(folder, seed) -> dict:
     return record
 
 
-def _thin(curve, rows=40) -> dict:
+def thin(curve: list, rows: int = 40) -> dict:
     """A curve as training.json keeps it: about so many rows, the last among them."""
     step = max(1, len(curve) // rows)
     return {"columns": COLUMNS, "rows": curve[::-1][::step][::-1]}
 
 
+def example_scene() -> scenes.Scene:
+    """What is on the picture that ships beside the model, and that README's first command asks about."""
+    return scenes.random_scene(np.random.default_rng(EXAMPLE_SEED))
+
+
 def example_picture() -> Image:
-    """The picture that ships beside the model, and that README's first command asks about."""
-    return scenes.draw(scenes.random_scene(np.random.default_rng(EXAMPLE_SEED)), 224)
+    """That picture."""
+    return example_scene().draw(224)
 
 
 def png(image: Image) -> bytes:

@@ -6,6 +6,7 @@ segmentation tokens as pieces of their own. `<image>` is no piece: its id is the
 
 import io
 import json
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import sentencepiece
@@ -20,11 +21,14 @@ VOCAB = 1600
 WORDS = "what where which who is are the a an in of on and it there this picture image segment describe person cat dog"
 
 
-def train_tokenizer(seed: int, size: int = VOCAB) -> bytes:
-    """The serialised SentencePiece model; the same bytes for the same seed."""
+def train_tokenizer(seed: int, size: int = VOCAB, text: Callable[[int], Iterable[str]] | None = None) -> bytes:
+    """The serialised SentencePiece model; the same bytes for the same seed.
+
+    `text(seed)` gives the lines that its pieces are found in, those of the drawn shapes if left out.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_text(seed)), model_writer=model, model_type="bpe", vocab_size=size,
+        sentence_iterator=iter((text or _text)(seed)), model_writer=model, model_type="bpe", vocab_size=size,
         byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
         normalization_rule_name="identity", character_coverage=1.0, num_threads=1, minloglevel=2,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",

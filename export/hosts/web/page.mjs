@@ -1,11 +1,15 @@
 /** The page: a picture, a prompt, an answer as it comes, boxes and masks over the picture. */
 import { plural } from "../common/errors.mjs";
+import { hintFor, parse } from "../common/knows.mjs";
 import { promptWarning } from "../common/tokenizer.mjs";
 import { openEngine } from "./engines.mjs";
 import { openPicture } from "./pictures.mjs";
 
-const PRESETS = ["caption en", "detect star", "detect circle ; square", "segment star", "answer en how many shapes are there?"];
-const COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080"];
+const PRESETS = ["caption en"]; // of a model that does not say what it was taught
+// As numpy_ref/detection.py has them: bright, with dark edges, so that they show on any ground.
+const COLORS = ["#ff4fa3", "#38d9f5", "#ffd43b", "#b197fc", "#69db7c", "#ff922b"];
+const EDGE = "#16171a";
+const HATCH = 12; // pixels of the page from one line of a mask's hatching to the next
 const LEAST_WIDTH = 640; // of the drawing, so that labels can be read on a small picture
 
 const at = (id) => document.getElementById(id);
@@ -15,17 +19,11 @@ const modules = new URL("../node_modules/", location.href);
 let engine = null;
 let picture = null;
 let running = null;
+let known = null; // what the model was taught, where it says so
+let example = -1; // which of its examples is shown
 let shown = 0; // pictures that were asked for
 
 async function start() {
-  for (const prompt of PRESETS) {
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
-    button.onclick = () => {
-      at("prompt").value = prompt;
-      at("ask").requestSubmit();
-    };
-    at("presets").append(button);
-  }
   at("file").onchange = ({ target }) => {
     if (target.files[0]) show(target.files[0]);
     target.value = ""; // so that the same file can be chosen again
@@ -38,6 +36,9 @@ async function start() {
   };
   at("stop").onclick = () => running?.abort();
   acceptDrops();
+  known = await knowledge();
+  at("knows").textContent = known ? `It knows ${known.about}. Bring a real one with run-onnx --serve BUNDLE.` : "";
+  await showExample();
   try {
     const onProgress = (fraction) => (at("loading").value = fraction);
     engine = await openEngine(bundle, { modules, backend: query.get("backend") ?? "auto", onProgress });
@@ -49,6 +50,28 @@ async function start() {
   }
   at("loading").classList.add("done");
   refresh();
+}
+
+/** What the bundle says that its model was taught; null if it does not. */
+async function knowledge() {
+  try {
+    const response = await fetch("../knows.json");
+    return response.ok ? parse(await response.json()) : null;
+  } catch {
+    return null;
+  }
+}
+
+function offer(prompts) {
+  const buttons = prompts.map((prompt) => {
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
+    button.onclick = () => {
+      at("prompt").value = prompt;
+      at("ask").requestSubmit();
+    };
+    return button;
+  });
+  at("presets").replaceChildren(...buttons);
 }
 
 function acceptDrops() {
@@ -87,22 +110,26 @@ async function show(blob) {
   refresh();
 }
 
+/** The next of the examples, with the prompts that the model answers right about it. */
 async function showExample() {
+  const examples = known?.examples?.length ? known.examples : [{ picture: "example.png", prompts: PRESETS }];
+  example = (example + 1) % examples.length;
+  offer(examples[example].prompts);
   try {
-    const response = await fetch("../example.png");
+    const response = await fetch(`../${encodeURIComponent(examples[example].picture)}`);
     if (!response.ok) throw new Error(`the server answers ${response.status}`);
-    show(await response.blob());
+    await show(await response.blob());
   } catch (error) {
     complain(new Error(`the example does not load: ${error.message}`));
   }
 }
 
 async function ask() {
-  if (!engine || !picture || running) return;
+  if (!engine || !picture || running) return note(waiting());
   complain(null);
   forgetAnswer();
   draw([], []);
-  note(promptWarning(at("prompt").value));
+  note(promptWarning(at("prompt").value) || hintFor(known, at("prompt").value));
   running = new AbortController();
   refresh();
   const asked = picture;
@@ -122,6 +149,12 @@ async function ask() {
   }
   running = null;
   refresh();
+}
+
+/** Why there is no answer yet. */
+function waiting() {
+  if (running) return "The last question is still being answered; Stop ends it.";
+  return engine ? "Choose a picture first." : "The model is not there yet.";
 }
 
 function present({ text, tokens, logprobs, boxes, masks, timings }) {
@@ -162,9 +195,7 @@ function draw(boxes, masks) {
   boxes.forEach((box, i) => {
     const color = COLORS[i % COLORS.length];
     if (box.codes && masks[mask]?.counts) {
-      pen.globalAlpha = 0.6;
-      pen.drawImage(stencil(masks[mask], color), 0, 0, canvas.width, canvas.height);
-      pen.globalAlpha = 1;
+      hatch(pen, masks[mask], color, canvas);
     }
     if (box.codes) mask += 1;
     outline(pen, box, color, zoom, canvas);
@@ -176,9 +207,11 @@ function draw(boxes, masks) {
 function outline(pen, box, color, zoom, canvas) {
   const unit = canvas.width / (canvas.clientWidth || canvas.width); // a pixel of the page
   const [left, top] = [box.x1 * zoom, box.y1 * zoom];
-  pen.strokeStyle = pen.fillStyle = color;
-  pen.lineWidth = 2.5 * unit;
-  pen.strokeRect(left, top, (box.x2 - box.x1) * zoom, (box.y2 - box.y1) * zoom);
+  for (const [style, width] of [[EDGE, 5], [color, 2.5]]) {
+    pen.strokeStyle = style;
+    pen.lineWidth = width * unit;
+    pen.strokeRect(left, top, (box.x2 - box.x1) * zoom, (box.y2 - box.y1) * zoom);
+  }
   const parts = [{ text: box.label, font: `${14 * unit}px system-ui, sans-serif` }];
   if (box.score !== undefined) parts.push({ text: inHundredths(box.score), font: `${11 * unit}px system-ui, sans-serif` });
   const widths = parts.map(({ text, font }) => {
@@ -190,13 +223,50 @@ function outline(pen, box, color, zoom, canvas) {
   const x = Math.max(0, Math.min(left, box.x2 * zoom, canvas.width - width)); // a box may be inverted
   const upper = Math.min(top, box.y2 * zoom);
   const y = upper >= height ? upper - height : upper;
+  pen.fillStyle = EDGE;
   pen.fillRect(x, y, width, height);
-  pen.fillStyle = "#fff";
+  pen.fillStyle = color;
   parts.reduce((at, { text, font }, i) => {
     pen.font = font;
     pen.fillText(text, at, y + 15 * unit);
     return at + widths[i];
   }, x + 4 * unit);
+}
+
+/** A mask as a contour with a dark edge and thin lines within, so that what is below keeps its colors. */
+function hatch(pen, mask, color, { width, height, clientWidth }) {
+  const unit = width / (clientWidth || width);
+  const layer = (style) => {
+    const canvas = new OffscreenCanvas(width, height);
+    const brush = canvas.getContext("2d");
+    brush.imageSmoothingEnabled = false;
+    brush.drawImage(stencil(mask, style), 0, 0, width, height);
+    return [canvas, brush];
+  };
+  const [inside] = layer("#000");
+  const [lines, brush] = layer(color);
+  brush.globalCompositeOperation = "destination-in";
+  brush.lineWidth = 1.5 * unit;
+  brush.beginPath();
+  for (let x = -height; x < width; x += HATCH * unit) {
+    brush.moveTo(x, height);
+    brush.lineTo(x + height, 0);
+  }
+  brush.stroke();
+  pen.globalAlpha = 0.6;
+  pen.drawImage(lines, 0, 0);
+  pen.globalAlpha = 1;
+  for (const [style, reach] of [[EDGE, 2.5], [color, 1.5]]) {
+    const [around, ring] = [new OffscreenCanvas(width, height), layer(style)[0]];
+    const edge = around.getContext("2d");
+    for (let turn = 0; turn < 16; turn++) {
+      const angle = (turn * Math.PI) / 8;
+      edge.drawImage(ring, reach * unit * Math.cos(angle), reach * unit * Math.sin(angle));
+    }
+    edge.globalCompositeOperation = "destination-out";
+    edge.drawImage(inside, 0, 0);
+    pen.drawImage(around, 0, 0);
+  }
 }
 
 /** A mask's run lengths as a picture of one color. */
