@@ -224,7 +224,10 @@ def test_the_first_picture_is_drawn_on(two, tmp_path, capsys):
     assert call(run_onnx, capsys, *two, "detect star", "--draw", tmp_path / "out.png")[0] == 0
     with Image.open(tmp_path / "out.png") as drawing:
         assert drawing.getpixel((drawing.width - 5, 5)) == (255, 255, 255)  # the example has a coloured ground
-        assert drawing.width / 60 > (drawing.height - 60) / 40
+        picture = (
+            drawing.width * 40 // 60
+        )  # pixels of height, where the example, which is square, would have as many as width
+        assert picture < drawing.height < drawing.width
 
 
 def test_what_is_for_one_picture(two, tmp_path, capsys):
