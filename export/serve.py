@@ -7,6 +7,7 @@ that the bundle's description lists, and the example picture.
 import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -147,6 +148,12 @@ def may_have(served: Served, headers: Mapping[str, str] | Message) -> bool:
 
 
 class _Server(ThreadingHTTPServer):
+    def get_request(self):
+        """A connection on which a body does not wait for the browser's word that it has the headers."""
+        connection, address = super().get_request()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection, address
+
     def handle_error(self, request, client_address):
         """A connection that broke is the browser's affair; anything else is told in a line."""
         error = sys.exception()
@@ -157,7 +164,6 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: ThreadingHTTPServer
     timeout = 30  # seconds that a silent connection is kept
-    disable_nagle_algorithm = True  # or a body waits for the browser's word that it has the headers
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "run-onnx", ""
 

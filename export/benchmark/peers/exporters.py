@@ -17,7 +17,7 @@ from numpy_ref.checkpoint import load_config
 from . import pytorch
 from .prompt import Answer
 
-FRONT = "front.pt"  # what stays in PyTorch
+FRONT = "front.safetensors"  # what stays in PyTorch: all but the decoder's layers
 GROUP = 128  # weights in a row that share a scale
 
 
@@ -57,7 +57,8 @@ def _export(kind: str, folder: Path, checkpoint: Path, quantizer: Any = None) ->
         exporter, config = getattr(library, f"{kind}Exporter")(), getattr(library, f"{kind}Config")(**settings)
         exporter.export_for_generation(model, asked, config).save_pretrained(folder)
     model.model.language_model.layers = torch.nn.ModuleList()
-    torch.save(model.model.to(torch.bfloat16), folder / FRONT)
+    front = model.model.to(torch.bfloat16).state_dict()
+    importlib.import_module("safetensors.torch").save_file(front, folder / FRONT)
     shutil.copy(checkpoint / "config.json", folder)
 
 
@@ -108,14 +109,14 @@ def _answering(folder: Path, threads: int, runners: dict[str, Any], stepper: Cal
     """An answer by the front in PyTorch, the exported decoder and its head, and what `stepper` makes of a cache."""
     torch, library = (importlib.import_module(name) for name in ("torch", "transformers"))
     torch.set_num_threads(threads)
-    front = torch.load(folder / FRONT, weights_only=False)  # ours, written a moment ago
+    front = _front(torch, library, folder)
     front.language_model.forward = lambda **given: runners["language_model"](**_in_float(torch, given))
-    asked = pytorch.asker(folder, torch.bfloat16)
+    asked, whole = pytorch.asker(folder, torch.bfloat16), library.AutoConfig.from_pretrained(folder).get_text_config()
 
     @torch.inference_mode()
     def answer(count, first):
         given = asked()
-        hidden = front(**given, cache=library.DynamicCache(config=front.config.get_text_config()), use_cache=True)
+        hidden = front(**given, cache=library.DynamicCache(config=whole), use_cache=True)
         logits = runners["lm_head"](input=hidden.last_hidden_state[:, -1:])
         tokens = [logits[:, -1:].argmax(-1)]
         first()
@@ -126,6 +127,17 @@ def _answering(folder: Path, threads: int, runners: dict[str, Any], stepper: Cal
         return [token.item() for token in tokens]
 
     return answer
+
+
+def _front(torch: ModuleType, library: ModuleType, folder: Path) -> Any:
+    """What `_export` left in PyTorch: the vision tower, the projector, the table and the norm, around no layers."""
+    config = library.AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.layer_types = 0, []
+    attention = pytorch.attention(library, load_config(folder).text)
+    front = library.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    front.load_state_dict(importlib.import_module("safetensors.torch").load_file(folder / FRONT))
+    return front.eval()
 
 
 def _in_float(torch: ModuleType, given: Any) -> Any:
