@@ -32,7 +32,23 @@ class Rounder:
         hessian.flat[:: size + 1] += damping * max(hessian.trace() / size, np.finfo(np.float32).tiny)
         self.weights = hessian.diagonal().copy()
         self.order = np.argsort(-self.weights, kind="stable")
-        self.feedback = unit_factor(hessian[np.ix_(self.order, self.order)])
+        self.feedback, self.diagonal = unit_factor(hessian[np.ix_(self.order, self.order)])
+
+    def solve(self, sums: np.ndarray) -> np.ndarray:
+        """Least squares with as much damping: Σ xᵀ y [in, out] -> the kernel [in, out] by which x is nearest to y."""
+        found, panels = sums[self.order], range(0, len(sums), PANEL)
+        for start in reversed(panels):  # U D Uᵀ, one factor after the other
+            own, later = slice(start, start + PANEL), slice(start + PANEL, None)
+            found[own] -= self.feedback[own, later] @ found[later]
+            found[own] = np.linalg.solve(np.triu(self.feedback[own, own]), found[own])
+        found /= self.diagonal[:, None]
+        for start in panels:
+            own, before = slice(start, start + PANEL), slice(start)
+            found[own] -= self.feedback[before, own].T @ found[before]
+            found[own] = np.linalg.solve(np.triu(self.feedback[own, own]).T, found[own])
+        kernel = np.empty_like(found)
+        kernel[self.order] = found
+        return kernel
 
     def quantize(self, rows: np.ndarray, bits: int, dtype: DTypeLike = np.float32) -> tuple[np.ndarray, np.ndarray]:
         """Rows [out, in] of a transposed kernel or a table -> uint8 [out, in / S, S * bits / 8], scales [out, in / S].
@@ -74,8 +90,8 @@ def steps(rows: np.ndarray, weights: np.ndarray, bits: int) -> np.ndarray:
     return found
 
 
-def unit_factor(matrix: np.ndarray) -> np.ndarray:
-    """U [n, n], upper triangular with ones on its diagonal, of matrix [n, n] = U D Uᵀ; in the matrix's own memory.
+def unit_factor(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """U [n, n], upper triangular with ones on its diagonal, and D [n] of matrix [n, n] = U D Uᵀ; U in its own memory.
 
     Below the diagonal stands what has no meaning. It is a Cholesky factor, from the last column to the first and panel
     by panel, whose columns are divided by their last entries.
@@ -87,14 +103,15 @@ def unit_factor(matrix: np.ndarray) -> np.ndarray:
         corner = np.linalg.cholesky(panel[start:][::-1, ::-1])[::-1, ::-1]
         panel[:start] = np.linalg.solve(corner, panel[:start].T).T
         panel[start:] = corner
-    matrix /= matrix.diagonal().copy()
-    return matrix
+    last = matrix.diagonal().copy()
+    matrix /= last
+    return matrix, np.square(last)
 
 
 def round_in_turn(kernel: np.ndarray, steps: np.ndarray, feedback: np.ndarray, bits: int) -> np.ndarray:
     """kernel [in, out] in steps [in, out] -> whole numbers int8 [in, out], each input told of the errors before it.
 
-    `feedback` [in, in] is what `unit_factor` gives for their Hessian.
+    `feedback` [in, in] is the first that `unit_factor` gives for their Hessian.
     """
     zero, size = 2 ** (bits - 1), len(kernel)
     steps = np.where(steps == 0, np.float32(1), steps)

@@ -15,7 +15,7 @@ from numpy_ref.tokenizer import Tokenizer
 from ..batch.dataset import Row, open_questions
 
 MOST = 256  # rows that are used of a file
-AT_ONCE = 4096  # positions of a batch, about
+AT_ONCE = 2048  # positions of a batch, about
 
 
 @dataclass(frozen=True)

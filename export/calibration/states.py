@@ -2,19 +2,22 @@
 
 Its *tokens* are those that the rounded weights read. In an int4 bundle, whose prefill has weights in eight bits, they
 are the answers, behind prompts that are as good as exact; where one set of weights does both, they are prompts and
-answers together.
+answers together. There are two states of them: `exact`, in the model as it was, and `rounded`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from numpy_ref.config import PaliGemmaConfig
+from numpy_ref.config import GemmaConfig, PaliGemmaConfig
 from numpy_ref.generate import pad_prompts
 from numpy_ref.model import gemma, paligemma
-from numpy_ref.model.layers import Array, Pair, Params, Tap, gelu, identity, linear, rms_norm, rope_angles
+from numpy_ref.model.layers import Array, Pair, Params, gelu, linear, merge_heads, rms_norm, rope_angles
+
+EXACT, ROUNDED = "exact", "rounded"
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,27 @@ class Batch:
         ids, lengths = self.token_ids
         return np.arange(ids.shape[1]) < lengths[:, None]
 
-    def begin(self, p: Params, features: np.ndarray) -> None:
-        """Embed prompts and tokens; `features` [B*N, P, D] are those of the pictures."""
-        if self.apart:
-            self.put("prompts", paligemma.embed_prefix(p, self.config, features, self.prompt_ids[0]))
-            self.put("tokens", gemma.embed(p["text"], self.config.text, self.token_ids[0], np.float32))
-        else:
-            self.put("tokens", paligemma.embed_prefix(p, self.config, features, self.token_ids[0]))
+    def begin(self, state: str, look_up: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Embed the tokens, and the prompts where they are apart; `look_up` gives rows of a table [n, D] by ids [n].
+
+        The features of the pictures are there already.
+        """
+        if not self.apart:
+            self.put(state, self._with_pictures(self.token_ids[0], look_up))
+            return
+        places, p = self._table(self.token_ids[0], look_up)
+        self.put(state, gemma.embed(p, self.config.text, places, np.float32))
+        if state == EXACT:
+            self.put("prompts", self._with_pictures(self.prompt_ids[0], look_up))
+
+    def _with_pictures(self, ids, look_up) -> np.ndarray:
+        places, p = self._table(ids, look_up)
+        return paligemma.embed_prefix({"text": p}, self.config, self.get("features"), places)
+
+    def _table(self, ids, look_up):
+        """A table of the rows that ids [B, T] ask for, and where they are in it: they need not all be looked up."""
+        distinct, places = np.unique(np.minimum(ids, self.config.text.vocab - 1), return_inverse=True)
+        return places.reshape(ids.shape), {"embedding": look_up(distinct)}
 
     def advance_prompts(self, p: Params, layer: int) -> None:
         """Take the prompts through a layer, and keep its keys and values."""
@@ -92,8 +109,8 @@ class Batch:
         }
 
     def asked(self) -> np.ndarray:
-        """The states behind which a token is drawn, [n, D]: each prompt's last, and those of its answer."""
-        tokens, lengths = self.get("tokens"), self.prompt_ids[1]
+        """The exact states behind which a token is drawn, [n, D]: each prompt's last, and those of its answer."""
+        tokens, lengths = self.get(EXACT), self.prompt_ids[1]
         if self.apart:
             return np.concatenate([paligemma.last_position(self.get("prompts"), lengths), tokens[self.is_token]])
         behind = np.arange(tokens.shape[1]) >= lengths[:, None] - 1
@@ -104,19 +121,45 @@ def _angles(config, positions) -> Pair:
     return rope_angles(positions, config.head_dim, config.rope_base, np.float32)
 
 
-def after_attention(p: Params, config: Any, x: Array, around: dict[str, Any], tap: Tap = identity) -> Array:
-    """The first half of `gemma.block`: x [B, T, D] -> [B, T, D]."""
-    normed = rms_norm(x, **p["attention_norm"], eps=config.eps)
-    update, _ = gemma.attention(p["attention"], config, normed, **around, tap=tap)
+# --- the two halves of `gemma.block`, and what their kernels read ------------------------------------------
+# `around` is what `Batch.around` gives; those that look at no other position leave it alone.
+
+
+def after_attention(p: Params, config: GemmaConfig, x: Array, around: dict[str, Any]) -> Array:
+    """x += [norm] attention(norm(x)): x [B, T, D] -> [B, T, D]."""
+    update, _ = gemma.attention(p["attention"], config, attention_input(p, config, x), **around)
     return x + (rms_norm(update, **p["post_attention_norm"], eps=config.eps) if config.post_norms else update)
 
 
-def after_mlp(p: Params, config: Any, x: Array) -> Array:
-    """The second half of `gemma.block`: x [B, T, D] -> [B, T, D]."""
-    update = gemma.mlp(p["mlp"], rms_norm(x, **p["mlp_norm"], eps=config.eps))
+def after_mlp(p: Params, config: GemmaConfig, x: Array, around: dict[str, Any] | None = None) -> Array:
+    """x += [norm] mlp(norm(x)): x [B, T, D] -> [B, T, D]."""
+    update = gemma.mlp(p["mlp"], mlp_input(p, config, x))
     return x + (rms_norm(update, **p["post_mlp_norm"], eps=config.eps) if config.post_norms else update)
 
 
-def hidden(p: Params, x: Array) -> Array:
-    """What the last kernel of `gemma.mlp` reads: x [..., D] -> [..., F]."""
+def attention_input(p: Params, config: GemmaConfig, x: Array, around: dict[str, Any] | None = None) -> Array:
+    """What queries, keys and values are made of: x [B, T, D] -> [B, T, D]."""
+    return rms_norm(x, **p["attention_norm"], eps=config.eps)
+
+
+def context(p: Params, config: GemmaConfig, x: Array, around: dict[str, Any]) -> Array:
+    """What the output kernel of attention reads: x [B, T, D] -> [B, T, N*H]."""
+    found = {}
+
+    def tap(name, value):
+        found[name] = value
+        return value
+
+    gemma.attention(p["attention"], config, attention_input(p, config, x), **around, tap=tap)
+    return merge_heads(found["context"])
+
+
+def mlp_input(p: Params, config: GemmaConfig, x: Array, around: dict[str, Any] | None = None) -> Array:
+    """What gate and up read: x [B, T, D] -> [B, T, D]."""
+    return rms_norm(x, **p["mlp_norm"], eps=config.eps)
+
+
+def hidden(p: Params, config: GemmaConfig, x: Array, around: dict[str, Any] | None = None) -> Array:
+    """What the last kernel of the MLP reads: x [B, T, D] -> [B, T, F]."""
+    x, p = mlp_input(p, config, x), p["mlp"]
     return gelu(linear(x, **p["gate"])) * linear(x, **p["up"])
