@@ -71,8 +71,8 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     )  # fmt: skip
     options.add_argument(
         "--calibrate", type=Path, metavar="ROWS.jsonl",
-        help='round weights in four bits so that these rows with "image", "prompt" and perhaps "answer" are answered as '
-        "in float32, as nearly as can be; takes minutes for each billion weights",
+        help='choose weights in four bits by rows with "image", "prompt" and perhaps "answer", so that those are '
+        "answered as in float32, as nearly as can be; it takes minutes for a billion weights",
     )  # fmt: skip
     options.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
     arguments = options.parse_args(argv)

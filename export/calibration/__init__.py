@@ -1,10 +1,10 @@
 """Calibration: four-bit weights that answer a user's own rows best, instead of each being closest to what it was.
 
-First the exact model reads the rows. The embedding table, or the head where there is one apart, is rounded by the states
-from which tokens are drawn: those count most behind which several are likely, since only there can a small error change
-what is drawn. Then the rounded model reads them, layer by layer beside the exact one. Each kernel is first moved to where
-what it reads by now, which the roundings before it have changed, gives what the exact model has there (as in GPTAQ, Li
-et al. 2025), then rounded (gptq.py).
+First the exact model reads the rows. The embedding table, or the head where there is one apart, is rounded by the
+states from which tokens are drawn: those count most behind which several are likely, since only there can a small error
+change what is drawn. Then the rounded model reads them, layer by layer beside the exact one. Each kernel is moved to
+where what it reads by now, changed by the roundings before it, gives what the exact model has there (as in GPTAQ, Li et
+al. 2025), and then rounded (gptq.py).
 
 In memory there are a layer of both models in float32, the Hessian of one kernel's inputs, and a batch of rows; all else
 lies in files of a folder.

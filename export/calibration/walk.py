@@ -26,8 +26,8 @@ from .gptq import Rounder
 from .rows import Example
 from .states import EXACT, ROUNDED, Batch
 
-DAMPING = 0.03  # of Hessians, at least; it is more where there are fewer tokens than inputs
-TIED_DAMPING = 1.0  # of a table that is read as input too, where all of a row counts
+DAMPING, SEEN = 0.01, 5  # of Hessians at least; and of how many times as many inputs as tokens it is 1
+TIED_DAMPING = 0.3  # of a table that is read as input too, where all of a row counts
 CERTAIN = 0.1  # how much a state counts behind which one token is certain; 1 + CERTAIN is the mean
 VOCAB_STEP = 8192  # rows of the table whose logits are held at once
 BITS = 4
@@ -166,13 +166,13 @@ class _Layer:
     def round(self, names: tuple[str, ...], inputs: Callable, is_update: bool = False) -> None:
         """Round kernels that read the same `inputs(p, config, x, around)`.
 
-        What an update is added to differs in the two models by now. It makes up for that too, unless it is normed first.
+        What an update is added to differs in the two models by now. It makes up for that too, if it is not normed first.
         """
         kernels = [f"{name}.kernel" for name in names if f"{self._path(name)}.kernel" in self.walk.forms]
+        if not kernels:
+            return
         hessian, missing, count = np.zeros(()), dict.fromkeys(kernels, np.zeros(())), 0
         for batch in self.walk.each():
-            if not kernels:
-                continue
             around, keep = batch.around(self.number), batch.is_token
             pair = [batch.get(state) for state in (EXACT, ROUNDED)]
             x, y = (
@@ -183,7 +183,7 @@ class _Layer:
             behind = (pair[0] - pair[1])[keep] if is_update and not self.config.post_norms else 0
             for kernel in kernels:
                 missing[kernel] = missing[kernel] + y.T @ ((x - y) @ self.exact[kernel] + behind)
-        rounder = Rounder(hessian, damping(*hessian.shape[:1], count)) if kernels else None
+        rounder = Rounder(hessian, damping(len(hessian), count))
         for kernel in kernels:
             aim = self.exact[kernel] + rounder.solve(missing.pop(kernel))
             values, scales = self.walk.store(self._path(kernel), rounder, aim.T)
@@ -201,11 +201,11 @@ class _Layer:
 
 
 def damping(inputs: int, tokens: int) -> float:
-    """Of the Hessian of so many inputs over so many tokens, as a share of its mean.
+    """Of the Hessian of so many inputs over so many tokens, as a share of the mean of its diagonal.
 
-    With fewer tokens than inputs most directions were never seen, and what was seen is chance.
+    The fewer tokens there are for each input, the more of what was seen is chance, and of what was not may yet come.
     """
-    return max(DAMPING, inputs / tokens)
+    return max(DAMPING, inputs / tokens / SEEN)
 
 
 def _doubt(x, table, cap) -> np.ndarray:
