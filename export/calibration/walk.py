@@ -29,7 +29,7 @@ from .states import EXACT, ROUNDED, Batch
 DAMPING, SEEN = 0.01, 5  # of Hessians at least; and of how many times as many inputs as tokens it is 1
 TIED_DAMPING = 0.3  # of a table that is read as input too, where all of a row counts
 CERTAIN = 0.1  # how much a state counts behind which one token is certain; 1 + CERTAIN is the mean
-VOCAB_STEP = 8192  # rows of the table whose logits are held at once
+LOGITS = 2**22  # held at once
 BITS = 4
 
 
@@ -166,7 +166,7 @@ class _Layer:
     def round(self, names: tuple[str, ...], inputs: Callable, is_update: bool = False) -> None:
         """Round kernels that read the same `inputs(p, config, x, around)`.
 
-        What an update is added to differs in the two models by now. It makes up for that too, if it is not normed first.
+        What an update is added to differs in the two models by now. It makes up for that too, unless a norm follows.
         """
         kernels = [f"{name}.kernel" for name in names if f"{self._path(name)}.kernel" in self.walk.forms]
         if not kernels:
@@ -214,8 +214,9 @@ def _doubt(x, table, cap) -> np.ndarray:
     It is how much a small error in the logits changes the distribution: the trace of the divergence's Hessian.
     """
     once = twice = np.full(len(x), -np.inf, np.float32)  # log Σ exp(logit), and of twice the logits
-    for start in range(0, len(table), VOCAB_STEP):
-        logits = softcap(x @ np.asarray(table[start : start + VOCAB_STEP], np.float32).T, cap)
+    step = max(1, LOGITS // len(x))
+    for start in range(0, len(table), step):
+        logits = softcap(x @ np.asarray(table[start : start + step], np.float32).T, cap)
         once = np.logaddexp(once, np.logaddexp.reduce(logits, axis=1))
         twice = np.logaddexp(twice, np.logaddexp.reduce(2 * logits, axis=1))
     return 1 - np.exp(twice - 2 * once)
