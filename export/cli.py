@@ -69,13 +69,25 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
         "--prepack", action="store_true",
         help="keep the weights in the order of this processor's kernels too: sessions share them, for twice the disk",
     )  # fmt: skip
+    options.add_argument(
+        "--calibrate", type=Path, metavar="ROWS.jsonl",
+        help='choose weights in four bits by rows with "image", "prompt" and perhaps "answer", so that those are '
+        "answered as in float32, as nearly as can be; it takes minutes for a billion weights",
+    )  # fmt: skip
     options.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
     arguments = options.parse_args(argv)
     if not arguments.output and not arguments.plan:
         options.error("--output DIR is required (or --plan, to see what would be written)")
     if arguments.layout != layouts.BUNDLE:
         return _export_layout(options, arguments)
+    if arguments.calibrate:
+        from . import calibration
+
+        calibration.check(arguments.precision)
     checkpoint = checkpoints.load(arguments.checkpoint, arguments.adapter)
+    calibrate = (
+        calibration.by_rows(checkpoint, arguments.calibrate, arguments.precision) if arguments.calibrate else None
+    )
     if arguments.plan:
         wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual, arguments.prepack
         return _print_plan(bundles.plan(checkpoint, *wanted))
@@ -87,7 +99,7 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
         verification.check(checkpoint, arguments.precision)  # before gigabytes are written
     bundles.write(
         checkpoint, arguments.output, arguments.precision, arguments.max_length, verify, arguments.operators,
-        arguments.prepack, arguments.residual, answered=True,
+        arguments.prepack, arguments.residual, answered=True, calibrate=calibrate,
     )  # fmt: skip
     print(one_line(f"wrote {arguments.output}"))
     return 0
@@ -95,7 +107,7 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
 
 def _export_layout(options, arguments) -> int:
     """What export-onnx does for other libraries."""
-    for name in ("prepack", "residual"):
+    for name in ("prepack", "residual", "calibrate"):
         if getattr(arguments, name):
             options.error(f"argument --{name}: not with --layout {arguments.layout}")
     checkpoint = checkpoints.load(arguments.checkpoint, arguments.adapter)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PROMPTS = ("prompt", "prefix")  # where a row's own prompt may stand; the first counts
+ANSWERS = ("answer", "suffix")  # where the right answer may, of which calibration and drift make use
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -44,6 +45,7 @@ class Row:
     image: Any
     prompt: Any
     problem: str = ""  # why its fields cannot be read
+    answer: Any = None
 
     @property
     def count(self) -> int:
@@ -116,6 +118,15 @@ def open_dataset(path: Path, default_prompt: str | None) -> "Folder | JsonLines 
     return rows
 
 
+def open_questions(path: Path) -> "JsonLines | Parquet":
+    """A file whose rows have prompts of their own, which `Row.question` checks. Raises PaliGemmaError if it is none."""
+    if path.is_dir():
+        raise PaliGemmaError(f"{path}: a folder; FILE.jsonl or FILE.parquet with a prompt in each row is needed")
+    rows = open_dataset(path, "")
+    assert not isinstance(rows, Folder)
+    return rows
+
+
 class Folder:
     """Every picture in a folder and the folders below it, by name; hidden ones aside.
 
@@ -177,7 +188,7 @@ class JsonLines:
                 row = _object(stream.readline())
                 if row is None:
                     raise PaliGemmaError(f"{self.path} was changed while it was read")
-                rows.append(Row(number, self.path.parent, row.get("image"), _prompt(row)))
+                rows.append(Row(number, self.path.parent, row.get("image"), _prompt(row), answer=_first(row, ANSWERS)))
         return rows
 
     def _check(self, number, line, default_prompt):
@@ -205,8 +216,8 @@ class Parquet:
             groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if "image" not in columns:
             raise PaliGemmaError(f"{path}: no column image; it has {', '.join(columns)}")
-        self.columns = ["image", *(name for name in PROMPTS if name in columns)]
-        if self.columns == ["image"]:
+        self.columns = ["image", *(name for name in PROMPTS + ANSWERS if name in columns)]
+        if not set(self.columns) & set(PROMPTS):
             _need_prompt(path, default_prompt)
         self.ends = np.cumsum(groups, dtype=np.int64)  # the number behind each group's last row
 
@@ -238,7 +249,7 @@ class Parquet:
         return int(np.searchsorted(self.ends, number, "right"))
 
     def _from(self, group):
-        """Yield (image, prompt, problem) of every row from a row group's first on."""
+        """Yield (image, prompt, problem, answer) of every row from a row group's first on."""
         with _open_parquet(self.path) as file:
             groups = range(group, len(self.ends))
             for batch in file.iter_batches(16, row_groups=groups, columns=self.columns, use_threads=False):
@@ -246,9 +257,9 @@ class Parquet:
                     try:
                         (row,) = batch.slice(i, 1).to_pylist()
                     except Exception as error:  # text that is not UTF-8, for one
-                        yield None, None, str(error)
+                        yield None, None, str(error), None
                     else:
-                        yield row["image"], _prompt(row), ""
+                        yield row["image"], _prompt(row), "", _first(row, ANSWERS)
 
 
 def _name(image) -> str | None:
@@ -284,7 +295,11 @@ def _object(line: bytes) -> dict | None:
 
 
 def _prompt(row: dict):
-    return next((row[name] for name in PROMPTS if row.get(name) is not None), None)
+    return _first(row, PROMPTS)
+
+
+def _first(row: dict, names):
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _need_prompt(where, default_prompt) -> None:

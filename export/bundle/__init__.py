@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..model.layers import FUSED, HALF, PORTABLE
 from ..runtime import check_path
 from . import digests, example, prepack, weights
 from .description import Description, File, Graph, Image, Tokens, Value
+from .rounded import Rounded
 
 DESCRIPTION = "bundle.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -172,11 +174,13 @@ def write(
     prepacked: bool = False,
     residual: str | None = None,
     answered: bool = False,
+    calibrate: Callable[[Path], Rounded] | None = None,
 ) -> None:
     """Export a loaded checkpoint into the new directory `output`.
 
     With `prepacked` the weights are there once more, in the order of this machine's kernels (prepack.py). With
-    `answered` the bundle answers its own example.json, whose answer is else null.
+    `answered` the bundle answers its own example.json, whose answer is else null. `calibrate(folder)` rounds weights of
+    four bits (calibration), in a folder that is there for as long as they are read.
     `verify(bundle, checkpoint) -> table` is run before the directory gets its name; what it returns is kept in
     bundle.json. Raises PaliGemmaError, and leaves nothing behind, if anything is wrong.
     """
@@ -187,13 +191,16 @@ def write(
         needed = sum(contents.sizes.values()) * (4 if prepacked else 1)
         check_space(output, folder, needed)  # what a killed export left is gone by now
         arrays = checkpoints.flatten(checkpoint.params)
-        with _progress("weights", weights.size(contents.placed)) as bar:
-            sums = {weights.FILE: weights.write(folder / weights.FILE, contents.placed, arrays, bar.update)}
-        for name, written in contents.made.items():
-            (folder / name).write_bytes(written)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            rounded = calibrate(Path(aside)) if calibrate else None
+            with _progress("weights", weights.size(contents.placed)) as bar:
+                written = weights.write(folder / weights.FILE, contents.placed, arrays, bar.update, rounded)
+        sums = {weights.FILE: written}
+        for name, made in contents.made.items():
+            (folder / name).write_bytes(made)
         for name, source in contents.copies.items():
             shutil.copyfile(source, folder / name)
-        description = contents.description
+        description = replace(contents.description, calibration=rounded.calibration if rounded else None)
         if answered:
             _answer(folder, contents)
         if prepacked:

@@ -68,6 +68,14 @@ class File:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What weights in four bits were rounded by: how many rows, and the SHA-256 of their pictures and ids."""
+
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Description:
     """The contents of bundle.json, in the order in which they stand there."""
 
@@ -85,6 +93,7 @@ class Description:
     files: dict[str, File]
     parity: list[dict] | None = None  # the table of --verify
     prepacked: str | None = None  # the processor whose kernels the weights are repacked for
+    calibration: Calibration | None = None
 
     @classmethod
     def from_json(cls, data: object, source: object) -> "Description":
@@ -114,6 +123,7 @@ class Description:
             files={name: _file(file) for name, file in fields.object("files").objects()},
             parity=data.get("parity"),
             prepacked=fields.text("prepacked", default=None),
+            calibration=_calibration(fields.object("calibration")) if data.get("calibration") is not None else None,
         )
         listed = {weights.FILE, *(graph.file for graph in description.graphs.values())}
         if missing := listed - description.files.keys():
@@ -124,7 +134,7 @@ class Description:
     def to_json(self) -> dict:
         """What `from_json` reads."""
         fields = asdict(self) | {"config": to_hf(self.config)}
-        absent = {name for name in ("residual", "prepacked") if fields[name] is None}
+        absent = {name for name in ("residual", "prepacked", "calibration") if fields[name] is None}
         fields = {name: value for name, value in fields.items() if name not in absent}
         return {"format": FORMAT, "version": VERSION, **fields}
 
@@ -170,6 +180,10 @@ def _value(fields) -> Value:
 
 def _file(fields) -> File:
     return File(fields.whole("bytes"), fields.text("sha256"))
+
+
+def _calibration(fields) -> Calibration:
+    return Calibration(fields.whole("rows", 1), fields.text("sha256"))
 
 
 def _is_whole(value) -> bool:

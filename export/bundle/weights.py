@@ -174,12 +174,16 @@ def write(
     placed: dict[str, Stored],
     arrays: Mapping[str, Rows],
     progress: Callable[[int], object] = lambda size: None,
+    rounded: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> str:
-    """Write arrays {path: array} as placed; call `progress` with each block's bytes. The file's SHA-256."""
+    """Write arrays {path: array} as placed; call `progress` with each block's bytes. The file's SHA-256.
+
+    `rounded` {path: (values, scales)} stand for the blocks of the weights that it has.
+    """
     digest = hashlib.sha256()
     with open(file, "wb") as stream, ThreadPoolExecutor(1) as hasher:
         hashed: Future = hasher.submit(bool)
-        for block in _contents(placed, arrays):
+        for block in _contents(placed, arrays, rounded or {}):
             hashed.result()  # one block is hashed while the next is converted and written
             hashed = hasher.submit(digest.update, block)
             stream.write(block)
@@ -188,10 +192,10 @@ def write(
     return digest.hexdigest()
 
 
-def _contents(placed, arrays) -> Iterator[memoryview]:
+def _contents(placed, arrays, rounded) -> Iterator[memoryview]:
     """The file's bytes, block by block, zeros between the tensors."""
     position = 0
-    for stored, piece in _encoded(placed, arrays):
+    for stored, piece in _encoded(placed, arrays, rounded):
         if stored.offset > position:
             yield memoryview(bytes(stored.offset - position))
             position = stored.offset
@@ -218,7 +222,7 @@ def _refuse(stored, arrays):
     raise PaliGemmaError(f"tensor {stored.path} has a scale beyond the range of {dtype}; choose another --precision")
 
 
-def _encoded(placed, arrays) -> Iterator[tuple[Stored, np.ndarray]]:
+def _encoded(placed, arrays, rounded) -> Iterator[tuple[Stored, np.ndarray]]:
     """(Stored, a piece of its array) in the order of the file.
 
     A form makes its parts together. The first, which is the large one, is passed on piece by piece; the others wait
@@ -229,7 +233,12 @@ def _encoded(placed, arrays) -> Iterator[tuple[Stored, np.ndarray]]:
         if stored.part:
             yield from ((stored, piece) for piece in waiting.pop((stored.path, stored.form, stored.part)))
             continue
-        for part, piece in stored.form.encode(*(arrays[path] for path in stored.members)):
+        if isinstance(stored.form, Blocks) and stored.path in rounded:
+            values, scales = rounded[stored.path]
+            pieces = enumerate((values, scales.astype(stored.form.dtype.numpy())))
+        else:
+            pieces = stored.form.encode(*(arrays[path] for path in stored.members))
+        for part, piece in pieces:
             if part == 0:
                 yield stored, piece
             else:

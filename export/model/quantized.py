@@ -194,11 +194,14 @@ def quantize_blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
         better = other[2] > explained
         for kept, found in zip((q, scales, explained), other, strict=True):
             np.copyto(kept, found, where=better)
+    return pack(q, bits), scales[..., 0]
+
+
+def pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """Whole numbers around zero [out, in / S, S] -> uint8 [out, in / S, S * bits / 8], the first in the lower bits."""
     with np.errstate(invalid="ignore"):
-        q = (q + np.float32(zero)).astype(np.uint8)
-    if bits == 4:
-        q = q[..., 0::2] | q[..., 1::2] << 4
-    return q, scales[..., 0]
+        q = (q + np.float32(2 ** (bits - 1))).astype(np.uint8)
+    return q[..., 0::2] | q[..., 1::2] << 4 if bits == 4 else q
 
 
 def _round_blocks(blocks, steps, zero):
