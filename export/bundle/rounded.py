@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from .description import Calibration
 
@@ -15,14 +16,17 @@ class Rounded(Mapping[str, tuple[np.ndarray, np.ndarray]]):
         self.folder, self.calibration, self.paths = folder, calibration, []
 
     def add(self, path: str, values: np.ndarray, scales: np.ndarray) -> None:
-        np.savez(self.folder / f"{path}.npz", values=values, scales=scales.astype(np.float32))
+        save_file(
+            {"values": np.ascontiguousarray(values), "scales": np.ascontiguousarray(scales, np.float32)},
+            self.folder / f"{path}.safetensors",
+        )
         self.paths.append(path)
 
     def __getitem__(self, path: str) -> tuple[np.ndarray, np.ndarray]:
         if path not in self.paths:
             raise KeyError(path)
-        with np.load(self.folder / f"{path}.npz") as found:
-            return found["values"], found["scales"]
+        found = load_file(self.folder / f"{path}.safetensors")
+        return found["values"], found["scales"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.paths)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from numpy_ref.config import GemmaConfig, PaliGemmaConfig
 from numpy_ref.generate import pad_prompts
@@ -32,13 +33,13 @@ class Batch:
     apart: bool  # whether prompts are read by exact weights
 
     def put(self, name: str, array: np.ndarray) -> None:
-        np.save(self._file(name), array)
+        save_file({name: np.ascontiguousarray(array)}, self._file(name))
 
     def get(self, name: str) -> np.ndarray:
-        return np.load(self._file(name))
+        return load_file(self._file(name))[name]
 
     def _file(self, name):
-        return self.folder / f"{self.number}.{name}.npy"
+        return self.folder / f"{self.number}.{name}.safetensors"
 
     @property
     def prompt_ids(self) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import scenes
 from ..cli import Parser, run, whole
 from ..errors import one_line
 from ..files import new_directory
@@ -26,7 +25,7 @@ def write(folder: Path, count: int, seed: int) -> None:
     rng, rows = np.random.default_rng([SEED, seed]), []
     for i in range(count):
         question, name = random_question(rng, lambda mask, box: ""), f"{i:04d}.png"
-        scenes.draw(question.scene, DRAWN_AT).save(folder / name)
+        question.scene.draw(DRAWN_AT).save(folder / name)
         rows.append({"image": name, "prompt": question.prefix})
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
