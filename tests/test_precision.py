@@ -117,10 +117,10 @@ def test_verification_fails_and_leaves_nothing(tmp_path, monkeypatch, damage):
     if damage == "weight":
         write = bundle.weights.write
 
-        def spoiled(file, placed, arrays, progress):
+        def spoiled(file, placed, arrays, progress, rounded):
             arrays = dict(arrays)
             arrays["text.blocks.1.mlp.up.kernel"] = arrays["text.blocks.1.mlp.up.kernel"] * 1.01
-            return write(file, placed, arrays, progress)
+            return write(file, placed, arrays, progress, rounded)
 
         monkeypatch.setattr(bundle.weights, "write", spoiled)
     else:
