@@ -24,6 +24,7 @@ from numpy_ref.engine import Engine
 from numpy_ref.errors import PaliGemmaError, plural
 from numpy_ref.generate import choose_capacity, pad_prompts
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
@@ -89,11 +90,13 @@ def follow(
         lengths = np.where(alive, lengths + 1, lengths).astype(np.int32)
 
 
-def on_scenes(reference: Engine, engine: Engine, tokenizer: Tokenizer, scenes: int, seed: int) -> dict:
-    """Drift over the answers to held-out scenes of every task, and both accuracies."""
+def on_scenes(
+    reference: Engine, engine: Engine, tokenizer: Tokenizer, scenes: int, seed: int, suite: evaluate.Suite
+) -> dict:
+    """Drift over the answers to held-out scenes of every task of a suite, and both accuracies."""
     drift, known, accuracy = Drift(), tokenizer.known(), {}
-    for task, name in evaluate.SCORES.items():
-        asked = evaluate.held_out(seed, scenes, task)
+    for task, name in suite.scores.items():
+        asked = suite.held_out(seed, scenes, task)
         for start in tqdm(range(0, scenes, BATCH), desc=task, leave=False, disable=None):
             batch = [evaluate.prepare(engine, tokenizer, question) for question in asked[start : start + BATCH]]
             pixel_values = np.concatenate([each.pixel_values for question in batch for each in question.pictures])
@@ -215,7 +218,8 @@ def main(argv=None):
         if rows is not None:
             results = on_rows(reference, Session(opened), tokenizer, rows)
         else:
-            results = on_scenes(reference, Session(opened), tokenizer, arguments.scenes, arguments.seed)
+            suite = suite_of(opened.path)
+            results = on_scenes(reference, Session(opened), tokenizer, arguments.scenes, arguments.seed, suite)
     precision = opened.description.precision
     print(json.dumps({"precision": precision, **results}) if arguments.json else table(precision, results))
     return 0

@@ -13,18 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from numpy_ref import checkpoint, cli, knows
+from numpy_ref import checkpoint, cli
 from numpy_ref.checkpoint import hub
 from numpy_ref.engine import Engine
 from numpy_ref.scenes import evaluate
-from numpy_ref.things.evaluate import GOALS, MOST_LOST, THINGS
+from numpy_ref.things import evaluate as things
 from numpy_ref.tokenizer import Tokenizer
 
 from . import bundle as bundles
 from . import session
 
 PROG = "python -m export.evaluate"
-SUITES = {"shapes": evaluate.SHAPES, "things": THINGS}
 
 
 @contextmanager
@@ -43,8 +42,7 @@ def opened(path: Path | None) -> Iterator[tuple[Engine, Tokenizer]]:
 
 def suite_of(path: Path | None) -> evaluate.Suite:
     """What a bundle or checkpoint is measured on; None is the shipped model."""
-    found = knows.load(checkpoint.SHIPPED if path is None else hub.directory(path))
-    return SUITES[found.scenes if found else "shapes"]
+    return things.suite_of(checkpoint.SHIPPED if path is None else hub.directory(path))
 
 
 def mean(results: list[dict]) -> dict:
@@ -57,24 +55,26 @@ def mean(results: list[dict]) -> dict:
 
 def table(results: dict, lowest: dict | None = None) -> str:
     """The accuracies as text; with several seeds their means, and beside them the lowest of each."""
-    lines = [f"{'':<16}{'seen pairs':>12}{'new pairs':>12}" + (f"{'lowest':>12}{'goal':>12}" if lowest else "")]
+    lines = [f"{'':<16}{'seen':>12}{'new':>12}" + (f"{'lowest':>12}{'goal':>12}" if lowest else "")]
     for name in (name for name, value in results.items() if isinstance(value, float)):
         lines.append(f"{name:<16}{results[name]:>12.1%}{results['compositional'][name]:>12.1%}")
         if lowest:
-            goal = f"{GOALS[name]:>12.0%}{_verdict(results, name)}" if name in GOALS else ""
+            goal = f"{things.GOALS[name]:>12.0%}{_verdict(results, name)}" if name in things.GOALS else ""
             lines[-1] += f"{lowest[name]:>12.1%}{goal}"
     return "\n".join([*lines, *confidence_table(results.get("confidence", {}))])
 
 
 def _verdict(results, name) -> str:
     lost = results[name] - results["compositional"][name]
-    missed = ["  below"] * (results[name] < GOALS[name]) + [f"  new pairs lose {lost:.1%}"] * (lost > MOST_LOST)
+    missed = ["  below"] if results[name] < things.GOALS[name] else []
+    if lost > things.MOST_LOST:
+        missed.append(f"  new ones lose {lost:.1%}")
     return ",".join(missed)
 
 
 def confidence_table(confidence: dict) -> list[str]:
     """How sure the answers on the first split are, as lines: figures, then for each range of confidence how many."""
-    lines = ["", f"{'seen pairs':<16}" + "".join(f"{task:>18}" for task in confidence)] if confidence else []
+    lines = ["", f"{'seen':<16}" + "".join(f"{task:>18}" for task in confidence)] if confidence else []
     for name in ("average_precision", "risk_at_100", "risk_at_90", "calibration_error"):
         cells = [f"{one[name]:.1%}" if name in one else "" for one in confidence.values()]
         lines += [f"{name.replace('_', ' '):<16}" + "".join(f"{cell:>18}" for cell in cells)] if any(cells) else []

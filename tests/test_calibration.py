@@ -24,7 +24,7 @@ from numpy_ref.checkpoint import SHIPPED, Checkpoint
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
 from numpy_ref.model import paligemma
-from numpy_ref.scenes import rows as drawn
+from numpy_ref.things import rows as drawn
 from numpy_ref.tokenizer import Tokenizer
 
 from .models import CONFIGS, random_params

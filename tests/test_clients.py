@@ -33,6 +33,7 @@ from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import generate
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 
 from .make_goldens import GOLDEN, PREFIXES
@@ -40,6 +41,7 @@ from .models import CONFIGS, random_params
 from .test_golden import NAMES
 from .test_hosts import TASKS, browser, case, need, node  # noqa: F401 - fixtures among them
 
+SUITE = suite_of()  # what the shipped model is measured on
 CLIENTS = Path(export.__file__).parent / "clients"
 STEPS = 24
 DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "q8", "int4": "q4"}
@@ -65,7 +67,7 @@ def questions(tmp_path_factory):
     folder, opened = tmp_path_factory.mktemp("questions"), bundle.shipped()
     engine, tokenizer, found = Session(opened, "cpu"), Tokenizer.load(opened.path, opened.config), []
     for i, question in enumerate(
-        question for task, count in TASKS.items() for question in evaluate.held_out(7, count, task)
+        question for task, count in TASKS.items() for question in SUITE.held_out(7, count, task)
     ):
         evaluate.picture(question).save(folder / f"{i}.png")
         found.append(case(engine, tokenizer, folder / f"{i}.png", question.prefix, Sampling()))

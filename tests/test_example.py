@@ -55,7 +55,7 @@ def test_the_shipped_model_is_right(shipped):
     """Of the scene that was drawn: it finds the star, and its mask is most of what is to be seen of it."""
     star = example.SCENE.things[1]
     (box,), (mask,) = (read(shipped)["answer"][name] for name in ("boxes", "masks"))
-    assert box["label"] == star.name
+    assert box["label"] == star.label
     corners = [side * example.SIZE for side in star.box]
     assert [box[name] for name in ("x1", "y1", "x2", "y2")] == pytest.approx(corners, abs=3)
     assert mask["size"] == [example.SIZE, example.SIZE]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from numpy_ref import detection
 from numpy_ref.answer import Answer
-from numpy_ref.checkpoint import SHIPPED
+from numpy_ref.checkpoint import SHIPPED, load_config
 from numpy_ref.dataset import coco
 from numpy_ref.errors import PaliGemmaError
 from numpy_ref.model import segmentation
@@ -19,7 +19,7 @@ from numpy_ref.scenes import example
 from numpy_ref.tokenizer import Tokenizer
 from torch_impl import train
 from torch_impl.load import load
-from torch_impl.train import augment, data, finetune, loop, memory, recipe, validate
+from torch_impl.train import augment, data, finetune, loop, memory, validate
 from torch_impl.train.finetune import prefix_lm_loss
 
 from . import faults
@@ -29,7 +29,7 @@ BOX = (0.25, 0.5, 0.5, 0.75)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(SHIPPED, recipe.small_config())
+    return Tokenizer.load(SHIPPED, load_config(SHIPPED))
 
 
 @pytest.fixture

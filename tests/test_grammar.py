@@ -19,9 +19,11 @@ from numpy_ref.grammar import Grammar, State
 from numpy_ref.image import preprocess
 from numpy_ref.model.sampling import Sampling, sample
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 from torch_impl.load import TorchEngine
 
+SUITE = suite_of()  # what the shipped model is measured on
 CONFIG = checkpoint.load_config(SHIPPED)
 TOKENIZER = Tokenizer.load(SHIPPED, CONFIG)
 PLACES = re.compile(r"<loc(\d{4})>")
@@ -327,7 +329,7 @@ def shipped(tmp_path_factory):
 @pytest.fixture(scope="module")
 def asked():
     """Held-out pictures with a prompt each, of the tasks that have a grammar."""
-    return [*evaluate.held_out(11, 150, "detect"), *evaluate.held_out(11, 60, "segment")]
+    return [*SUITE.held_out(11, 150, "detect"), *SUITE.held_out(11, 60, "segment")]
 
 
 def ask(engine, questions, **options):
@@ -424,7 +426,7 @@ def test_log_probabilities_are_of_the_raw_logits(shipped, asked):
 
 def test_rows_end_apart_under_a_grammar(shipped):
     """A batch gives what its rows give alone, though each is passed other guesses."""
-    questions = [*evaluate.held_out(5, 12, "detect")]
+    questions = [*SUITE.held_out(5, 12, "detect")]
     grammar, engine = Grammar("detect", TOKENIZER), Session(shipped, "cpu")
     together = ask(engine, questions, grammar=grammar)
     alone = [ask(engine, [question], grammar=grammar)[0] for question in questions]

@@ -17,10 +17,12 @@ from numpy_ref.answer import answer
 from numpy_ref.cli import as_json
 from numpy_ref.image import open_image
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 
 from .test_hosts import HOSTS, SHIPPED, TESTS, browser, command, need, node, one_line, run_node, shipped  # noqa: F401
 
+SUITE = suite_of()  # what the shipped model is measured on
 PACKAGE = json.loads((HOSTS / "package.json").read_text())
 EXAMPLE = SHIPPED / "example.png"
 NODE_MODULES = "node_modules/paligemma-onnx"
@@ -233,7 +235,7 @@ def test_several_prompts_about_a_picture(node, shipped, tmp_path, old):  # noqa:
     folder = without_halves(shutil.copytree(shipped.path, tmp_path / "old")) if old else shipped.path
     engine, tokenizer = Session(bundle.load(folder), "cpu"), Tokenizer.load(shipped.path, shipped.config)
     cases, wanted = [], []
-    for i, question in enumerate(evaluate.held_out(5, 3, "detect")):
+    for i, question in enumerate(SUITE.held_out(5, 3, "detect")):
         file = tmp_path / f"{i}.png"
         evaluate.picture(question).save(file)
         prompts = [question.prefix, *PROMPTS]

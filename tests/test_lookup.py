@@ -20,11 +20,13 @@ from numpy_ref.grammar import Grammar
 from numpy_ref.image import open_image, preprocess
 from numpy_ref.model.sampling import Sampling
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 from torch_impl.load import TorchEngine
 
 from .models import CONFIGS, random_batch, random_params
 
+SUITE = suite_of()  # what the shipped model is measured on
 CONFIG = checkpoint.load_config(SHIPPED)
 TOKENIZER = Tokenizer.load(SHIPPED, CONFIG)
 EXAMPLE = SHIPPED / "example.png"
@@ -93,7 +95,7 @@ def test_the_longest_match_counts_and_the_last_of_them():
 def asked():
     """500 held-out pictures with a prompt each, of every task."""
     tasks = {"caption": 150, "detect": 200, "answer": 50, "segment": 100}
-    questions = [each for task, count in tasks.items() for each in evaluate.held_out(13, count, task)]
+    questions = [each for task, count in tasks.items() for each in SUITE.held_out(13, count, task)]
     return [
         (preprocess(evaluate.picture(question), CONFIG.vision.image_size), TOKENIZER.prompt(question.prefix))
         for question in questions

@@ -23,11 +23,13 @@ from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.generate import generate, pad_prompts
 from numpy_ref.image import preprocess
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer, known_ids
 
 from .fuzz import corpus
 from .models import random_params, with_heads
 
+SUITE = suite_of()  # what the shipped model is measured on
 TESTS = Path(__file__).parent
 STEPS = 12
 NEWEST = ""
@@ -65,7 +67,7 @@ def questions(loaded):
     """Pictures and padded prompts: of the shipped model scenes, of another noise and random ids."""
     if loaded.folder == checkpoint.SHIPPED:
         tokenizer = Tokenizer.load(loaded.folder, loaded.config)
-        asked = [question for task in ("caption", "detect", "answer") for question in evaluate.held_out(7, 2, task)]
+        asked = [question for task in ("caption", "detect", "answer") for question in SUITE.held_out(7, 2, task)]
         size = loaded.config.vision.image_size
         pixel_values = np.concatenate([preprocess(evaluate.picture(question), size) for question in asked])
         return pixel_values, [tokenizer.prompt(question.prefix) for question in asked]

@@ -24,6 +24,7 @@ from numpy_ref.image import open_image
 from numpy_ref.model.sampling import Sampling, likeliest, location_spread, log_probability
 from numpy_ref.scenes import evaluate
 from numpy_ref.search import Beam, Candidate, advance, beam_search, best_of, cut, likeliest_first
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 from torch_impl.__main__ import main as run_torch
 from torch_impl.load import TorchEngine
@@ -31,6 +32,7 @@ from torch_impl.load import TorchEngine
 from .make_beams import BEAMS, FOLDER, NEW_TOKENS, PREFIXES, small_config
 from .models import CONFIGS, random_batch, random_params
 
+SUITE = suite_of()  # what the shipped model is measured on
 BUDGET = 1e-4  # of a log-probability, and of a spread relative to a thousand locations
 DRAWN = Sampling(temperature=1.5, top_k=20, seed=5)
 EXAMPLE = checkpoint.SHIPPED / "example.png"
@@ -142,7 +144,7 @@ def test_a_reordered_cache_goes_on_as_its_rows(name, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_repeated_rows_have_their_logits(kind, shipped, tokenizer):
     engine = shipped[kind]
-    question = evaluate.prepare(engine, tokenizer, *evaluate.held_out(0, 1, "caption"))
+    question = evaluate.prepare(engine, tokenizer, *SUITE.held_out(0, 1, "caption"))
     ids = np.array([question.prompt])
     logits, cache = engine.prefill(pixels_in(question), ids, np.array([ids.size], np.int32), ids.size + 2)
     before = np.array(logits if isinstance(logits, np.ndarray) else logits.numpy())
@@ -255,7 +257,7 @@ def test_big_vision_finds_the_same(kind, recorded):
 def test_an_answer_is_searched_for_as_if_it_were_alone(shipped, tokenizer):
     """In a batch with prompts that end sooner, are longer, or may have fewer tokens."""
     engine, asked = shipped["session"], ("caption", "answer", "detect")
-    questions = [evaluate.prepare(engine, tokenizer, *evaluate.held_out(6, 1, task)) for task in asked]
+    questions = [evaluate.prepare(engine, tokenizer, *SUITE.held_out(6, 1, task)) for task in asked]
     questions[2] = replace(questions[2], new_tokens=7)
     search = partial(beam_search, beams=3)
     for search in (partial(beam_search, beams=3), partial(best_of, count=3, sampling=DRAWN)):
@@ -282,7 +284,7 @@ def test_the_prompt_is_read_once(tokenizer):
             return super().decode(input_ids, lengths, cache)
 
     engine = Counting(checkpoint.load())
-    questions = [evaluate.prepare(engine, tokenizer, *evaluate.held_out(seed, 1, "answer")) for seed in (0, 1)]
+    questions = [evaluate.prepare(engine, tokenizer, *SUITE.held_out(seed, 1, "answer")) for seed in (0, 1)]
     for search in (partial(beam_search, beams=3), partial(best_of, count=3, sampling=DRAWN)):
         seen.clear()
         found = answer_all(engine, tokenizer, questions, search=search)
@@ -308,7 +310,7 @@ def test_beams_that_cannot_be_had():
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_that_are_not_finite_are_reported(kind, shipped, tokenizer, monkeypatch):
     engine = shipped[kind]
-    question = evaluate.prepare(engine, tokenizer, *evaluate.held_out(0, 1, "answer"))
+    question = evaluate.prepare(engine, tokenizer, *SUITE.held_out(0, 1, "answer"))
     usual, steps = engine.likeliest, []
 
     def broken(*arguments):
@@ -336,7 +338,7 @@ def test_a_row_is_cut_at_its_end_which_counts():
 def test_the_best_of_several_is_the_likeliest_of_its_draws(shipped, tokenizer):
     """Each draw is what `generate` draws with its seed."""
     engine = shipped["numpy"]
-    questions = [evaluate.prepare(engine, tokenizer, *evaluate.held_out(seed, 1, "caption")) for seed in (3, 4)]
+    questions = [evaluate.prepare(engine, tokenizer, *SUITE.held_out(seed, 1, "caption")) for seed in (3, 4)]
     pixels, prompts = np.concatenate([pixels_in(each) for each in questions]), [each.prompt for each in questions]
     found = best_of(
         engine, pixels, prompts, tokenizer.known(), 30, count=4, sampling=DRAWN, seeds=[[9, 0], 8]
@@ -374,7 +376,7 @@ def test_the_best_of_an_engine_that_does_not_say_how_likely(monkeypatch, shipped
 def test_every_engine_finds_the_same(shipped, tokenizer):
     """Fifty prompts of the shipped model, by two and four beams and as the best of three."""
     tasks = {"caption": 8, "answer": 24, "detect": 12, "segment": 6}
-    asked = [question for task, count in tasks.items() for question in evaluate.held_out(12, count, task)]
+    asked = [question for task, count in tasks.items() for question in SUITE.held_out(12, count, task)]
     prepared = [evaluate.prepare(shipped["numpy"], tokenizer, question) for question in asked]
     questions = [replace(question, new_tokens=24) for question in prepared]
     assert len(questions) == 50
@@ -402,9 +404,7 @@ def test_every_engine_finds_the_same(shipped, tokenizer):
 def test_beams_find_what_is_likelier_than_greedy(shipped, tokenizer):
     """The sum of a beam's best answer is at least that of the greedy one, and now and then above it."""
     engine = shipped["session"]
-    questions = [
-        evaluate.prepare(engine, tokenizer, question) for question in evaluate.held_out(2, 20, "caption", True)
-    ]
+    questions = [evaluate.prepare(engine, tokenizer, question) for question in SUITE.held_out(2, 20, "caption", True)]
     pixels, prompts = np.concatenate([pixels_in(each) for each in questions]), [each.prompt for each in questions]
     greedy = best_of(engine, pixels, prompts, tokenizer.known(), 48, count=1, sampling=Sampling())
     gains = [

@@ -15,10 +15,12 @@ from numpy_ref.generate import answers, generate
 from numpy_ref.image import preprocess
 from numpy_ref.model import segmentation
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 from torch_impl.load import TorchEngine
 from torch_impl.train import recipe
 
+SUITE = suite_of()  # what the shipped model is measured on
 COUNT = 50
 
 
@@ -41,7 +43,7 @@ def tokenizer(shipped):
 def asked():
     """50 held-out pictures with a prompt each, of every task."""
     tasks = {"caption": 15, "detect": 15, "answer": 10, "segment": 10}
-    return [question for task, count in tasks.items() for question in evaluate.held_out(7, count, task)]
+    return [question for task, count in tasks.items() for question in SUITE.held_out(7, count, task)]
 
 
 def ask(engine, tokenizer, asked) -> list[list[int]]:

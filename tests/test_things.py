@@ -310,7 +310,7 @@ def test_held_out_questions_repeat_and_ask_for_what_is_there():
 
 def test_examples_are_checked():
     """One whose answers are the right ones passes, and one wrong answer is noticed."""
-    scene = next(demo.candidates(with_word=True))
+    scene = next(demo.candidates("word"))
     asked = demo.ask(scene)
     assert {question.prefix.split()[0] for question in asked} == {"caption", "detect", "segment", "answer", "ocr"}
     texts = [question for question in asked if question.task != "segment"]

@@ -40,6 +40,7 @@ from . import faults
 from .models import CONFIGS, random_batch, random_params
 from .test_checkpoint import same
 
+CONFIG = checkpoint.load_config(SHIPPED)
 SETTINGS = loop.Settings(12, 4, peak=1e-3, warmup=3, bfloat16=False)
 
 
@@ -136,12 +137,12 @@ def test_the_tokenizer_repeats():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.load(SHIPPED, recipe.small_config())
+    return Tokenizer.load(SHIPPED, CONFIG)
 
 
 def fresh(seed=0):
     torch.manual_seed(seed)
-    model = PaliGemma(recipe.small_config())
+    model = PaliGemma(CONFIG)
     pretrain.initialise(model)
     return model
 
@@ -149,7 +150,7 @@ def fresh(seed=0):
 def run(folder, tokenizer, settings, model=None, **options):
     """Train a fresh model on scenes."""
     model = model or fresh()
-    examples = data.Scenes(tokenizer, segmentation.load(segmentation.find(SHIPPED)), 96, seed=3)
+    examples = data.Scenes(tokenizer, segmentation.load(segmentation.find(SHIPPED)), CONFIG.vision.image_size, seed=3)
     loop.fit(model, prefix_lm_loss, examples, partial(data.collate, pad=0), settings, folder, **options)
     return to_params(model)
 
@@ -158,7 +159,7 @@ def run(folder, tokenizer, settings, model=None, **options):
 def test_a_few_steps_lower_the_loss(tmp_path, tokenizer, optimizer):
     model = fresh()
     run(tmp_path, tokenizer, replace(SETTINGS, steps=40, batch_size=8, optimizer=optimizer), model)
-    examples = data.Scenes(tokenizer, segmentation.load(segmentation.find(SHIPPED)), 96, seed=99)
+    examples = data.Scenes(tokenizer, segmentation.load(segmentation.find(SHIPPED)), CONFIG.vision.image_size, seed=99)
     batch = data.collate([examples[i] for i in range(32)], 0)
     with torch.inference_mode():
         assert prefix_lm_loss(model, batch) < 0.7 * prefix_lm_loss(fresh(), batch)
@@ -403,7 +404,7 @@ def test_another_run_is_not_gone_on_with(tmp_path, tokenizer):
 def test_contrastive_pretraining_learns(tmp_path, tokenizer):
     """After so few steps the right caption of 100 is found far more often than by chance."""
     settings = replace(pretrain.SETTINGS, steps=60, batch_size=32, warmup=10)
-    model, curve = pretrain.pretrain(recipe.small_config(), tokenizer, settings, tmp_path, "siglip")
+    model, curve = pretrain.pretrain(CONFIG, tokenizer, settings, tmp_path, "siglip")
     assert curve[-1][2] < 3
     assert pretrain.recall(model, tokenizer, 100) > 0.05
 

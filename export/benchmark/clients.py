@@ -27,6 +27,7 @@ from numpy_ref.errors import PaliGemmaError, note, plural
 from numpy_ref.generate import generate
 from numpy_ref.image import open_image
 from numpy_ref.scenes import evaluate
+from numpy_ref.things.evaluate import suite_of
 
 from .. import bundle as bundles
 from .. import layouts
@@ -51,7 +52,7 @@ def measure(folder: Path, precision: str, questions: int, rounds: int, threads: 
     layouts.write(checkpoint, folder / "genai", GENAI, precision)
     cases = []
     for i in range(questions + 1):  # one to warm up
-        question = evaluate.held_out(i, 1, TASKS[i % len(TASKS)])[0]
+        question = suite_of().held_out(i, 1, TASKS[i % len(TASKS)])[0]
         evaluate.picture(question).save(folder / f"{i}.png")
         cases.append({"picture": str(folder / f"{i}.png"), "prompt": question.prefix})
     sides = commands(folder, cases, precision, threads, checkpoint.config.vision.patches)

@@ -14,7 +14,7 @@ from numpy_ref.answer import answer
 from numpy_ref.config import PaliGemmaConfig
 from numpy_ref.engine import Engine, pixels_of
 from numpy_ref.errors import PaliGemmaError, explained
-from numpy_ref.scenes import Scene, Thing
+from numpy_ref.things import Scene, Thing
 from numpy_ref.tokenizer import Tokenizer
 
 from ..runtime import check_path, run_options, session_options
@@ -24,10 +24,11 @@ from .description import Description
 FILE = "example.json"
 SIZE = 96  # pixels a side of its picture
 NEW_TOKENS = 32
-#: In the colors that the shipped model knows; any other model says of it what it says.
+#: Of things that the shipped model knows; any other model says of it what it says.
 SCENE = Scene(
-    (Thing("red", "circle", 3, 15, 12), Thing("blue", "star", 17, 4, 13)), "plain", ((150, 160, 150), (0, 0, 0)), 0.0, 0
-)
+    (Thing("circle", 9, 21, 12, color="red"), Thing("star", 23, 11, 13, color="blue")),
+    "plain", ((150, 160, 150), (150, 160, 150)), 0.0, 0,
+)  # fmt: skip
 CAPTION, SEGMENT = "caption en", "segment blue star"
 
 

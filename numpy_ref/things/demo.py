@@ -22,8 +22,10 @@ from .catalogue import LANGUAGES, NOUNS, PICTURED, SHAPES, TINTS, WORD
 from .names import article, caption
 from .questions import ALL, HELD_OUT_SEED, NONE, Question, detect
 
-COUNT, MOST_TRIED = 3, 150  # examples, and scenes that are tried for each
+KINDS = ("star", "pair", "word")  # of examples, by what their scenes must have; one of each
+COUNT, MOST_TRIED = len(KINDS), 150  # examples, and scenes that are tried for each
 LEAST, MOST = 3, 5  # things in one
+STAR = "star"  # what the documentation asks for
 
 
 @dataclass(frozen=True)
@@ -34,41 +36,52 @@ class Example:
     questions: tuple[Question, ...]
 
 
-def candidates(with_word: bool) -> Iterator[Scene]:
-    """Scenes to choose from, the same each time: with a pictured thing twice and a painted one, or with a word."""
-    rng = np.random.default_rng([HELD_OUT_SEED, 4, with_word])
+def candidates(kind: str) -> Iterator[Scene]:
+    """Scenes to choose from, the same each time: with one star, a pair of the same and a painted thing, or a word."""
+    rng = np.random.default_rng([HELD_OUT_SEED, 4, KINDS.index(kind)])
     while True:
-        scene = random_scene(rng, word=with_word)
+        scene = random_scene(rng, word=kind == "word")
         counts = Counter(thing.label for thing in scene.things)
-        pairs = [label for label, count in counts.items() if count > 1 and label in PICTURED]
-        is_rich = LEAST <= len(scene.things) <= MOST and len(counts) >= LEAST
-        if is_rich and (with_word or (pairs and any(thing.color for thing in scene.things))):
+        has_pair = any(count > 1 and label in PICTURED for label, count in counts.items())
+        fits = {
+            "star": names_of(scene)[STAR] == 1 and len(PICTURED.keys() & counts.keys()) > 1,
+            "pair": has_pair and any(thing.color for thing in scene.things),
+            "word": True,
+        }
+        if LEAST <= len(scene.things) <= MOST and len(counts) >= LEAST and fits[kind]:
             yield scene
 
 
 def ask(scene: Scene) -> tuple[Question, ...]:
     """What is asked about a scene: something of every task, and of something that is not there."""
-    counts = Counter(thing.label for thing in scene.things)
-    single = [i for i, thing in enumerate(scene.things) if counts[thing.label] == 1 and thing.name != WORD]
-    most = next(thing for thing in scene.things if counts[thing.label] == max(counts.values()))
+    things, counts = scene.things, Counter(thing.label for thing in scene.things)
+    star = next((thing for thing in things if thing.name == STAR), None)
+    most = next(thing for thing in things if counts[thing.label] == max(counts.values()))
     others = [label for label in counts if label != most.label]
     missing = next(name for name in PICTURED if name not in names_of(scene))
-    found: list[tuple[str, str, str, int | None]] = [
-        ("caption", "caption en", caption(scene), None),
-        ("detect", f"detect {most.label} ; {others[-1]}", detect(scene, [most.label, others[-1]]), None),
-    ]
-    if single:
-        label = scene.things[single[0]].label
-        found.append(("segment", f"segment {label}", detect(scene, [label]), single[0]))
-    if any(thing.name == WORD for thing in scene.things):
-        found.append(("ocr", "ocr", next(thing.text for thing in scene.things if thing.name == WORD), None))
-    many = NOUNS[most.name]["en"].many
+    found: list[tuple[str, str, str, int | None]] = [("caption", "caption en", caption(scene), None)]
+    if star and names_of(scene)[STAR] == 1:
+        found += [
+            ("detect", f"detect {STAR}", detect(scene, [STAR]), None),
+            ("segment", f"segment {STAR}", detect(scene, [STAR]), things.index(star)),
+            ("answer", f"answer en what color is the {STAR}?", star.color, None),
+        ]
+    elif single := [thing for thing in things if counts[thing.label] == 1 and thing.name != WORD]:
+        label = single[0].label
+        found.append(("segment", f"segment {label}", detect(scene, [label]), things.index(single[0])))
+    if words := [thing.text for thing in things if thing.name == WORD]:
+        found.append(("ocr", "ocr", words[0], None))
     found += [
-        ("answer", f"answer en how many {many} are there?", str(names_of(scene)[most.name]), None),
+        ("detect", f"detect {most.label} ; {others[-1]}", detect(scene, [most.label, others[-1]]), None),
+        ("answer", _how_many(most.name), str(names_of(scene)[most.name]), None),
         ("answer", f"answer en is there {article(missing)} {missing}?", "no", None),
         ("absent", f"detect {missing}", NONE, None),
     ]
     return tuple(Question(scene, *each) for each in found)
+
+
+def _how_many(name: str) -> str:
+    return f"answer en how many {NOUNS[name]['en'].many} are there?"
 
 
 def are_right(engine: Engine, tokenizer: Tokenizer, example: Example) -> bool:
@@ -78,14 +91,13 @@ def are_right(engine: Engine, tokenizer: Tokenizer, example: Example) -> bool:
 
 
 def choose(engine: Engine, tokenizer: Tokenizer) -> list[Example]:
-    """Examples that the model is right about: COUNT of them, the last with a word, or fewer if it knows too little."""
-    without, with_one = (_right(engine, tokenizer, word) for word in (False, True))
-    return [*islice(without, COUNT - 1), *islice(with_one, 1)]
+    """The first example of each kind that the model is right about; fewer if it knows too little."""
+    return [example for kind in KINDS for example in islice(_right(engine, tokenizer, kind), 1)]
 
 
-def _right(engine, tokenizer, with_word: bool) -> Iterator[Example]:
+def _right(engine, tokenizer, kind: str) -> Iterator[Example]:
     """Those of the first candidates that the model is right about; captions, the hardest, are asked for first."""
-    scenes = islice(candidates(with_word), MOST_TRIED)
+    scenes = islice(candidates(kind), MOST_TRIED)
     while batch := [Example(scene, ask(scene)) for scene in islice(scenes, evaluate.BATCH)]:
         captions = [example.questions[0] for example in batch]
         found = evaluate.answer_questions(engine, tokenizer, captions)

@@ -1,8 +1,12 @@
 """How often a model is right about fresh scenes of things: what `scenes.evaluate.measure` is given to measure."""
 
+from pathlib import Path
+
 import numpy as np
 
-from ..scenes.evaluate import Suite
+from .. import knows
+from ..checkpoint import SHIPPED
+from ..scenes.evaluate import SHAPES, Suite
 from . import questions
 from .catalogue import LANGUAGES
 
@@ -31,3 +35,10 @@ def held_out(seed: int, count: int, task: str, compositional: bool = False) -> l
 
 
 THINGS = Suite(SCORES, held_out)
+SUITES = {"shapes": SHAPES, "things": THINGS}
+
+
+def suite_of(folder: Path = SHIPPED) -> Suite:
+    """What a bundle or checkpoint is measured on, as its knows.json says; shapes where it does not say."""
+    found = knows.load(folder)
+    return SUITES[found.scenes if found else "shapes"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from numpy_ref import checkpoint
+from numpy_ref import checkpoint, knows
 from numpy_ref.checkpoint import Checkpoint
 from numpy_ref.checkpoint.safetensors import map_safetensors
 from numpy_ref.engine import MaskDecoder
@@ -45,7 +45,7 @@ class Run:
 
     model: PaliGemma
     loaded: Checkpoint
-    examples: data.JsonLines | data.Scenes
+    examples: data.JsonLines | data.Scenes | data.Things
     held_out: data.JsonLines | None  # validated on
     tests: data.JsonLines | None
     settings: Settings
@@ -85,7 +85,7 @@ def read_data(arguments: Namespace, tokenizer: Tokenizer, loaded: Checkpoint) ->
     """What is trained on, validated on and tested on; the latter two are None if not asked for."""
     read = partial(data.JsonLines, tokenizer=tokenizer, resize=loaded.resize, seed=arguments.seed)
     wanted, held_out = arguments.validation, None
-    examples: data.JsonLines | data.Scenes
+    examples: data.JsonLines | data.Scenes | data.Things
     if arguments.data:
         lines = read(arguments.data, augment=arguments.augment)
         examples, held_out = lines.split(wanted) if isinstance(wanted, float) else (lines, None)
@@ -95,13 +95,15 @@ def read_data(arguments: Namespace, tokenizer: Tokenizer, loaded: Checkpoint) ->
         raise PaliGemmaError(f"{loaded.folder}: no vae.npz to spell masks with; give --data FILE.jsonl instead")
     else:
         size = loaded.config.vision.image_size
-        examples = data.Scenes(tokenizer, segmentation.load(file), size, arguments.seed)
+        known = knows.load(loaded.folder)
+        scenes = data.Things if known and known.scenes == "things" else data.Scenes
+        examples = scenes(tokenizer, segmentation.load(file), size, arguments.seed)
     if isinstance(wanted, Path):
         held_out = read(wanted)
     return examples, held_out, read(arguments.test) if arguments.test else None
 
 
-def settings_of(arguments: Namespace, examples: data.JsonLines | data.Scenes) -> Settings:
+def settings_of(arguments: Namespace, examples: data.JsonLines | data.Scenes | data.Things) -> Settings:
     """The command line's settings, with what follows from the number of examples where it leaves something out."""
     steps = arguments.steps
     if steps is None:

@@ -45,7 +45,7 @@ def weights(run: Run) -> str:
 
 def pictures(run: Run) -> str:
     """How many lines there are to train on, and to measure on."""
-    if isinstance(run.examples, data.Scenes):
+    if not isinstance(run.examples, data.JsonLines):
         return "drawn scenes without end"
     parts = [f"{plural(len(run.examples.rows), 'line')} to train on"]
     parts += [f"{len(run.held_out.rows)} to validate on"] if run.held_out else []

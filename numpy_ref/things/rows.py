@@ -1,4 +1,4 @@
-"""python -m numpy_ref.scenes.rows --output DIR: pictures of scenes, and rows.jsonl with a question about each.
+"""python -m numpy_ref.things.rows --output DIR: pictures of things, and rows.jsonl with a question about each.
 
 For whatever takes rows of one's own: `export-onnx --calibrate`, `python -m export.drift --data`, `run-onnx-batch`.
 Neither training nor any measure has these scenes.
@@ -13,18 +13,17 @@ import numpy as np
 from ..cli import Parser, run, whole
 from ..errors import one_line
 from ..files import new_directory
-from .evaluate import DRAWN_AT
-from .questions import random_question
+from ..scenes.evaluate import DRAWN_AT
+from .questions import HELD_OUT_SEED, MEASURED, random_question
 
-PROG = "python -m numpy_ref.scenes.rows"
-SEED = 1_000_033  # beside those of training and of held-out scenes
+PROG = "python -m numpy_ref.things.rows"
 
 
 def write(folder: Path, count: int, seed: int) -> None:
     """Write so many pictures into a folder, and rows.jsonl beside them."""
-    rng, rows = np.random.default_rng([SEED, seed]), []
+    rng, rows = np.random.default_rng([HELD_OUT_SEED, seed]), []
     for i in range(count):
-        question, name = random_question(rng, lambda mask, box: ""), f"{i:04d}.png"
+        question, name = random_question(rng, lambda mask, box: "", MEASURED[i % len(MEASURED)]), f"{i:04d}.png"
         question.scene.draw(DRAWN_AT).save(folder / name)
         rows.append({"image": name, "prompt": question.prefix})
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
