@@ -43,8 +43,8 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     )  # fmt: skip
     options.add_argument(
         "--precision", choices=bundles.weights.PRECISIONS, default="float32",
-        help="precision of the weights (float32): float32, int8 and int4 for the CPU, the others for CUDA; "
-        "int4-float16 has weights in four bits and activations in float16",
+        help="precision of the weights (float32): float32, int8, int4 and int2 for the CPU, the others for CUDA; int2 "
+        "needs --calibrate; int4-float16 has weights in four bits and activations in float16",
     )  # fmt: skip
     options.add_argument(
         "--operators", choices=OPERATORS,
@@ -71,8 +71,8 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     )  # fmt: skip
     options.add_argument(
         "--calibrate", type=Path, metavar="ROWS.jsonl",
-        help='choose weights in four bits by rows with "image", "prompt" and perhaps "answer", so that those are '
-        "answered as in float32, as nearly as can be; it takes minutes for a billion weights",
+        help='choose weights in four bits or two by rows with "image", "prompt" and perhaps "answer", so that those '
+        "are answered as in float32, as nearly as can be; it takes minutes for a billion weights",
     )  # fmt: skip
     options.add_argument("--plan", action="store_true", help="print what would be written, and write nothing")
     arguments = options.parse_args(argv)
@@ -91,6 +91,10 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
     if arguments.plan:
         wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual, arguments.prepack
         return _print_plan(bundles.plan(checkpoint, *wanted))
+    if arguments.precision in bundles.weights.CALIBRATED and not calibrate and bundles.has_tokenizer(checkpoint):
+        options.error(
+            f"--precision {arguments.precision} needs --calibrate ROWS.jsonl, which its weights are chosen by"
+        )
     verify = None
     if arguments.verify:
         from . import verify as verification

@@ -51,11 +51,11 @@ from .session import CPU, CUDA, Session, choose_provider, cuda
 #: (python -m tests.calibrate): float32 1.1e-6, float16 2.1e-3, bfloat16 2.1e-2, int8 and int4 7.6e-2.
 #: Parts of fused graphs, with heads of 16, alone: float32 1.0e-6, float16 2.2e-3, int8 6.0e-2, int4 3.6e-1.
 #: What int4 costs shows in a trained model, on whose logits for noise it is off by 0.4.
-BUDGETS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int4": 0.8}
+BUDGETS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int4": 0.8, "int2": 1.6}
 BUDGETS |= {"int4-float16": BUDGETS["int4"], "int4-bfloat16": BUDGETS["int4"]}
 #: What few bits may cost on pictures of noise, where a model is least sure: mean divergence from the reference in nats.
 #: A quantized bundle of a trained model has less on pictures of its kind (python -m export.drift).
-DIVERGENCES = {"int8": 0.05, "int4": 0.5, "int4-float16": 0.5, "int4-bfloat16": 0.5}
+DIVERGENCES = {"int8": 0.05, "int4": 0.5, "int2": 0.5, "int4-float16": 0.5, "int4-bfloat16": 0.5}
 STEPS, EXAMPLES = 4, 3
 # The slow evaluator of the onnx package stands in where the runtime has no kernel: bfloat16 without a GPU.
 SMALL = 20_000_000

@@ -361,9 +361,19 @@ def test_rows_that_cannot_be_used(changes, words, data, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == [file.name]
 
 
+def test_two_bits_need_it(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        export_onnx(["--output", str(tmp_path / "out"), "--precision", "int2"])
+    assert ended.value.code == 2
+    assert "--precision int2 needs --calibrate ROWS.jsonl, to choose its weights by" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 def test_it_is_for_four_bits(precision, data, tmp_path):
-    with pytest.raises(PaliGemmaError, match=f"--calibrate: it is for weights in four bits .*, not for {precision}"):
+    with pytest.raises(
+        PaliGemmaError, match=f"--calibrate: it is for weights in four bits or two .*, not for {precision}"
+    ):
         export_onnx(["--output", str(tmp_path / "out"), "--precision", precision, "--calibrate", str(data)])
     with pytest.raises(PaliGemmaError, match=r"a folder; FILE\.jsonl or FILE\.parquet with a prompt in each row"):
         export_onnx(["--output", str(tmp_path / "out"), "--precision", "int4", "--calibrate", str(data.parent)])

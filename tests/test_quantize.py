@@ -55,7 +55,7 @@ def test_channels_are_half_a_step_off_at_most(size, out, scale):
     assert (np.abs(values * scales - kernel) <= 0.5001 * scales).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("size", [16, 48, 64, 384])
 def test_blocks_are_a_step_off_at_most(bits, size):
     rows = RNG.standard_normal((11, size)).astype(np.float32)
@@ -66,7 +66,8 @@ def test_blocks_are_a_step_off_at_most(bits, size):
     # Half a step, but for what is cut at the ends.
     blocks = rows.reshape(11, -1, block)
     off = np.abs(again.reshape(blocks.shape) - blocks) / np.abs(scales)[..., None]
-    assert off.max() <= 8 / 0.86 - 8 + 1.001
+    zero = 2 ** (bits - 1)
+    assert off.max() <= zero / min(quantized.CUTS[bits], default=1) - zero + 1.001
     assert np.median(off) < 0.5
     # No block is worse than rounded by its largest weight alone, which is what the widest step does.
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
@@ -87,7 +88,7 @@ def test_what_is_not_finite_shows_in_the_scale(wrong):
 
 
 def test_zeros_stay_zeros():
-    for bits in (4, 8):
+    for bits in (2, 4, 8):
         values, scales = quantized.quantize_blocks(np.zeros((2, 32), np.float32), bits)
         assert not quantized.dequantize_blocks(values, scales, bits).any()
     values, scales = quantized.quantize_channels(np.zeros((3, 2), np.float32))
@@ -99,7 +100,7 @@ def test_zeros_stay_zeros():
     "form",
     [
         forms.Channels((64, 48)),
-        *(forms.Blocks((64, 48), bits, ir.DataType.FLOAT, table) for bits in (4, 8) for table in (True, False)),
+        *(forms.Blocks((64, 48), bits, ir.DataType.FLOAT, table) for bits in (2, 4, 8) for table in (True, False)),
     ],
     ids=str,
 )
@@ -141,7 +142,7 @@ def test_a_kernel_by_channel_multiplies(rows):
     assert not y.reshape(-1, 40)[1].any()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_kernel_in_blocks_multiplies(bits):
     kernel, x = RNG.standard_normal((256, 40)).astype(np.float32), RNG.standard_normal((2, 1, 256)).astype(np.float32)
     form = forms.Blocks(kernel.shape, bits, ir.DataType.FLOAT)
@@ -178,12 +179,19 @@ def test_what_is_stored_in_few_bits(precision):
         if path == "text.embedding":
             assert found == {forms.Blocks}
         elif path.startswith("text.blocks.") and path.endswith("kernel"):
-            expected = {"int8": {forms.Channels}, "int4": {forms.Channels, forms.Blocks}}
+            both = {forms.Channels, forms.Blocks}
+            expected = {"int8": {forms.Channels}, "int4": both, "int2": both}
             assert found == expected.get(precision, {forms.Blocks})
         elif path.startswith("vision.blocks.") and path.endswith("kernel"):
             assert found == ({forms.Whole} if "-" in precision else {forms.Channels})
         else:
             assert found == {forms.Whole}
+    bits = {
+        (stored.path.split(".")[-2], stored.form.bits)
+        for stored in placed.values()
+        if type(stored.form) is forms.Blocks
+    }
+    assert {name for name, count in bits if count == 2} == ({"gate", "up"} if precision == "int2" else set())
     ends = [(stored.offset, stored.offset + stored.length) for stored in placed.values()]
     assert all(before[1] <= after[0] for before, after in pairwise(ends))
 
@@ -278,5 +286,5 @@ def test_another_models_bundle_is_refused(tmp_path, small):
 def test_the_plan_holds(tmp_path, precision, capsys):
     assert export_onnx(["--plan", "--precision", precision]) == 0
     planned = capsys.readouterr().out
-    assert export_onnx(["--output", str(tmp_path / "out"), "--precision", precision]) == 0
+    bundle.write(checkpoint.load(), tmp_path / "out", precision)
     assert f"{(tmp_path / 'out' / 'weights.bin').stat().st_size:,} bytes" in planned

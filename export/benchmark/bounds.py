@@ -44,7 +44,7 @@ def multiplier(config: PaliGemmaConfig, precision: str, positions: int, threads:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    model, given = _products(config, precision in ("int8", "int4"), positions)
+    model, given = _products(config, precision in ("int8", "int4", "int2"), positions)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     count = 4 * positions * config.text.width * config.text.mlp
 

@@ -226,6 +226,11 @@ def write(
         _warn("this tokenizer.model has no counterpart as tokenizer.json; hosts without SentencePiece cannot use it")
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint can be asked in words; a random one, say, cannot."""
+    return any((checkpoint.folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def _answer(folder, contents) -> None:
     """Put the bundle's answer into its example; where it cannot be run here, say why."""
     try:

@@ -31,7 +31,8 @@ ALIGNMENT = 4096  # what the ONNX specification recommends, so that a tensor can
 #: The precisions whose weights are kept as numbers of one type, and that type.
 FLOATS = {"float32": DataType.FLOAT, "float16": DataType.FLOAT16, "bfloat16": DataType.BFLOAT16}
 #: Weights in few bits; activations in float32, for the CPU, or in the half precision that the name ends in, for CUDA.
-QUANTIZED = ("int8", "int4", "int4-float16", "int4-bfloat16")
+QUANTIZED = ("int8", "int4", "int2", "int4-float16", "int4-bfloat16")
+CALIBRATED = ("int2",)  # those in which a model is of no use unless its weights were chosen by rows
 PRECISIONS = (*FLOATS, *QUANTIZED)
 ATTENTION, MLP = ("query", "key", "value"), ("gate", "up")  # weights that read the same input
 
@@ -78,6 +79,7 @@ def forms(parameter: Parameter, precision: str) -> list[Form]:
 
     int8: kernels by channel, for both graphs; the table in blocks of 8 bits.
     int4: kernels by channel for prefill; the decoder's in blocks of 4 bits too, for decode; the table likewise.
+    int2: as int4, but for decode gate and up, which are most of the decoder, in blocks of 2 bits.
     int4-float16, int4-bfloat16: the decoder's kernels and the table in blocks of 4 bits, for both graphs.
     """
     path, shape, dtype = parameter.path, parameter.shape, stream_dtype(precision)
@@ -93,7 +95,10 @@ def forms(parameter: Parameter, precision: str) -> list[Form]:
     fits = path.startswith("text.") and quantized.block_size(shape[0])
     if dtype != DataType.FLOAT:
         return [Blocks(shape, bits, dtype) if fits else Whole(shape, dtype)]
-    return [Channels(shape), Blocks(shape, bits, dtype)] if precision == "int4" and fits else [Channels(shape)]
+    if precision == "int8" or not fits:
+        return [Channels(shape)]
+    is_fewer = precision == "int2" and path.split(".")[-2] in MLP
+    return [Channels(shape), Blocks(shape, 2 if is_fewer else bits, dtype)]
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""Calibration: four-bit weights that answer a user's own rows best, instead of each being closest to what it was.
+"""Calibration: weights of few bits that answer a user's own rows best, instead of each being closest to what it was.
 
 First the exact model reads the rows. The embedding table, or the head where there is one apart, is rounded by the
 states from which tokens are drawn: those count most behind which several are likely, since only there can a small error
@@ -26,9 +26,11 @@ from .walk import Walk
 
 def check(precision: str) -> None:
     """Raise PaliGemmaError unless weights of a precision can be calibrated."""
-    if not precision.startswith("int4"):
-        four = ", ".join(each for each in weights.PRECISIONS if each.startswith("int4"))
-        raise PaliGemmaError(f"--calibrate: it is for weights in four bits ({four}), not for {precision}; leave it out")
+    few = [each for each in weights.QUANTIZED if each != "int8"]
+    if precision not in few:
+        raise PaliGemmaError(
+            f"--calibrate: it is for weights in four bits or two ({', '.join(few)}), not for {precision}; leave it out"
+        )
 
 
 def by_rows(checkpoint: Checkpoint, path: Path, precision: str) -> Callable[[Path], Rounded]:
@@ -40,7 +42,7 @@ def by_rows(checkpoint: Checkpoint, path: Path, precision: str) -> Callable[[Pat
 
 
 def calibrate(checkpoint: Checkpoint, examples: list[Example], precision: str, folder: Path) -> Rounded:
-    """Round a checkpoint's weights of four bits by examples (`rows.read`); what is made lies in an empty folder.
+    """Round a checkpoint's weights of four bits or two by examples (`rows.read`); what is made lies in an empty folder.
 
     Raises PaliGemmaError that names a picture that cannot be read, or a weight that is not finite.
     """

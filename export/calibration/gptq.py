@@ -16,7 +16,8 @@ from numpy.typing import DTypeLike
 
 from ..model.quantized import block_size, pack
 
-CUTS = np.linspace(1, 0.6, 17, dtype=np.float32)  # of the widest step; each block takes the best
+#: Of the widest step, by bits; each block takes the best.
+CUTS = {4: np.linspace(1, 0.6, 17, dtype=np.float32), 2: np.linspace(1, 0.4, 25, dtype=np.float32)}
 PANEL = 256  # inputs between two products with all the errors before them
 STEP = 16 * 2**20  # weights rounded at once
 
@@ -80,7 +81,7 @@ def steps(rows: np.ndarray, weights: np.ndarray, bits: int) -> np.ndarray:
     places = np.abs(blocks).argmax(-1)[..., None]
     widest = np.take_along_axis(blocks, places, -1) / np.float32(-zero)
     found, least = widest[..., 0], np.full(blocks.shape[:2], np.inf, np.float32)
-    for cut in CUTS:
+    for cut in CUTS[bits]:
         q = np.clip(np.rint(blocks / np.where(widest == 0, np.float32(1), widest * cut)), -zero, zero - 1)
         along, length = (np.einsum("obs,bs->ob", q * other, weights) for other in (blocks, q))
         fitted = along / np.where(length > 0, length, 1)

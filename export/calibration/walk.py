@@ -30,7 +30,6 @@ DAMPING, SEEN = 0.01, 5  # of Hessians at least; and of how many times as many i
 TIED_DAMPING = 0.3  # of a table that is read as input too, where all of a row counts
 CERTAIN = 0.1  # how much a state counts behind which one token is certain; 1 + CERTAIN is the mean
 LOGITS = 2**22  # held at once
-BITS = 4
 
 
 class Walk:
@@ -187,7 +186,8 @@ class _Layer:
         for kernel in kernels:
             aim = self.exact[kernel] + rounder.solve(missing.pop(kernel))
             values, scales = self.walk.store(self._path(kernel), rounder, aim.T)
-            self.rounded[kernel] = quantized.dequantize_blocks(values, scales.astype(np.float32), BITS).T
+            bits = self.walk.forms[self._path(kernel)].bits
+            self.rounded[kernel] = quantized.dequantize_blocks(values, scales.astype(np.float32), bits).T
 
     def advance(self, half: Callable) -> None:
         """Take both states through a half of the layer."""

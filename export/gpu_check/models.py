@@ -39,11 +39,12 @@ MOST_WAIT = 200  # seconds that a stage waits for a large bundle
 
 
 def shipped_names() -> list[str]:
-    """Every precision with every set of operators, as `precision operators`, and the residual streams that are options.
+    """`precision operators` of every pair that needs no calibration, and the residual streams that are options.
 
     Such a one is told behind the precision: `float16/float16`.
     """
-    return [*(" ".join(pair) for pair in itertools.product(weights.PRECISIONS, OPERATORS)), *OPTIONS]
+    precisions = [each for each in weights.PRECISIONS if each not in weights.CALIBRATED]
+    return [*(" ".join(pair) for pair in itertools.product(precisions, OPERATORS)), *OPTIONS]
 
 
 def form(name: str) -> tuple[str, str | None]:

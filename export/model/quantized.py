@@ -1,10 +1,10 @@
-"""Weights in eight and four bits, in the forms that ONNX Runtime's kernels take.
+"""Weights in eight, four and two bits, in the forms that ONNX Runtime's kernels take.
 
 Both are symmetric: w is about scale * q, with q a whole number around zero.
 
 Channels  q int8 [in, out], one scale an output. The activations get eight bits too, with one scale a row of x, so
           that a row with an outlier spoils no other. The quickest product for many rows (prefill).
-Blocks    q of 4 or 8 bits [out, in / S, S * bits / 8], one scale for S weights in a row (MatMulNBits). The quickest
+Blocks    q of 2, 4 or 8 bits [out, in / S, S * bits / 8], one scale for S weights in a row (MatMulNBits). The quickest
           for a single row, which is bound by the bytes read (decode). The rows of an embedding table are read from
           the same bytes (GatherBlockQuantized).
 
@@ -12,6 +12,7 @@ A quantized weight stands in the parameter tree where the plain one would, and `
 let it do their work.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,8 @@ from .layers import Op, Pair, replaceable
 
 CONTRIB = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)  # the largest that divides a row is taken
-CUTS = (0.93, 0.86)  # of the widest step, tried too; more of them hardly lower the error
+#: Of the widest step, by bits, tried too; more of them hardly lower the error, and in eight bits none does.
+CUTS = {8: (), 4: (0.93, 0.86), 2: (0.85, 0.7, 0.6, 0.5)}
 LEAST = 1e-20  # what a row of zeros is taken to hold
 MIDDLE = 128  # the zero of rounded activations, which are uint8: in it the kernels are quickest
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products in int8, scaled by block
@@ -189,7 +191,7 @@ def quantize_blocks(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     places = np.abs(blocks).argmax(-1)[..., None]
     widest = np.take_along_axis(blocks, places, -1) / np.float32(-zero)
     q, scales, explained = _round_blocks(blocks, widest, zero)
-    for cut in CUTS if bits == 4 else ():  # in eight bits the steps are too small for a cut to pay
+    for cut in CUTS[bits]:
         other = _round_blocks(blocks, widest * np.float32(cut), zero)
         better = other[2] > explained
         for kept, found in zip((q, scales, explained), other, strict=True):
@@ -201,7 +203,8 @@ def pack(q: np.ndarray, bits: int) -> np.ndarray:
     """Whole numbers around zero [out, in / S, S] -> uint8 [out, in / S, S * bits / 8], the first in the lower bits."""
     with np.errstate(invalid="ignore"):
         q = (q + np.float32(2 ** (bits - 1))).astype(np.uint8)
-    return q[..., 0::2] | q[..., 1::2] << 4 if bits == 4 else q
+    fields = 8 // bits
+    return functools.reduce(np.bitwise_or, (q[..., i::fields] << bits * i for i in range(fields)))
 
 
 def _round_blocks(blocks, steps, zero):
@@ -219,6 +222,7 @@ def _round_blocks(blocks, steps, zero):
 
 def dequantize_blocks(values: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
     """The inverse, as the kernels have it: -> float32 [out, in]."""
-    q = values if bits == 8 else np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:2], -1)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    q = (values[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(*values.shape[:2], -1)
     weights = (q.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
     return weights.reshape(len(values), math.prod(weights.shape[1:]))
