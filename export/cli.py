@@ -92,9 +92,7 @@ def export_onnx(argv: Sequence[str] | None = None) -> int | None:
         wanted = arguments.precision, arguments.max_length, arguments.operators, arguments.residual, arguments.prepack
         return _print_plan(bundles.plan(checkpoint, *wanted))
     if arguments.precision in bundles.weights.CALIBRATED and not calibrate and bundles.has_tokenizer(checkpoint):
-        options.error(
-            f"--precision {arguments.precision} needs --calibrate ROWS.jsonl, which its weights are chosen by"
-        )
+        options.error(f"--precision {arguments.precision} needs --calibrate ROWS.jsonl, to choose its weights by")
     verify = None
     if arguments.verify:
         from . import verify as verification

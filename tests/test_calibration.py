@@ -25,6 +25,7 @@ from numpy_ref.errors import PaliGemmaError
 from numpy_ref.generate import pad_prompts
 from numpy_ref.model import paligemma
 from numpy_ref.things import rows as drawn
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 
 from .models import CONFIGS, random_params
@@ -264,7 +265,7 @@ def test_held_out_answers_drift_half_as_far_at_most(calibrated, tmp_path):
     bundle.write(loaded, tmp_path / "plain", precision)
     tokenizer, reference = Tokenizer.load(SHIPPED, loaded.config), Session(bundle.shipped(), "cpu")
     plain, ours = (
-        drift.on_scenes(reference, Session(each, "cpu"), tokenizer, scenes=15, seed=5)
+        drift.on_scenes(reference, Session(each, "cpu"), tokenizer, scenes=15, seed=5, suite=suite_of())
         for each in (bundle.load(tmp_path / "plain"), calibrated)
     )
     assert ours["kl_mean"] <= plain["kl_mean"] / 2

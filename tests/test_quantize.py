@@ -20,6 +20,7 @@ from export.session import Session
 from numpy_ref import checkpoint
 from numpy_ref.checkpoint import SHIPPED, parameters
 from numpy_ref.errors import PaliGemmaError
+from numpy_ref.things.evaluate import suite_of
 from numpy_ref.tokenizer import Tokenizer
 
 RNG = np.random.default_rng(0)
@@ -210,7 +211,7 @@ def test_the_shipped_model_hardly_drifts(small):
     loaded = checkpoint.load()
     tokenizer = Tokenizer.load(SHIPPED, loaded.config)
     engine = Session(small, "cpu")
-    found = drift.on_scenes(Session(bundle.shipped(), "cpu"), engine, tokenizer, scenes=12, seed=3)
+    found = drift.on_scenes(Session(bundle.shipped(), "cpu"), engine, tokenizer, scenes=12, seed=3, suite=suite_of())
     assert found["tokens"] > 500
     assert found["top_1"] >= {"int8": 0.995}.get(precision, 0.98)
     assert found["kl_mean"] < {"int8": 0.001}.get(precision, 0.02)

@@ -1,4 +1,4 @@
-"""python -m numpy_ref.things.rows --output DIR: pictures of things, and rows.jsonl with a question about each.
+"""python -m numpy_ref.things.rows --output DIR: scenes that the shipped model knows, and rows.jsonl with questions.
 
 For whatever takes rows of one's own: `export-onnx --calibrate`, `python -m export.drift --data`, `run-onnx-batch`.
 Neither training nor any measure has these scenes.
@@ -14,19 +14,27 @@ from ..cli import Parser, run, whole
 from ..errors import one_line
 from ..files import new_directory
 from ..scenes.evaluate import DRAWN_AT
-from .questions import HELD_OUT_SEED, MEASURED, random_question
+from ..scenes.questions import random_question as about_shapes
+from .evaluate import THINGS, suite_of
+from .questions import HELD_OUT_SEED, MEASURED
+from .questions import random_question as about_things
 
 PROG = "python -m numpy_ref.things.rows"
 
 
 def write(folder: Path, count: int, seed: int) -> None:
     """Write so many pictures into a folder, and rows.jsonl beside them."""
-    rng, rows = np.random.default_rng([HELD_OUT_SEED, seed]), []
+    rng, rows, of_things = np.random.default_rng([HELD_OUT_SEED, seed]), [], suite_of() is THINGS
     for i in range(count):
-        question, name = random_question(rng, lambda mask, box: "", MEASURED[i % len(MEASURED)]), f"{i:04d}.png"
+        task, name = MEASURED[i % len(MEASURED)], f"{i:04d}.png"
+        question = about_things(rng, _no_mask, task) if of_things else about_shapes(rng, _no_mask)
         question.scene.draw(DRAWN_AT).save(folder / name)
         rows.append({"image": name, "prompt": question.prefix})
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def _no_mask(mask, box):
+    return ""
 
 
 def main(argv=None):
