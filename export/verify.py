@@ -50,7 +50,7 @@ from .session import CPU, CUDA, Session, choose_provider, cuda
 #: Largest |a - b| / max|reference| of any tap, by precision of the weights. Worst of 20 random models
 #: (python -m tests.calibrate): float32 1.1e-6, float16 2.1e-3, bfloat16 2.1e-2, int8 and int4 7.6e-2.
 #: Parts of fused graphs, with heads of 16, alone: float32 1.0e-6, float16 2.2e-3, int8 6.0e-2, int4 3.6e-1.
-#: What int4 costs shows in a trained model, on whose logits for noise it is off by 0.4.
+#: What int4 costs shows in a trained model, on whose logits for noise it is off by 0.4, and int2 calibrated by 0.8.
 BUDGETS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int4": 0.8, "int2": 1.6}
 BUDGETS |= {"int4-float16": BUDGETS["int4"], "int4-bfloat16": BUDGETS["int4"]}
 #: What few bits may cost on pictures of noise, where a model is least sure: mean divergence from the reference in nats.

@@ -15,6 +15,9 @@ from .cases import CASES, with_dtype
 from .models import CONFIGS, random_params, with_heads
 from .parity import DTYPES, ENGINES, relative_error, run_case
 
+#: The others quantize nothing more of models whose sizes are primes: int2 is int4, the last two are half precision.
+PRECISIONS = (*weights.FLOATS, "int8", "int4")
+
 
 def functions(seeds):
     """Every case on every engine, in eps of the dtype."""
@@ -40,7 +43,7 @@ def bundles(seeds):
     configs = CONFIGS | {f"{name}, fused": with_heads(name) for name in CONFIGS}  # the others are portable in float16
     for name, config in configs.items():
         for seed in tqdm(range(seeds), desc=name, leave=False, disable=None):
-            for precision in weights.PRECISIONS[:-2]:  # the rest quantize nothing of models whose sizes are primes
+            for precision in PRECISIONS:
                 with tempfile.TemporaryDirectory() as folder:
                     loaded = Checkpoint(Path(folder), config, random_params(config, seed), np.dtype("f8"))
                     bundle.write(loaded, Path(folder) / "out", precision)

@@ -252,7 +252,7 @@ def data(tmp_path_factory):
     return folder / "rows.jsonl"
 
 
-@pytest.fixture(scope="module", params=["int4", "int4-float16"])
+@pytest.fixture(scope="module", params=["int4", "int2", "int4-float16"])
 def calibrated(request, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / request.param
     command = ["--output", str(path), "--precision", request.param, "--calibrate", str(data), "--verify"]

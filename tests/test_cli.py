@@ -26,7 +26,7 @@ COMMANDS = {
     "torch": ["-m", "torch_impl"],
 }
 ENGINES = ["run-onnx", "numpy", "torch"]
-SUBJECT = "star"  # a thing in the example picture
+SUBJECT = "black cross"  # a thing in the example picture
 
 
 def call(command, *arguments):

@@ -61,7 +61,7 @@ def worker_of(process):
 def test_it_answers_and_ends_at_sigterm():
     with started("--no-log", "--name", "shapes") as (process, url):
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "shapes"
-        assert ask(url).json()["text"].count("star") >= 1
+        assert ask(url).json()["text"].startswith("a yellow star")
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
         assert (process.returncode, output, errors) == (0, "", "")

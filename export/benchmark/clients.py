@@ -50,9 +50,9 @@ def measure(folder: Path, precision: str, questions: int, rounds: int, threads: 
     bundles.write(checkpoint, folder / "bundle", precision)
     layouts.write(checkpoint, folder / "js", TRANSFORMERS_JS, precision)
     layouts.write(checkpoint, folder / "genai", GENAI, precision)
-    cases = []
+    cases, suite = [], suite_of()
     for i in range(questions + 1):  # one to warm up
-        question = suite_of().held_out(i, 1, TASKS[i % len(TASKS)])[0]
+        question = suite.held_out(i, 1, TASKS[i % len(TASKS)])[0]
         evaluate.picture(question).save(folder / f"{i}.png")
         cases.append({"picture": str(folder / f"{i}.png"), "prompt": question.prefix})
     sides = commands(folder, cases, precision, threads, checkpoint.config.vision.patches)

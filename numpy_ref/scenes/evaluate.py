@@ -70,13 +70,14 @@ def held_out(seed: int, count: int, task: str, compositional: bool = False) -> l
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured: the name of each task's score, and `held_out` of the scenes."""
+    """What is measured: the name of each task's score, `held_out` of the scenes, and a random question of any task."""
 
     scores: dict[str, str]
     held_out: Callable[..., Sequence[Asked]]
+    random_question: Callable[..., Asked]
 
 
-SHAPES = Suite(SCORES, held_out)
+SHAPES = Suite(SCORES, held_out, questions.random_question)
 
 
 def measure(

@@ -34,7 +34,7 @@ def held_out(seed: int, count: int, task: str, compositional: bool = False) -> l
     ]
 
 
-THINGS = Suite(SCORES, held_out)
+THINGS = Suite(SCORES, held_out, questions.random_question)
 SUITES = {"shapes": SHAPES, "things": THINGS}
 
 

@@ -14,27 +14,20 @@ from ..cli import Parser, run, whole
 from ..errors import one_line
 from ..files import new_directory
 from ..scenes.evaluate import DRAWN_AT
-from ..scenes.questions import random_question as about_shapes
-from .evaluate import THINGS, suite_of
-from .questions import HELD_OUT_SEED, MEASURED
-from .questions import random_question as about_things
+from .evaluate import suite_of
+from .questions import HELD_OUT_SEED
 
 PROG = "python -m numpy_ref.things.rows"
 
 
 def write(folder: Path, count: int, seed: int) -> None:
     """Write so many pictures into a folder, and rows.jsonl beside them."""
-    rng, rows, of_things = np.random.default_rng([HELD_OUT_SEED, seed]), [], suite_of() is THINGS
+    rng, rows, suite = np.random.default_rng([HELD_OUT_SEED, seed]), [], suite_of()
     for i in range(count):
-        task, name = MEASURED[i % len(MEASURED)], f"{i:04d}.png"
-        question = about_things(rng, _no_mask, task) if of_things else about_shapes(rng, _no_mask)
+        question, name = suite.random_question(rng, lambda mask, box: ""), f"{i:04d}.png"
         question.scene.draw(DRAWN_AT).save(folder / name)
         rows.append({"image": name, "prompt": question.prefix})
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def _no_mask(mask, box):
-    return ""
 
 
 def main(argv=None):
