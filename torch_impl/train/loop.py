@@ -161,7 +161,8 @@ def fit(
 
 def _fit(model, loss, examples, collate, settings, folder, label, save_every, about, validation) -> list:
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # takes a tenth of a step, and nothing reads it
+    # Filling memory that is written next takes a tenth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     model.train()
     optimizers = optimizers_for(model, settings)
     if os.path.lexists(folder / LOG) and not (folder / LOG).is_file():
